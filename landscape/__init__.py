@@ -1,0 +1,1 @@
+"""Probes of loss landscapes and feature maps for any PyTorch vision model."""

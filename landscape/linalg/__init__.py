@@ -1,0 +1,1 @@
+"""Algorithms that see only a matrix-vector product, and the operators that give them one."""

@@ -1,0 +1,1 @@
+"""Reference models of the paper, written to be read alone."""

@@ -1,0 +1,1 @@
+"""Plots: functions from a result to axes."""

@@ -1,0 +1,1 @@
+"""Probes: functions from (model, data) to a frozen result, one method a file."""
