@@ -1,8 +1,9 @@
 """One fixed draw of the data, seen the same at every pass.
 
 A random transform is drawn once: batch i has a random stream of its own, so it is the same
-whichever passes came before. Small data are kept on the device as prepared; large data are drawn again at
-each pass, and a fingerprint of every batch tells when they are not the same (a shuffling loader).
+whichever passes came before. Small data are kept on the device as prepared; large data are drawn
+again at each pass, and a fingerprint of every batch tells when they are not the same (a
+shuffling loader).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
