@@ -22,6 +22,7 @@ from landscape.plot.hessian import (
     finite_eigenvalues,
     hessian_max_spectrum,
     limit_eigenvalues,
+    room_for_legend,
 )
 from landscape.plot.surface import (
     LABELS,
@@ -149,7 +150,9 @@ def _draw_surfaces(figure: Figure | SubFigure, results: "Surfaces") -> None:
         place = (column / count, 0.44, 1 / count, 0.5)
         ax: Any = figure.add_axes(place, projection="3d")
         loss_surface(result, ax=ax, **scale)
-        _trim_surface3d(ax)
+        _trim_surface3d(ax, zoom=min(1.08, 2.4 / count))
+        if count > 2 and column < count - 1:
+            ax.set_zlabel("")  # the scale is common
         figure.text((column + 0.5) / count, 0.99, name, ha="center", va="top", size=9)
     for block, quantity in enumerate(_TERMS):
         _draw_contours(figure, results, quantity, block)
@@ -170,8 +173,9 @@ def _draw_contours(
         ax.set_xlabel("$a$", labelpad=0)
         ax.set_ylabel("" if block or column else "$b$", labelpad=0)
         ax.tick_params(labelleft=not (block or column))
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(MaxNLocator(4, prune="both"))
+        ax.set_aspect("equal")
+        for axis in (ax.xaxis, ax.yaxis):  # ticks as there is room for their labels
+            axis.set_major_locator(MaxNLocator(4 if count < 3 else 2, prune="both"))
         for note in ax.findobj(lambda artist: artist.get_gid() == "note"):
             note.remove()  # the 3D panel says what the crosses are
     bar = figure.add_axes((left, 0.105, right - left, 0.02))
@@ -185,10 +189,10 @@ def _shared_scale(results: "Surfaces", quantity: Quantity) -> dict[str, Any]:
     return {"vmin": low, "vmax": high, "log": log}
 
 
-def _trim_surface3d(ax: Any) -> None:
+def _trim_surface3d(ax: Any, zoom: float) -> None:
     """Move labels and ticks of 3D axes close to the box, for a panel of a few inches."""
     ax.view_init(elev=22, azim=-60)
-    ax.set_box_aspect((1, 1, 0.7), zoom=1.08)
+    ax.set_box_aspect((1, 1, 0.7), zoom=zoom)
     ax.set(xlabel="$a$", ylabel="$b$")
     for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
         axis.set_tick_params(pad=-3)
@@ -197,6 +201,7 @@ def _trim_surface3d(ax: Any) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
     ax.yaxis.set_major_locator(MaxNLocator(4, prune="both"))
     ax.zaxis.labelpad = -6
+    ax.zaxis.label.set_size(7)
 
 
 def _draw_trajectories(figure: Figure | SubFigure, results: "Trajectories") -> None:
@@ -231,8 +236,8 @@ def _draw_spectra(figure: Figure | SubFigure, results: "Spectra") -> None:
 
 def _trim_spectrum(ax: Axes, half: Half) -> None:
     """Give the legend room above the densities and drop the arbitrary vertical scale."""
-    lines = len(ax.get_legend_handles_labels()[1])
-    ax.set(ylim=(0, ax.get_ylim()[1] * (1 + 0.5 * lines)), yticks=[], xlabel="", ylabel="")
+    room_for_legend(ax, line_height=0.5)
+    ax.set(yticks=[], xlabel="", ylabel="")
     ax.spines["left"].set_visible(half == "positive")
     ax.spines["right"].set_visible(half == "negative")
     for text in cast(Legend, ax.get_legend()).get_texts():

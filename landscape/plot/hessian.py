@@ -67,7 +67,7 @@ def hessian_max_spectrum(
     if half == "both":
         ax.axvline(0, color=style.MUTED, lw=0.6, zorder=0)
     limit_eigenvalues(ax, named.values(), half, log=log)
-    ax.set_ylim(bottom=0)
+    room_for_legend(ax)
     ax.set(xlabel=MAX_LABEL, ylabel="Density per decade" if log else "Density (1/nats)")
     ax.legend(loc="upper left" if half == "negative" else "upper right")
     return ax
@@ -136,6 +136,21 @@ def limit_eigenvalues(
         margin = 0.05 * np.abs(values).max()
         low, high = min(values.min() - margin, 0), max(values.max() + margin, 0)
     ax.set_xlim(0 if half == "positive" else low, 0 if half == "negative" else high)
+
+
+def room_for_legend(ax: Axes, line_height: float = 0.07) -> None:
+    """Set the density axis from 0 to the largest density and the lines of the legend above it.
+
+    Args:
+        ax: The axes.
+        line_height: Room for one line of the legend, in units of the largest density.
+    """
+    densities = [np.asarray(line.get_ydata()) for line in ax.lines if line.get_gid() == "density"]
+    peak = max((density.max(initial=0.0) for density in densities), default=0.0)
+    lines = sum(1 + label.count("\n") for label in ax.get_legend_handles_labels()[1])
+    ax.set_ylim(0, peak * (1.05 + line_height * lines) or 1.0)
+    if peak == 0:
+        ax.set_yticks([])  # a rug has no scale
 
 
 def finite_eigenvalues(result: "HessianMaxSpectrum") -> NDArray[np.float64]:
@@ -227,28 +242,29 @@ def _draw_half(
     line: dict[str, Any],
 ) -> None:
     grid, density, _ = half_density(result, sign, log=log)
-    ax.plot(grid, density, **line)
+    ax.plot(grid, density, gid="density", **line)
     ax.fill_between(grid, density, color=line["color"], alpha=0.15, lw=0)
     values = finite_eigenvalues(result)
     values = values[np.sign(values) == sign]
     height = np.full(values.shape, 0.02 + 0.05 * row)
-    rug = {"color": line["color"], "ms": 3, "mew": 0.4, "alpha": 0.7, "gid": "rug"}
+    size = 3 if grid.size else 6  # alone, it is all there is to see
+    rug = {"color": line["color"], "ms": size, "mew": 0.4, "alpha": 0.7, "gid": "rug"}
     ax.plot(values, height, "|", transform=ax.get_xaxis_transform(), **rug)
 
 
 def _legend_entry(name: str, result: "HessianMaxSpectrum", half: str) -> str:
     values = finite_eigenvalues(result)
-    parts = []
-    if half != "positive":
-        parts.append(f"NEP {_estimate(result.nep, result.nep_interval)}")
-    if half != "negative":
-        parts.append(f"APE {_estimate(result.ape, result.ape_interval)}")
-    signs = {"both": values.size, "negative": (values < 0).sum(), "positive": (values > 0).sum()}
-    parts.append(f"n = {signs[half]}")
+    shown = {"both": values.size, "negative": (values < 0).sum(), "positive": (values > 0).sum()}
+    counts = f"n = {shown[half]}"
     missing = int((~np.asarray(result.converged, dtype=bool)).sum())
     if missing:
-        parts.append(f"{missing} not converged")
-    return (f"{name}: " if name else "") + ", ".join(parts)
+        counts += f", {missing} not converged"
+    nep = f"NEP {_estimate(result.nep, result.nep_interval)}"
+    ape = f"APE {_estimate(result.ape, result.ape_interval)}"
+    name = f"{name}: " if name else ""
+    if half == "both":
+        return f"{name}{counts}\n{nep}\n{ape}"
+    return f"{name}{nep if half == 'negative' else ape}, {counts}"
 
 
 def _estimate(value: float, interval: tuple[float, float]) -> str:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import FigureBase
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D
 from numpy.typing import NDArray
 
@@ -48,7 +48,7 @@ def loss_surface(
     """Draw a quantity over the plane `θ + a·d₁ + b·d₂` (Park & Kim, 2022, Fig. 1a).
 
     Nothing is interpolated over points that are not finite: they are holes, marked by crosses
-    and counted in a note inside the axes. In 3D the same holds for points outside `vmin`, `vmax`.
+    and counted in a note. In 3D so are points outside `vmin`, `vmax`, marked by pluses.
 
     Args:
         result: The surface.
@@ -134,8 +134,9 @@ def loss_line(
     if missing.any():
         at = result.x[missing]
         floor = ax.get_xaxis_transform()
-        ax.plot(at, np.full(at.shape, 0.02), "x", ms=3, color=drawn.get_color(), transform=floor)
-        _note(ax, _count_missing(missing))
+        mark: dict[str, Any] = {"ms": 3, "color": drawn.get_color(), "clip_on": False}
+        ax.plot(at, np.full(at.shape, 0.02), "x", transform=floor, **mark)
+        _note(ax, missing)
     ax.set(xlabel=X_LABEL, ylabel=LABELS[quantity], xlim=(result.x.min(), result.x.max()))
     return ax
 
@@ -196,12 +197,9 @@ def color_bar(figure: FigureBase, norm: Normalize, label: str, **place: Any) -> 
     bar.set_label(label)
     if isinstance(norm, LogNorm):
         bar.set_label(_log_label(label))
-        ticks = _log_ticks(*_ends(norm))
-        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False)
-        bar.minorticks_off()
-    else:
-        bar.locator = MaxNLocator(4)
-        bar.update_ticks()
+    ticks = nice_ticks(norm)
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    bar.minorticks_off()
 
 
 def make_norm(low: float, high: float, *, log: bool | None = None) -> Normalize:
@@ -222,20 +220,30 @@ def make_norm(low: float, high: float, *, log: bool | None = None) -> Normalize:
     return LogNorm(low, high) if log else Normalize(low, high)
 
 
-def _ends(norm: Normalize) -> tuple[float, float]:
+def nice_ticks(norm: Normalize) -> list[float]:
+    """Return ticks within `norm`; on a logarithmic scale 1, 2, 5 times powers of ten.
+
+    Args:
+        norm: The scale.
+
+    Returns:
+        At least two ticks, in ascending order.
+    """
+    low, high = norm_ends(norm)
+    locator: Locator = MaxNLocator(4)
+    if isinstance(norm, LogNorm):  # over many decades powers of ten alone
+        locator = LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,))
+    ticks = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
+    return ticks if len(ticks) > 1 else [low, high]
+
+
+def norm_ends(norm: Normalize) -> tuple[float, float]:
+    """Return the lower and the upper end of a scale that has both."""
     return cast(float, norm.vmin), cast(float, norm.vmax)
 
 
 def _log_label(label: str) -> str:
     return label.replace(")", ", log scale)")
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return ticks at 1, 2, 5 times powers of ten, or at powers of ten over many decades."""
-    subs = (1, 2, 5) if high < 300 * low else (1,)
-    candidates = LogLocator(subs=subs).tick_values(low, high)
-    ticks = [float(tick) for tick in candidates if low <= tick <= high]
-    return ticks if len(ticks) > 1 else [low, high]
 
 
 def _draw_surface3d(
@@ -247,11 +255,11 @@ def _draw_surface3d(
     artist: dict[str, Any],
 ) -> None:
     x, y = np.meshgrid(result.x, result.y, indexing="ij")
-    inside = np.ma.masked_outside(values, *_ends(norm))
+    inside = np.ma.masked_outside(values, *norm_ends(norm))
     heights = inside.filled(np.nan)
-    floor, ceiling = _ends(norm)
+    floor, ceiling = norm_ends(norm)
     if isinstance(norm, LogNorm):  # 3D axes have no log scale of their own: log10, labelled back
-        ticks = _log_ticks(floor, ceiling)
+        ticks = nice_ticks(norm)
         ax.set_zticks(np.log10(ticks), [f"{tick:g}" for tick in ticks])
         heights, floor, ceiling = np.log10(heights), np.log10(floor), np.log10(ceiling)
         label = _log_label(label)
@@ -260,11 +268,13 @@ def _draw_surface3d(
     if inside.count():
         mesh = {"rstride": 1, "cstride": 1, "linewidth": 0.15, "edgecolor": (0, 0, 0, 0.35)}
         ax.plot_surface(x, y, heights, vmin=floor, vmax=ceiling, **{**mesh, **artist})
-    missing = np.ma.getmaskarray(inside)
-    if missing.any():
-        ax.scatter(x[missing], y[missing], floor, marker="x", s=4, lw=0.5, color=style.MUTED)
-        outside = int(missing.sum() - np.ma.getmaskarray(values).sum())
-        _note(ax, _count_missing(np.ma.getmaskarray(values)), _count_outside(outside))
+    missing = np.ma.getmaskarray(values)
+    outside = np.ma.getmaskarray(inside) & ~missing
+    mark = {"s": 4, "lw": 0.5, "color": style.MUTED, "depthshade": False}
+    for absent, marker in ((missing, "x"), (outside, "+")):
+        if absent.any():
+            ax.scatter(x[absent], y[absent], floor, marker=marker, **mark)
+    _note(ax, missing, outside)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL, zlabel=label, zlim=(floor, ceiling))
     ax.set(xlim=(result.x.min(), result.x.max()), ylim=(result.y.min(), result.y.max()))
 
@@ -279,7 +289,7 @@ def _draw_contour(
 ) -> None:
     log = isinstance(norm, LogNorm)
     spaced = np.geomspace if log else np.linspace
-    levels: NDArray[np.float64] = spaced(*_ends(norm), 25)
+    levels: NDArray[np.float64] = spaced(*norm_ends(norm), 25)
     ends = ["neither", "min", "max", "both"]
     below, above = values.min() < levels[0], values.max() > levels[-1]
     filled = {"levels": levels, "extend": ends[bool(below) + 2 * bool(above)], "norm": norm}
@@ -295,24 +305,22 @@ def _draw_contour(
         ax.plot(
             result.x[rows], result.y[columns], "x", ms=2, mew=0.5, color=style.MUTED, clip_on=False
         )
-        _note(ax, _count_missing(missing))
-    ax.plot(0, 0, "+", ms=4, mew=0.8, color="w", gid="weights")
+    if values.count():
+        ax.plot(0, 0, "P", ms=4, color="w", mec="k", mew=0.4, gid="weights")
+    _note(ax, missing)
     ax.set(xlim=(result.x.min(), result.x.max()), ylim=(result.y.min(), result.y.max()))
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
 
 
-def _count_missing(missing: NDArray[np.bool_]) -> str:
-    return f"×: {missing.sum()} of {missing.size} not finite" if missing.any() else ""
-
-
-def _count_outside(count: int) -> str:
-    return f"×: {count} outside the scale" if count else ""
-
-
-def _note(ax: Any, *lines: str) -> None:
-    text = "\n".join(line for line in lines if line)
-    place = {"transform": ax.transAxes, "fontsize": style.NOTE_SIZE, "color": style.MUTED}
+def _note(ax: Any, missing: NDArray[np.bool_], outside: NDArray[np.bool_] | None = None) -> None:
+    """Say in the axes how many points are marked by a cross, and how many by a plus."""
+    lines = [f"×: {missing.sum()} of {missing.size} not finite"] if missing.any() else []
+    if outside is not None and outside.any():
+        lines.append(f"+: {outside.sum()} of {outside.size} outside the scale")
+    place: dict[str, Any] = {"x": 1.0, "y": 1.01, "ha": "right", "va": "bottom"}
     if isinstance(ax, Axes3D):
-        ax.text2D(0.5, 0.99, text, ha="center", va="top", gid="note", **place)
-    else:
-        ax.text(1.0, 1.01, text, ha="right", va="bottom", gid="note", **place)
+        place = {"x": 0.5, "y": 0.99, "ha": "center", "va": "top"}
+    draw = ax.text2D if isinstance(ax, Axes3D) else ax.text
+    look = {"fontsize": style.NOTE_SIZE, "color": style.MUTED, "gid": "note"}
+    if lines:
+        draw(s="\n".join(lines), transform=ax.transAxes, **place, **look)
