@@ -8,6 +8,7 @@ from torch import nn
 
 from landscape._checks import nearest
 from landscape.models.alternet import AlterNet, alternet18, alternet34, alternet50
+from landscape.models.reference import load_reference_checkpoint
 from landscape.models.resnet import ResNet, resnet18, resnet20, resnet34, resnet50, resnet101
 from landscape.models.vit import VisionTransformer, vit_micro, vit_nano, vit_small, vit_tiny
 
@@ -16,11 +17,13 @@ __all__ = [
     "AlterNet",
     "ResNet",
     "VisionTransformer",
+    # published weights
+    "load_reference_checkpoint",
     # constructors
+    "create_model",
     "alternet18",
     "alternet34",
     "alternet50",
-    "create_model",
     "resnet18",
     "resnet20",
     "resnet34",
