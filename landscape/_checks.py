@@ -1,0 +1,71 @@
+"""Checks of arguments shared by the probes: name, rule, value, remedy."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+
+def check_at_least(name: str, value: float, minimum: float) -> None:
+    """Refuse a number below its minimum.
+
+    Raises:
+        ValueError: If `value` is below `minimum` (or NaN).
+    """
+    if not value >= minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse a value outside a closed set of choices.
+
+    Raises:
+        ValueError: If `value` is not among `choices`.
+    """
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")
+
+
+def check_data(data: object) -> None:
+    """Refuse what cannot be iterated over twice.
+
+    Raises:
+        TypeError: If `data` is no iterable of batches, or a one-shot iterator.
+    """
+    if isinstance(data, torch.Tensor):
+        raise TypeError("`data` must be an iterable of batches, got a tensor; pass `[(x, y)]`.")
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"`data` must be an iterable of batches such as a DataLoader or a list of (x, y), "
+            f"got {type(data).__name__}."
+        )
+    if iter(data) is data:
+        raise TypeError(
+            f"`data` must be re-iterable because a probe passes over it several times, got the "
+            f"one-shot {type(data).__name__}; pass a DataLoader, or `list(data)`."
+        )
+
+
+def check_generator(generator: Any) -> torch.Generator:
+    """Return `generator`, or a fresh one with seed 0 for `None`.
+
+    Raises:
+        TypeError: If `generator` is neither.
+    """
+    if generator is None:
+        return torch.Generator().manual_seed(0)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"`generator` must be a torch.Generator or None, got {type(generator).__name__}; "
+            "pass `torch.Generator().manual_seed(seed)`."
+        )
+    return generator
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return the `known` names most like `name`, quoted, for an error message."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.3) or known[:count]
+    return ", ".join(repr(match) for match in close)

@@ -1,0 +1,243 @@
+"""One fixed draw of the data, seen the same at every pass.
+
+A random transform is drawn once: batch i has a random stream of its own, so it is the same
+whichever passes came before. Small data are kept on the device as prepared; large data are drawn
+again at each pass, and a fingerprint of every batch tells when they are not the same (a
+shuffling loader).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landscape._checks import check_data
+
+Inputs = Tensor | Mapping[str, Any]
+Transform = Callable[[Any, Any, torch.Generator], tuple[Any, Any]]
+
+LABEL_KEYS = ("labels", "label", "targets", "target")
+
+_CHANGED = (
+    "`data` must yield the same batches at every pass, got another batch {} than before; "
+    "use shuffle=False and move random augmentation to `Objective(transform=…)`."
+)
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """One batch on the model's device, transformed.
+
+    Attributes:
+        inputs: Tensor, or mapping of keyword arguments, for the model.
+        targets: Labels or soft targets; `None` where only the model's own loss uses them.
+        size: Number of samples.
+        weight: Share of the batch in the mean over all data; the weights sum to 1.
+    """
+
+    inputs: Inputs
+    targets: Tensor | None
+    size: int
+    weight: float
+
+
+class FrozenBatches:
+    """Prepared batches: on one device, in one precision, transformed once.
+
+    Attributes:
+        num_samples: Number of samples over all batches.
+        num_batches: Number of batches.
+        label_range: Smallest and largest integer label, or `None`.
+    """
+
+    def __init__(
+        self,
+        data: Iterable[Any],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        transform: Transform | None,
+        seed: int,
+        amount: Callable[[Tensor | None, int], Tensor | float],
+        keep_bytes: int,
+    ) -> None:
+        """Draw every batch once.
+
+        Args:
+            data: Re-iterable of batches, each `(x, y)` or a mapping.
+            device: Where the batches go.
+            dtype: Precision of their floating-point entries.
+            transform: Random transform of a batch, or `None`.
+            seed: Seed of its stream.
+            amount: `amount(targets, size)`, the weight of a batch in the mean over all data.
+            keep_bytes: Batches are kept up to this size.
+
+        Raises:
+            ValueError: If the data hold no sample, or none that counts.
+        """
+        check_data(data)
+        self._data, self._device, self._dtype = data, device, dtype
+        self._transform, self._seed = transform, seed
+        self._kept: list[_Drawn] | None = []
+        self._prints: list[Tensor] = []
+        self._first_pass(amount, keep_bytes)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the prepared batches are kept on the device."""
+        return self._kept is not None
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[PreparedBatch]:
+        """Yield the same batches in the same order at every pass.
+
+        Raises:
+            ValueError: If `data` yields other batches than in the first pass.
+        """
+        drawn = self._redraw() if self._kept is None else self._kept
+        for (inputs, targets, size), weight in zip(drawn, self._weights, strict=True):
+            yield PreparedBatch(inputs, targets, size, weight)
+
+    def _first_pass(
+        self, amount: Callable[[Tensor | None, int], Tensor | float], keep_bytes: int
+    ) -> None:
+        sizes: list[int] = []
+        amounts: list[Tensor | float] = []
+        extremes: list[Tensor] = []
+        held = 0
+        for index, raw in enumerate(self._data):
+            drawn = self._prepare(raw, index)
+            targets = drawn[1]
+            sizes.append(drawn[2])
+            amounts.append(amount(targets, drawn[2]))
+            if targets is not None and not targets.is_floating_point() and targets.numel():
+                extremes.append(torch.stack([targets.min(), targets.max()]))
+            if self._kept is None:
+                self._prints.append(_fingerprint(drawn))
+                continue
+            self._kept.append(drawn)
+            held += _num_bytes(drawn)
+            if held > keep_bytes:
+                self._prints = [_fingerprint(d) for d in self._kept]
+                self._kept = None
+        self.num_samples, self.num_batches = sum(sizes), len(sizes)
+        if not self.num_samples:
+            raise ValueError("`data` must yield at least one sample, got none; is it empty?")
+        total = float(sum(float(a) for a in amounts))
+        if not total > 0:
+            raise ValueError("`data` must hold a target that counts, got only ignored labels.")
+        self._weights = [float(a) / total for a in amounts]
+        self.label_range = None
+        if extremes:
+            both = torch.stack(extremes)
+            self.label_range = (int(both[:, 0].min()), int(both[:, 1].max()))
+
+    def _redraw(self) -> Iterator["_Drawn"]:
+        count = 0
+        for index, raw in enumerate(self._data):
+            drawn = self._prepare(raw, index)
+            count += 1
+            if index >= self.num_batches or not torch.equal(
+                _fingerprint(drawn), self._prints[index]
+            ):
+                raise ValueError(_CHANGED.format(index))
+            yield drawn
+        if count != self.num_batches:
+            raise ValueError(_CHANGED.format(count))
+
+    def _prepare(self, raw: Any, index: int) -> "_Drawn":
+        inputs, targets = split_batch(raw, index)
+        inputs, targets = self._place(inputs), self._place(targets)
+        size = _size(inputs, targets)
+        if self._transform is not None:
+            generator = torch.Generator().manual_seed(_mix(self._seed, index))
+            inputs, targets = self._transform(inputs, targets, generator)
+            inputs, targets = self._place(inputs), self._place(targets)
+            if _size(inputs, targets) != size:
+                raise ValueError(
+                    f"`transform` must keep the number of samples, got {size} -> "
+                    f"{_size(inputs, targets)}."
+                )
+        return inputs, targets, size
+
+    def _place(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: self._place(v) for k, v in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        dtype = self._dtype if value.is_floating_point() else value.dtype
+        return value.to(self._device, dtype)
+
+
+_Drawn = tuple[Any, Any, int]
+
+
+def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
+    """Return a raw batch as (inputs, targets).
+
+    Raises:
+        TypeError: If the batch is neither `(x, y)` nor a mapping.
+        ValueError: If `x` and `y` have different lengths.
+    """
+    if isinstance(raw, Mapping):
+        key = next((k for k in LABEL_KEYS if k in raw), None)
+        inputs: Inputs = {k: v for k, v in raw.items() if k != key}
+        targets = None if key is None else raw[key]
+    elif isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) == 2:
+        inputs, targets = raw
+    else:
+        got = type(raw).__name__
+        if isinstance(raw, Sequence):
+            got += f" of {len(raw)} items"
+        raise TypeError(f"`data` must yield (x, y) or a mapping, got a {got} as batch {index}.")
+    for value in [targets, *([inputs] if not isinstance(inputs, Mapping) else [])]:
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"`data` must yield tensors, got a {type(value).__name__} in batch {index}."
+            )
+    if (
+        isinstance(inputs, Tensor)
+        and targets is not None
+        and (inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets))
+    ):
+        raise ValueError(
+            f"`data` must yield x and y of one length, got shapes {tuple(inputs.shape)} and "
+            f"{tuple(targets.shape)} in batch {index}."
+        )
+    return inputs, targets
+
+
+def _size(inputs: Inputs, targets: Tensor | None) -> int:
+    if targets is not None:
+        return len(targets)
+    if isinstance(inputs, Tensor):
+        return len(inputs)
+    return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
+
+
+def _tensors(drawn: _Drawn) -> list[Tensor]:
+    inputs, targets = drawn[:2]
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+    return [v for v in [*values, targets] if isinstance(v, Tensor)]
+
+
+def _num_bytes(drawn: _Drawn) -> int:
+    return sum(t.numel() * t.element_size() for t in _tensors(drawn))
+
+
+def _fingerprint(drawn: _Drawn) -> Tensor:
+    """Return numbers that change when a sample of the batch changes or moves."""
+    sums = []
+    for t in _tensors(drawn):
+        rows = t.detach().double().reshape(len(t), -1).sum(1) if t.dim() else t.double()[None]
+        ramp = torch.arange(1, len(rows) + 1, device=t.device, dtype=torch.float64)
+        sums.append(torch.stack([rows.sum(), (rows * ramp).sum(), rows.new_tensor(t.numel())]))
+    return torch.stack(sums)
+
+
+def _mix(seed: int, index: int) -> int:
+    return (seed * 0x9E3779B1 + index * 0x85EBCA77 + 1) % (1 << 63)

@@ -1,0 +1,46 @@
+"""What a loss averages over: the weight of a batch in the mean over all data.
+
+`F.cross_entropy` with class weights or ignored labels divides by the weight of the labels that it
+counts, not by the number of samples; the mean over all data must divide by the sum of these.
+"""
+
+import functools
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def loss_settings(loss: Any) -> tuple[Tensor | None, int, str]:
+    """Return (class weights, ignored label, reduction) of the losses whose mean is weighted."""
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
+        return loss.weight, loss.ignore_index, loss.reduction
+    if isinstance(loss, functools.partial) and loss.func in (F.cross_entropy, F.nll_loss):
+        keywords = loss.keywords
+        return (
+            keywords.get("weight"),
+            keywords.get("ignore_index", -100),
+            keywords.get("reduction", "mean"),
+        )
+    return None, -100, str(getattr(loss, "reduction", "mean"))
+
+
+def is_classification(loss: Any) -> bool:
+    """Whether `loss` is a cross-entropy, whose integer targets are class labels."""
+    if isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss in (F.cross_entropy, F.nll_loss) or isinstance(
+        loss, nn.CrossEntropyLoss | nn.NLLLoss
+    )
+
+
+def amount_averaged(loss: Any, targets: Tensor | None, size: int) -> Tensor | float:
+    """Return the denominator of the mean that `loss` takes over a batch."""
+    if targets is None or targets.is_floating_point() or not is_classification(loss):
+        return float(size)
+    weight, ignore, _ = loss_settings(loss)
+    counted = targets != ignore
+    if weight is None:
+        return counted.sum().double()
+    known = targets.clamp(0, len(weight) - 1)
+    return (weight.to(targets.device)[known].double() * counted).sum()

@@ -1,0 +1,277 @@
+"""The scalar whose landscape is probed: loss + weight decay, on frozen data.
+
+    L(θ) = (1/N) Σ_n loss(f(x_n; θ), y_n) + (λ/2) ‖θ‖²
+
+over all N samples that the data yield, with θ the chosen parameters. A random `transform` is drawn
+once per probe: every pass over the data sees the same augmented batches, otherwise two evaluations
+of L (or two products with its Hessian) would belong to two different functions.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from landscape._checks import check_at_least
+from landscape.batches import LABEL_KEYS, FrozenBatches, Inputs, PreparedBatch, Transform
+from landscape.losses import amount_averaged, is_classification, loss_settings
+from landscape.memory import free_memory
+from landscape.parameters import Choice, ParameterSpace
+from landscape.restore import eval_mode
+
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is differentiated: loss, weight decay, transform, parameters.
+
+    Attributes:
+        loss: `loss(outputs, targets)` -> mean over the samples of a batch, a scalar. `None` takes
+            the `.loss` that the model itself returns (Hugging Face models, mapping batches).
+            Class weights and ignored labels are understood in `nn.CrossEntropyLoss`, `nn.NLLLoss`
+            and `functools.partial` of their functional forms: the mean stays one over all data.
+        weight_decay: λ of the term (λ/2)‖θ‖² over the chosen parameters.
+        transform: `transform(x, y, generator) -> (x, y)` on a batch already on the model's device,
+            such as mixup; drawn once per probe and frozen. For a mapping batch, `x` is the mapping.
+        parameters: Glob pattern(s) or predicate `(name, parameter)` choosing a subset.
+        seed: Seed of the stream that `transform` draws from, a stream of its own for each batch.
+    """
+
+    loss: Loss | None = F.cross_entropy
+    weight_decay: float = 0.0
+    transform: Transform | None = None
+    parameters: Choice = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("weight_decay", self.weight_decay, 0.0)
+        reduction = loss_settings(self.loss)[2]
+        if reduction != "mean":
+            raise ValueError(
+                f"`loss` must reduce by 'mean' over samples, got reduction={reduction!r}."
+            )
+
+    def describe(self) -> str:
+        """Return the objective in one line, for `Provenance`."""
+        parts = [f"loss={_name(self.loss)}", f"weight_decay={self.weight_decay:g}"]
+        if self.transform is not None:
+            parts.append(f"transform={_name(self.transform)}, seed={self.seed}")
+        if self.parameters is not None:
+            choice = self.parameters
+            parts.append(f"parameters={_name(choice) if callable(choice) else choice!r}")
+        return ", ".join(parts)
+
+    def freeze(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        *,
+        keep_bytes: int | None = None,
+        check_mean: bool = True,
+    ) -> "FrozenObjective":
+        """Bind the objective to a model and to one fixed draw of the data.
+
+        Args:
+            model: Any module whose outputs are a tensor, or have `.logits`.
+            data: Re-iterable of batches, each `(x, y)` or a mapping with a label entry.
+            keep_bytes: Prepared batches are kept on the device up to this size, and drawn again
+                from the same stream at each pass beyond it; the default is a quarter of the
+                free memory.
+            check_mean: Check that `loss` is a mean over samples where there are several batches.
+
+        Returns:
+            The frozen objective, after one pass over the data and two forward passes of one batch.
+        """
+        return FrozenObjective(self, model, data, keep_bytes, check_mean)
+
+
+class FrozenObjective:
+    """An objective on one model and one fixed draw of the data.
+
+    Attributes:
+        objective: The objective.
+        model: The model; never changed.
+        space: Its chosen parameters, copied at construction.
+        batches: The prepared batches.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        model: nn.Module,
+        data: Iterable[Any],
+        keep_bytes: int | None = None,
+        check_mean: bool = True,
+    ) -> None:
+        """Draw the data once; see `Objective.freeze`."""
+        self.objective = objective
+        self.model = model
+        self.space = ParameterSpace(model, objective.parameters)
+        device = self.space.device
+        self.batches = FrozenBatches(
+            data,
+            device=device,
+            dtype=self.space.dtype,
+            transform=objective.transform,
+            seed=objective.seed,
+            amount=functools.partial(amount_averaged, objective.loss),
+            keep_bytes=free_memory(device) // 4 if keep_bytes is None else keep_bytes,
+        )
+        self._check_model(check_mean)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples over all batches."""
+        return self.batches.num_samples
+
+    def outputs(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
+        """Return the model's raw output in evaluation mode with `parameters` in place."""
+        with eval_mode(self.model):
+            # Buffers are cloned: a module that writes to its own must not move this objective.
+            buffers = {name: t.clone() for name, t in self.space.buffers.items()}
+            state = {**self.space.fixed, **buffers, **parameters}
+            if isinstance(inputs, Mapping):
+                return functional_call(self.model, state, (), dict(inputs))
+            return functional_call(self.model, state, (inputs,))
+
+    def logits(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        """Return the model's outputs as one tensor."""
+        return as_logits(self.outputs(parameters, inputs))
+
+    def data_term(self, parameters: Mapping[str, Tensor], batch: PreparedBatch) -> Tensor:
+        """Return the mean loss of one batch, without weight decay."""
+        if self.objective.loss is None:
+            outputs = self.outputs(parameters, _with_labels(batch))
+            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
+            if not isinstance(loss, Tensor):
+                raise ValueError(
+                    "`loss=None` needs a model that returns its own `.loss`, got None; "
+                    "give the batch its labels."
+                )
+            return loss
+        return self.loss(self.logits(parameters, batch.inputs), batch)
+
+    def loss(self, logits: Tensor, batch: PreparedBatch) -> Tensor:
+        """Return the mean loss of one batch from its logits."""
+        if self.objective.loss is None or batch.targets is None:
+            raise ValueError(
+                "`data` must hold targets for a `loss(outputs, targets)`; pass (x, y), or a "
+                f"mapping with one of {LABEL_KEYS}."
+            )
+        return self.objective.loss(logits, batch.targets)
+
+    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return (λ/2) Σ_p ‖p‖² over the given parameters, accumulated in float64."""
+        squares = [p.double().square().sum() for p in parameters.values()]
+        return 0.5 * self.objective.weight_decay * torch.stack(squares).sum()
+
+    def value(self, parameters: Mapping[str, Tensor] | None = None) -> float:
+        """Return L(θ) over all data; one forward pass.
+
+        Args:
+            parameters: The chosen parameters by name; the copied ones by default.
+        """
+        parameters = self.space.values if parameters is None else parameters
+        with torch.no_grad():
+            total = self.penalty(parameters)
+            for batch in self.batches:
+                total = total + batch.weight * self.data_term(parameters, batch).double()
+        return float(total)
+
+    def _check_model(self, check_mean: bool) -> None:
+        batch = next(iter(self.batches))
+        inputs, size = batch.inputs, batch.size
+        cuda = [self.space.device] if self.space.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            if self.objective.loss is None:
+                self.data_term(self.space.values, batch)
+                return
+            once = self.logits(self.space.values, inputs)
+            again = self.logits(self.space.values, inputs)
+            if len(once) != size:
+                raise ValueError(
+                    f"`model` must return one output a sample, got shape {tuple(once.shape)} "
+                    f"for {size} samples."
+                )
+            if not torch.allclose(once, again, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise ValueError(
+                    "`model` must be deterministic in evaluation mode, got two different outputs "
+                    "for one batch; switch off its functional dropout or sampling."
+                )
+            self._check_labels(once)
+            loss = self.loss(once, batch)
+            if loss.dim() != 0:
+                raise ValueError(
+                    f"`loss` must return a scalar mean, got shape {tuple(loss.shape)}."
+                )
+            if check_mean and self.batches.num_batches > 1 and size > 1:
+                self._check_mean(once, batch, float(loss))
+
+    def _check_labels(self, logits: Tensor) -> None:
+        if self.batches.label_range is None or not is_classification(self.objective.loss):
+            return
+        low, high = self.batches.label_range
+        ignore = loss_settings(self.objective.loss)[1]
+        classes = logits.shape[1] if logits.dim() > 1 else 1
+        if high >= classes or (low < 0 and low != ignore):
+            raise ValueError(
+                f"`data` must have labels in 0 … {classes - 1} for the {classes} outputs of "
+                f"`model`, got labels from {low} to {high}."
+            )
+
+    def _check_mean(self, logits: Tensor, batch: PreparedBatch, loss: float) -> None:
+        targets = batch.targets
+        if targets is None or self.objective.loss is None:
+            return
+        cut = batch.size // 3 or 1
+        parts = [(logits[:cut], targets[:cut]), (logits[cut:], targets[cut:])]
+        amounts = [float(amount_averaged(self.objective.loss, t, len(t))) for _, t in parts]
+        if not min(amounts) > 0:
+            return
+        mean = sum(
+            a * float(self.objective.loss(o, t)) for a, (o, t) in zip(amounts, parts, strict=True)
+        ) / sum(amounts)
+        if abs(mean - loss) > 1e-2 * max(abs(mean), abs(loss)):
+            raise ValueError(
+                f"`loss` must be a mean over samples, got {loss:.6g} for a batch whose two parts "
+                f"average to {mean:.6g}; pass class weights as `nn.CrossEntropyLoss(weight=…)`, "
+                "or all samples as one batch."
+            )
+
+
+def as_logits(outputs: Any) -> Tensor:
+    """Return a model's output as one tensor: itself, or its `logits`.
+
+    Raises:
+        TypeError: If there is no such tensor.
+    """
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        outputs = outputs["logits"]
+    elif not isinstance(outputs, Tensor) and hasattr(outputs, "logits"):
+        outputs = outputs.logits
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"`model` must return a tensor or an object with `.logits`, got "
+            f"{type(outputs).__name__}; wrap the model."
+        )
+    return outputs
+
+
+def _with_labels(batch: PreparedBatch) -> Inputs:
+    if batch.targets is None or not isinstance(batch.inputs, Mapping):
+        return batch.inputs
+    return {**batch.inputs, "labels": batch.targets}
+
+
+def _name(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        keywords = ", ".join(f"{k}={v!r}" for k, v in function.keywords.items())
+        return f"{_name(function.func)}({keywords})"
+    name = getattr(function, "__name__", None) or getattr(function, "__qualname__", None)
+    return str(name) if name else repr(function)

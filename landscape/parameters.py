@@ -1,0 +1,132 @@
+"""The chosen parameters of a model as one flat vector.
+
+Curvature is taken with respect to a vector θ: the chosen parameters, raveled one after the other
+in the order of `model.named_parameters()`. A tied parameter is one parameter, under its first name.
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from landscape._checks import nearest
+
+Choice = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+class ParameterSpace:
+    """Values of the chosen parameters of a model, and the way between names and a flat vector.
+
+    Attributes:
+        names: Names of the chosen parameters, in order.
+        values: Name to a detached copy of the value at the time of construction.
+        fixed: Name to a detached copy of every other parameter.
+        buffers: Name to a detached copy of every buffer.
+        dim: Number of chosen scalars.
+        dtype: Precision of the flat vector.
+        device: Device of the model.
+    """
+
+    def __init__(self, model: nn.Module, choice: Choice = None) -> None:
+        """Copy the values of the chosen parameters.
+
+        Args:
+            model: Any module; all of it on one device.
+            choice: Glob pattern(s) over parameter names, or a predicate `(name, parameter)`;
+                `None` chooses every parameter. Only parameters with `requires_grad` count.
+
+        Raises:
+            ValueError: If no trainable parameter is chosen, a pattern matches nothing, or the
+                parameters are not materialised on one device.
+        """
+        chosen = _choose(model, choice)
+        _check_placement(model, chosen)
+        self.names = tuple(chosen)
+        self.values = {name: p.detach().clone() for name, p in chosen.items()}
+        self.fixed = {
+            name: t.detach().clone() for name, t in model.named_parameters() if name not in chosen
+        }
+        self.buffers = {name: t.detach().clone() for name, t in model.named_buffers()}
+        self.shapes = tuple(v.shape for v in self.values.values())
+        self._sizes = [v.numel() for v in self.values.values()]
+        self.dim = sum(self._sizes)
+        first = next(iter(self.values.values()))
+        self.device = first.device
+        self.dtype = first.dtype
+        for value in self.values.values():
+            self.dtype = torch.promote_types(self.dtype, value.dtype)
+
+    def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+        """Return the tensors (by name, or in order) as one vector of shape `(dim,)`."""
+        if isinstance(tensors, Mapping):
+            tensors = [tensors[name] for name in self.names]
+        return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return a vector of shape `(dim,)` as tensors by name (views where dtypes agree)."""
+        pieces = torch.split(vector, self._sizes)
+        return {
+            name: piece.view(shape).to(value.dtype)
+            for (name, value), piece, shape in zip(
+                self.values.items(), pieces, self.shapes, strict=True
+            )
+        }
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Return every parameter name, tied names included, to the first name of its parameter."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(p), name)
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "`model` must have a parameter with `requires_grad`, got none; "
+            "call `model.requires_grad_(True)`."
+        )
+    if choice is None:
+        return trainable
+    if callable(choice):
+        chosen = {n: p for n, p in trainable.items() if choice(n, p)}
+    else:
+        canonical = aliases(model)
+        wanted: set[str] = set()
+        for pattern in [choice] if isinstance(choice, str) else choice:
+            matched = {canonical[n] for n in fnmatch.filter(canonical, pattern)}
+            if not matched:
+                raise ValueError(
+                    f"`parameters` must match parameter names, got {pattern!r}, which matches "
+                    f"none; the nearest are {nearest(pattern, canonical)}."
+                )
+            wanted |= matched
+        chosen = {n: p for n, p in trainable.items() if n in wanted}
+    if not chosen:
+        raise ValueError(
+            f"`parameters` must choose a parameter with `requires_grad`, got {choice!r}, "
+            "which chooses none."
+        )
+    return chosen
+
+
+def _check_placement(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"`model` has the lazy parameter {name!r}; run one forward pass first."
+            )
+        if p.is_meta:
+            raise ValueError(f"`model` has {name!r} on the meta device; load its weights first.")
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"`model` must be on one device, got {sorted(devices)}.")
+    for name, p in chosen.items():
+        if not p.is_floating_point():
+            raise ValueError(f"`parameters` must be real and floating, got {p.dtype} in {name!r}.")

@@ -1,0 +1,191 @@
+"""Results: frozen dataclasses of NumPy arrays and numbers, one `.npz` each, nothing pickled.
+
+A file holds every array under its field path (`largest.values`) and one JSON string `meta` with
+the class name, the numbers, and where the result came from (`Provenance`).
+"""
+
+import dataclasses
+import io
+import json
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_FORMAT = "landscape result 1"
+
+
+class Result:
+    """Base of every result: `save`, `load` and `plot`.
+
+    Subclasses are frozen dataclasses whose fields are arrays, numbers, strings, `None`, other
+    results, or tuples and string-keyed dicts of these.
+    """
+
+    _classes: ClassVar[dict[str, type["Result"]]] = {}
+    _plot: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Result._classes[cls.__name__] = cls
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result to one `.npz` file, atomically, and return its path.
+
+        Args:
+            path: File to write; `.npz` is appended where it is missing.
+        """
+        path = Path(path)
+        if path.suffix != ".npz":
+            path = path.with_name(path.name + ".npz")
+        arrays: dict[str, np.ndarray] = {}
+        meta = json.dumps({"format": _FORMAT, "result": _encode(self, "", arrays)})
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, meta=np.array(meta), **arrays)
+        write_atomically(path, buffer.getvalue())
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a result that `save` wrote.
+
+        Args:
+            path: The `.npz` file.
+
+        Returns:
+            The result; its class is `cls` or a subclass of it.
+
+        Raises:
+            ValueError: If the file is damaged, foreign, or holds another kind of result.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            meta = json.loads(str(arrays.pop("meta")))
+            if meta["format"] != _FORMAT:
+                raise KeyError(meta["format"])
+            result = _decode(meta["result"], arrays)
+        except FileNotFoundError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"`path` must be a complete file written by `Result.save`, got {str(path)!r} "
+                f"({type(error).__name__}: {error}); compute the result again."
+            ) from error
+        if not isinstance(result, cls):
+            raise ValueError(
+                f"`path` must hold a {cls.__name__}, got a {type(result).__name__} in "
+                f"{str(path)!r}; load it with `{type(result).__name__}.load`."
+            )
+        return result
+
+    def plot(self, *, ax: "Axes | None" = None, **artist: Any) -> "Axes":
+        """Draw with the function of `landscape.plot` made for this result.
+
+        Args:
+            ax: Axes to draw on; fresh ones by default.
+            **artist: Passed to that function.
+
+        Returns:
+            The axes.
+
+        Raises:
+            TypeError: If no plot is made for this kind of result.
+        """
+        from landscape import plot
+
+        if self._plot is None:
+            raise TypeError(f"{type(self).__name__} has no plot of its own.")
+        axes: Axes = getattr(plot, self._plot)(self, ax=ax, **artist)
+        return axes
+
+
+@dataclass(frozen=True)
+class Provenance(Result):
+    """Where a result came from.
+
+    Attributes:
+        landscape: Version of this package.
+        torch: Version of PyTorch.
+        model: Class of the model.
+        num_parameters: Number of parameters that were probed.
+        objective: The objective in words: loss, weight decay, transform, parameters, seed.
+        num_samples: Number of samples in the data.
+        device: Device of the model, with its name.
+        dtype: Precision of the model.
+        seed: Initial seed of the probe's generator.
+        seconds: Wall time.
+        num_hvps: Hessian-vector products over all of the data.
+        num_forwards: Forward passes over all of the data.
+        settings: Other arguments of the probe.
+    """
+
+    landscape: str = ""
+    torch: str = ""
+    model: str = ""
+    num_parameters: int = 0
+    objective: str = ""
+    num_samples: int = 0
+    device: str = ""
+    dtype: str = ""
+    seed: int | None = None
+    seconds: float = 0.0
+    num_hvps: float = 0.0
+    num_forwards: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, Result) and dataclasses.is_dataclass(value):
+        fields = {
+            f.name: _encode(getattr(value, f.name), f"{path}{f.name}.", arrays)
+            for f in dataclasses.fields(value)
+        }
+        return {"class": type(value).__name__, "fields": fields}
+    if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            raise TypeError(f"A result holds no object arrays, got one in {path[:-1]!r}.")
+        arrays[path[:-1]] = value
+        return {"array": path[:-1]}
+    if isinstance(value, dict):
+        return {"dict": [[k, _encode(v, f"{path}{k}.", arrays)] for k, v in value.items()]}
+    if isinstance(value, tuple | list):
+        return [_encode(v, f"{path}{i}.", arrays) for i, v in enumerate(value)]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"A result cannot hold a {type(value).__name__} in {path[:-1]!r}.")
+
+
+def _decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(v, arrays) for v in value)
+    if not isinstance(value, dict):
+        return value
+    if "array" in value:
+        return arrays[value["array"]]
+    if "dict" in value:
+        return {k: _decode(v, arrays) for k, v in value["dict"]}
+    cls = Result._classes[value["class"]]
+    return cls(**{k: _decode(v, arrays) for k, v in value["fields"].items()})
