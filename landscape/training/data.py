@@ -10,7 +10,7 @@ Augmentation, if any, acts on the bytes of a batch before normalisation: `x = (b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from landscape._checks import check_at_least
+from landscape.batches import Transform
 from landscape.training.seeding import stream
-
-Transform = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 _ORDER, _AUGMENT = 0, 1  # which random stream of an epoch
 
@@ -126,6 +126,13 @@ class DeviceImages:
         """Where the images are and where batches are made."""
         return self.images.device
 
+    def __repr__(self) -> str:
+        shape, device = tuple(self.images.shape), self.device
+        return (
+            f"DeviceImages({shape} on {device}, {self.num_classes} classes, "
+            f"batch_size={self.batch_size}, shuffle={self.shuffle}, augment={self.augment!r})"
+        )
+
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
         full, rest = divmod(self.num_samples, self.batch_size)
@@ -146,8 +153,7 @@ class DeviceImages:
         Raises:
             ValueError: If `epoch` is negative.
         """
-        if epoch < 0:
-            raise ValueError(f"`epoch` must be at least 0, got {epoch}.")
+        check_at_least("epoch", epoch, 0)
         order = None
         if self.shuffle:
             permutation = torch.randperm(
@@ -290,5 +296,4 @@ def _check(data: DeviceImages) -> None:
             )
     if min(data.std) <= 0:
         raise ValueError(f"`std` must be positive, got {tuple(data.std)}.")
-    if data.batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {data.batch_size}.")
+    check_at_least("batch_size", data.batch_size, 1)

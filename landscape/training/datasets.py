@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from landscape._checks import check_choice
 from landscape.training.data import DeviceImages
 from landscape.training.formats import Bytes, read_cifar, read_idx
 
@@ -170,11 +171,9 @@ def load_images(
     Raises:
         ValueError: If the name or split is unknown, or a file is missing, truncated or corrupt.
     """
-    source = _SOURCES.get(name)
-    if source is None:
-        raise ValueError(f"`name` must be one of {', '.join(_SOURCES)}, got {name!r}.")
-    if split not in source.members:
-        raise ValueError(f"`split` must be one of {', '.join(source.members)}, got {split!r}.")
+    check_choice("name", name, tuple(_SOURCES))
+    source = _SOURCES[name]
+    check_choice("split", split, tuple(source.members))
     if root is not None:
         paths = _local_paths(Path(root), source, split)
     elif source.base_url is None:

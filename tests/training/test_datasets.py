@@ -182,10 +182,10 @@ def test_cut_cifar_archive_is_refused(tmp_path):
 
 def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(
-        ValueError, match="`name` must be one of fashion_mnist_mini, .* got 'mnist'"
+        ValueError, match="`name` must be one of 'fashion_mnist_mini', .* got 'mnist'"
     ):
         load_images("mnist")
-    with pytest.raises(ValueError, match="`split` must be one of train, test, got 'val'"):
+    with pytest.raises(ValueError, match="`split` must be one of 'train', 'test', got 'val'"):
         load_images("fashion_mnist_mini", split="val")
     with pytest.raises(ValueError, match="`root` must be an existing folder"):
         load_images("cifar10", root=tmp_path / "absent")
