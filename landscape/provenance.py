@@ -1,4 +1,4 @@
-"""Where a result came from, read off the frozen objective."""
+"""Where a result came from, read off the frozen objective or said by a probe of weights alone."""
 
 import functools
 from importlib.metadata import PackageNotFoundError, version
@@ -44,6 +44,34 @@ def provenance(
         seconds=seconds,
         num_hvps=num_hvps,
         num_forwards=num_forwards,
+        settings=settings or {},
+    )
+
+
+def weights_provenance(
+    *,
+    model: str = "",
+    num_parameters: int = 0,
+    seed: int | None = None,
+    seconds: float = 0.0,
+    settings: dict[str, Any] | None = None,
+) -> Provenance:
+    """Return the provenance of a result that weights alone went into, no data.
+
+    Args:
+        model: Class of the model, where it is known.
+        num_parameters: Number of parameters concerned.
+        seed: Initial seed of the generator.
+        seconds: Wall time.
+        settings: Other arguments.
+    """
+    return Provenance(
+        landscape=_version(),
+        torch=torch.__version__,
+        model=model,
+        num_parameters=num_parameters,
+        seed=seed,
+        seconds=seconds,
         settings=settings or {},
     )
 
