@@ -100,6 +100,10 @@ def read_trail(
         )
     states, steps = zip(*(read_state(source) for source in sources), strict=True)
     names = _parameter_names(states[-1], model)
+    if not names:
+        raise ValueError(
+            f"`checkpoints` must hold floating-point parameters, got only {list(states[-1])}."
+        )
     for index, state in enumerate(states):
         for name in names:
             if name not in state or state[name].shape != states[-1][name].shape:

@@ -37,8 +37,9 @@ def eigen_directions(
     """
     check_at_least("num", num, 1)
     started = time.perf_counter()
-    pairs = getattr(spectrum, "largest", spectrum)
-    vectors = getattr(pairs, "vectors", None if hasattr(pairs, "values") else pairs)
+    vectors = spectrum
+    if not isinstance(spectrum, np.ndarray | torch.Tensor):
+        vectors = getattr(getattr(spectrum, "largest", spectrum), "vectors", None)
     if vectors is None:
         raise ValueError("`spectrum` must hold eigenvectors, got none; compute it with vectors.")
     table = torch.as_tensor(vectors).detach().cpu().double()
