@@ -137,10 +137,10 @@ class EigenSearch:
             check_at_least("k", k, 1)
             if k > operator.dim:
                 raise ValueError(f"`k` must be at most the dimension {operator.dim}, got {k}.")
-        check_at_least("max_iter", max_iter, 1)
+        check_at_least("max_iter", max_iter, min(total, operator.dim))
         if not tol > 0:
             raise ValueError(f"`tol` must be positive, got {tol}.")
-        capacity, dtype = _basis_size(operator.dim, max_iter, max_basis)
+        capacity, dtype = _basis_size(operator.dim, max(max_iter, total + 2), max_basis)
         if capacity < min(total + 2, operator.dim):
             raise ValueError(
                 f"`max_basis` must be at least {total + 2} for {total} pairs, got {capacity}."

@@ -1,11 +1,14 @@
 """Symmetric linear operators: what the algorithms of this package see of a matrix."""
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 
 class SymmetricOperator(ABC):
@@ -66,8 +69,9 @@ class SymmetricOperator(ABC):
     def __matmul__(self, other: Tensor) -> Tensor:
         return self.matvec(other) if other.dim() == 1 else self.matmat(other)
 
-    def to_scipy(self) -> LinearOperator:
+    def to_scipy(self) -> "LinearOperator":
         """Return the operator for SciPy's solvers; vectors pass through the host."""
+        from scipy.sparse.linalg import LinearOperator  # slow to import
 
         def product(array: np.ndarray) -> np.ndarray:
             vectors = torch.from_numpy(np.ascontiguousarray(array).reshape(self.dim, -1))

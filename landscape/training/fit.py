@@ -1,0 +1,145 @@
+"""Plain training with the recipe of Park & Kim (2022), interruptible at any moment.
+
+    for each epoch: for each batch: transform, loss, gradient, clip, step
+
+Every random number of an epoch is a function of `(seed, epoch)`: the order and augmentation of
+`DeviceImages`, the draws of `transform`, and PyTorch's global stream, from which dropout and
+stochastic depth draw (it is forked around each epoch and left as found). So a run that was killed
+and resumed equals the uninterrupted one bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from landscape._checks import check_at_least, check_data
+from landscape._progress import track
+from landscape.batches import Transform
+from landscape.objective import Loss
+from landscape.training import loop, run
+from landscape.training.checkpoints import Named, plan
+from landscape.training.run import FitResult
+from landscape.training.schedule import Schedule, WarmupCosine, adamw
+
+
+def fit(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    epochs: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    schedule: Schedule | LRScheduler | None = None,
+    loss: Loss = F.cross_entropy,
+    transform: Transform | None = None,
+    clip: float | None = 5.0,
+    validation: Iterable[Any] | None = None,
+    folder: str | PathLike[str] | None = None,
+    checkpoints: Collection[Named] = (),
+    trajectory: bool | int = False,
+    resume: bool = False,
+    bfloat16: bool | None = None,
+    channels_last: bool | None = None,
+    seed: int = 0,
+    callback: Callable[[FitResult], None] | None = None,
+    progress: bool = False,
+) -> FitResult:
+    """Train a model in place; return the history and the checkpoints.
+
+    The defaults are the recipe of Park & Kim (2022) for CNNs and ViTs alike: AdamW with learning
+    rate 1.25e-4 and weight decay 0.05 on every parameter, 5 epochs of warm-up, cosine to 0,
+    gradient norm clipped at 5. Augmentation, mixup, cutmix and label smoothing are a `transform`
+    (see `recipe`); stochastic depth belongs to the model.
+
+    Args:
+        model: Any module, on the device and in the precision to train in. Training flags and
+            memory format are left as found, gradients are cleared.
+        data: Re-iterable of batches, each `(x, y)` or a mapping. Of `DeviceImages` each epoch is
+            taken with its own augmentation and, where `shuffle` is set, its own order.
+        epochs: Number of epochs in all, those of the warm-up included.
+        optimizer: Optimizer on the model's parameters; `adamw(model)` by default.
+        schedule: Function of the position in epochs that returns the factor on the optimizer's
+            learning rates, evaluated at every step; or a PyTorch scheduler on `optimizer`, stepped
+            after every epoch. By default `WarmupCosine(epochs, min(5, epochs - 1))`.
+        loss: `loss(outputs, targets)`, mean over the samples of a batch.
+        transform: Applied to `(x, y, generator)` of every training batch, drawn anew each time.
+        clip: Largest norm of the gradient over all parameters; `None` does not clip.
+        validation: Re-iterable of batches, evaluated after every epoch.
+        folder: Where checkpoints, the state to resume from and `log.csv` go; `None` writes nothing.
+        checkpoints: Epochs whose weights are kept: numbers (epochs done), `"init"`, `"warmup"`
+            (after `schedule.warmup_epochs`), `"last"`.
+        trajectory: Keep the weights of the initialisation, after every epoch (`True`) or every so
+            many, and of the last epoch.
+        resume: Go on where the run in `folder` stopped; start afresh where there is none. A
+            finished run is returned at once, its weights loaded into `model`.
+        bfloat16: Forward pass under bfloat16 autocast; by default on CUDA only (slower on CPUs).
+        channels_last: Train in channels-last memory format; by default where the model has a
+            convolution with overlapping windows.
+        seed: Seed of `transform`, dropout and stochastic depth; `DeviceImages` has its own.
+        callback: Called with the history so far after every epoch, once it is on disk.
+        progress: Whether to show a bar.
+
+    Returns:
+        History, checkpoints and trajectory.
+
+    Raises:
+        ValueError: If an argument is out of range, or `folder` holds another run.
+        FloatingPointError: If loss or weights become NaN or infinite. The model then holds the
+            weights of the end of the last good epoch, and so does the state in `folder`.
+    """
+    check_data(data)
+    if validation is not None:
+        check_data(validation)
+    check_at_least("epochs", epochs, 1)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"`clip` must be positive or None, got {clip}.")
+    optimizer = optimizer or adamw(model)
+    schedule = schedule or WarmupCosine(epochs, min(5, epochs - 1))
+    step = loop.Step(model, optimizer, loss, transform, clip, bfloat16=False)
+    if bfloat16 or (bfloat16 is None and step.device.type == "cuda"):
+        step = replace(step, bfloat16=True)
+    this = run.Run(
+        step=step,
+        data=data,
+        validation=validation,
+        schedule=schedule,
+        epochs=epochs,
+        seed=seed,
+        saves=plan(folder, checkpoints, trajectory, epochs, schedule),
+        rates=tuple(group["lr"] for group in optimizer.param_groups),
+    )
+    if channels_last is None:
+        channels_last = loop.is_convolutional(model)
+    with loop.channels_last_format(model, channels_last), loop.training_mode(model):
+        try:
+            history = _train(this, resume, callback, progress)
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+            if not isinstance(schedule, LRScheduler):
+                for group, rate in zip(optimizer.param_groups, this.rates, strict=True):
+                    group["lr"] = rate
+    return run.result(this, history)
+
+
+def _train(
+    this: run.Run, resume: bool, callback: Callable[[FitResult], None] | None, progress: bool
+) -> run.History:
+    """Run the epochs that are not done yet and return the history of all."""
+    history = run.start(this, resume)
+    done = len(history["epoch"])
+    nothing: tuple[int, ...] = ()
+    with track(nothing, "Training", progress, total=this.epochs * this.num_batches) as bar:
+        bar.update(done * this.num_batches)
+        for epoch in range(done, this.epochs):
+            run.run_epoch(this, epoch, history, bar)
+            run.write(this, history)
+            if callback is not None:
+                callback(run.result(this, history))
+    return history

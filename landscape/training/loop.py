@@ -1,0 +1,232 @@
+"""One epoch of training and one of validation, and the state they run in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from landscape.batches import Inputs, Transform, split_batch
+from landscape.losses import amount_averaged
+from landscape.objective import Loss, as_logits
+from landscape.restore import eval_mode
+from landscape.training.data import DeviceImages
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every training step does: transform, loss, gradient, clip, update.
+
+    Attributes:
+        model: Model in training mode.
+        optimizer: Optimizer on its parameters.
+        loss: `loss(outputs, targets)`, a mean over samples.
+        transform: Random transform of a batch, or `None`.
+        clip: Largest norm of the gradient, or `None`.
+        bfloat16: Whether the forward pass runs under bfloat16 autocast.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+    transform: Transform | None
+    clip: float | None
+    bfloat16: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self.model.parameters()).device
+
+
+class Means:
+    """Running means of loss and accuracy over samples, kept on the device until asked for."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._loss: Tensor | float = 0.0
+        self._amount: Tensor | float = 0.0
+        self._correct: Tensor | float = 0.0
+        self._size = 0
+
+    def add(self, step: Step, value: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Count the mean loss `value` and the outputs of one batch."""
+        value, logits, size = value.detach(), logits.detach(), len(targets)
+        amount = amount_averaged(step.loss, targets, size)
+        self._losses.append(value)
+        self._loss = self._loss + value.double() * amount
+        self._amount = self._amount + amount
+        self._correct = self._correct + _share_correct(logits, targets) * size
+        self._size += size
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches counted."""
+        return len(self._losses)
+
+    def first_bad(self) -> int | None:
+        """Return the index of the first batch whose loss is not finite, or `None`."""
+        bad = (~torch.stack(self._losses).isfinite()).nonzero()
+        return int(bad[0]) if len(bad) else None
+
+    def loss(self) -> float:
+        """Return the mean loss per sample."""
+        return float(self._loss / self._amount) if self._size else float("nan")
+
+    def accuracy(self) -> float:
+        """Return the share of correct predictions; NaN where the targets are no classes."""
+        return float(self._correct) / self._size if self._size else float("nan")
+
+
+def train_epoch(
+    step: Step,
+    batches: Iterable[Any],
+    generator: torch.Generator,
+    before_step: Callable[[int], None],
+) -> Means:
+    """Take one optimizer step a batch.
+
+    Args:
+        step: What a step does.
+        batches: Batches of this epoch.
+        generator: Source of `step.transform`.
+        before_step: Called with the index of each step, to set the learning rate.
+
+    Returns:
+        Means over the epoch. A loss that is not finite does not stop it: looking would make the
+        host wait for the device at every step.
+
+    Raises:
+        ValueError: If there is no batch, or one has no targets.
+    """
+    means = Means()
+    parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
+    for index, raw in enumerate(batches):
+        before_step(index)
+        inputs, targets = _prepare(step, raw, index)
+        if step.transform is not None:
+            inputs, targets = step.transform(inputs, targets, generator)
+        logits, value = _forward(step, inputs, targets)
+        step.optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        if step.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, step.clip)
+        step.optimizer.step()
+        means.add(step, value, logits, targets)
+    if not means.num_batches:
+        raise ValueError("`data` must yield at least one batch, got none; is it empty?")
+    return means
+
+
+def validate(step: Step, data: Iterable[Any]) -> Means:
+    """Return the mean loss and accuracy in evaluation mode, without transform.
+
+    Args:
+        step: Whose model and loss to use.
+        data: Batches.
+
+    Returns:
+        Means over all samples.
+    """
+    means = Means()
+    with torch.no_grad(), eval_mode(step.model):
+        for index, raw in enumerate(data):
+            inputs, targets = _prepare(step, raw, index)
+            logits, value = _forward(step, inputs, targets)
+            means.add(step, value, logits, targets)
+    return means
+
+
+def epoch_batches(data: Iterable[Any], epoch: int) -> Iterable[Any]:
+    """Return the batches of an epoch: those with its own order where `data` knows of epochs."""
+    return data.batches(epoch) if isinstance(data, DeviceImages) else data
+
+
+@contextmanager
+def global_stream(device: torch.device, seed: int) -> Iterator[None]:
+    """Give PyTorch's global random streams a seed, and put them back as they were afterwards."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        # `torch.manual_seed` would also seed devices that are not forked here.
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in training mode, and each back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def channels_last_format(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Keep 4-D parameters in channels-last memory format meanwhile; their values do not change."""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+    wanted = wanted and not all(
+        weight.is_contiguous(memory_format=torch.channels_last) for weight in weights
+    )
+    if wanted:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        if wanted:
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Return whether a convolution has overlapping windows; a ViT's patch embedding has not."""
+    return any(
+        isinstance(module, nn.Conv2d)
+        and any(k > s for k, s in zip(module.kernel_size, module.stride, strict=True))
+        for module in model.modules()
+    )
+
+
+def _prepare(step: Step, raw: Any, index: int) -> tuple[Inputs, Tensor]:
+    """Return the inputs and targets of a raw batch where the model is and in its precision."""
+    inputs, targets = split_batch(raw, index)
+    if targets is None:
+        raise ValueError(f"`data` must hold targets, got none in batch {index}; pass (x, y).")
+    parameter = next(step.model.parameters())
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+
+    if isinstance(inputs, Mapping):
+        return {name: place(value) for name, value in inputs.items()}, place(targets)
+    return place(inputs), place(targets)
+
+
+def _forward(step: Step, inputs: Inputs, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits and mean loss of a batch."""
+    with torch.autocast(step.device.type, torch.bfloat16, enabled=step.bfloat16):
+        if isinstance(inputs, Mapping):
+            logits = as_logits(step.model(**inputs))
+        else:
+            logits = as_logits(step.model(inputs))
+        return logits, step.loss(logits, targets)
+
+
+def _share_correct(logits: Tensor, targets: Tensor) -> Tensor | float:
+    """Return the share of predictions that agree with the (heaviest) target class."""
+    if targets.is_floating_point() and targets.shape == logits.shape and logits.ndim > 1:
+        targets = targets.argmax(1)
+    if targets.is_floating_point() or logits.ndim < 2:
+        return float("nan")
+    return (logits.argmax(1) == targets).double().mean()

@@ -1,0 +1,338 @@
+"""`fit`: what it computes, what it writes, what it leaves alone."""
+
+import csv
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from landscape.training import DeviceImages, FitResult, WarmupCosine, fit
+
+
+def make_model(seed=0, dropout=0.2):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        )
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (22, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(22) % 3
+    return DeviceImages(images, labels, mean=(0.5,), std=(0.3,), batch_size=8, shuffle=True)
+
+
+def jitter(x, y, generator):
+    soft = F.one_hot(y, 3).float() * 0.9 + 0.1 / 3
+    return x + 0.1 * torch.randn(x.shape, generator=generator), soft
+
+
+def states_equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_weights_equal_those_of_a_plain_loop(data):
+    model, twin = make_model(dropout=0.0), make_model(dropout=0.0)
+    fit(
+        model,
+        data,
+        epochs=3,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+        schedule=WarmupCosine(3, 1),
+        clip=0.5,
+        channels_last=False,
+    )
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.1)
+    clipped = 0
+    for epoch in range(3):
+        for index, (x, y) in enumerate(data.batches(epoch)):
+            t = epoch + index / 3
+            optimizer.param_groups[0]["lr"] = 0.01 * (
+                t if t < 1 else (1 + math.cos(math.pi * (t - 1) / 2)) / 2
+            )
+            optimizer.zero_grad()
+            F.cross_entropy(twin(x), y).backward()
+            clipped += int(nn.utils.clip_grad_norm_(twin.parameters(), 0.5) > 0.5)
+            optimizer.step()
+    assert clipped > 0
+    assert states_equal(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("batch_size", [7, 8, 22])
+def test_history_holds_means_over_samples_however_batched(data, batch_size):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    x, y = next(iter(data.with_(batch_size=22)))
+    expected_loss = F.cross_entropy(model(x), y).item()
+    expected_accuracy = (model(x).argmax(1) == y).float().mean().item()
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    data = data.with_(batch_size=batch_size)
+    result = fit(model, data, epochs=1, optimizer=still, validation=data)
+    for part in ("train", "validation"):
+        assert getattr(result, f"{part}_loss")[0] == pytest.approx(expected_loss, rel=1e-6)
+        accuracy = getattr(result, f"{part}_accuracy")[0]
+        assert accuracy == pytest.approx(expected_accuracy, rel=1e-6)
+
+
+def test_validation_runs_in_evaluation_mode_and_without_the_transform(data):
+    model = make_model(dropout=0.5)
+    result = fit(model, data, epochs=1, transform=jitter, validation=data)
+    x, y = next(iter(data.with_(batch_size=22)))
+    expected = F.cross_entropy(model.eval()(x), y).item()
+    assert result.validation_loss[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_training_learns_and_the_history_says_so(data):
+    model = make_model(dropout=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    result = fit(model, data, epochs=30, optimizer=optimizer, transform=jitter)
+    assert result.train_accuracy[-1] > 0.7 > 0.5 > result.train_accuracy[0]
+    assert result.train_loss[-1] < result.train_loss[0]
+    assert result.epoch.tolist() == list(range(1, 31))
+    assert np.isnan(result.validation_loss).all()
+    assert (result.seconds > 0).all()
+
+
+def test_everything_but_the_weights_is_left_as_found(data):
+    model = make_model()
+    model[1].eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    modes = [module.training for module in model.modules()]
+    parameters = dict(model.named_parameters())
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    fit(model, data, epochs=2, optimizer=optimizer, transform=jitter, validation=data)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model[0].weight.is_contiguous()
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_flags_are_put_back_after_an_exception(data):
+    model = make_model().eval()
+
+    def fail(x, y, generator):
+        raise RuntimeError("broken transform")
+
+    with pytest.raises(RuntimeError, match="broken transform"):
+        fit(model, data, epochs=1, transform=fail)
+    assert not any(module.training for module in model.modules())
+
+
+def test_same_seed_same_weights_whatever_the_global_state(data):
+    states = []
+    for global_seed, seed in ((0, 0), (1, 0), (0, 1)):
+        model = make_model(dropout=0.5)
+        torch.manual_seed(global_seed)
+        fit(model, data, epochs=2, transform=jitter, seed=seed)
+        states.append(model.state_dict())
+    assert states_equal(states[0], states[1])
+    assert not states_equal(states[0], states[2])
+
+
+def test_named_checkpoints_and_trajectory_are_the_weights_of_their_epochs(data, tmp_path):
+    model = make_model()
+    seen = {0: {name: tensor.clone() for name, tensor in model.state_dict().items()}}
+
+    def remember(history):
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        seen[len(history.epoch)] = state
+
+    result = fit(
+        model,
+        data,
+        epochs=5,
+        schedule=WarmupCosine(5, 2),
+        folder=tmp_path,
+        checkpoints=("init", "warmup", 3, "last"),
+        trajectory=2,
+        callback=remember,
+    )
+    assert list(result.checkpoints) == ["init", "warmup", 3, "last"]
+    for name, epoch in (("init", 0), ("warmup", 2), (3, 3), ("last", 5)):
+        state = torch.load(result.checkpoints[name], weights_only=True)
+        assert states_equal(state, seen[epoch])
+        make_model(seed=9).load_state_dict(state)
+    trajectory = [torch.load(path, weights_only=True) for path in result.trajectory]
+    assert len(trajectory) == 4
+    for state, epoch in zip(trajectory, (0, 2, 4, 5), strict=True):
+        assert states_equal(state, seen[epoch])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"epoch-{epoch:05d}.pt" for epoch in (0, 2, 3, 4, 5)} | {
+        "resume-00004.pt",
+        "resume-00005.pt",
+        "log.csv",
+    }
+
+
+def test_trajectory_true_keeps_every_epoch(data, tmp_path):
+    result = fit(make_model(), data, epochs=3, folder=tmp_path, trajectory=True)
+    assert [path[-8:-3] for path in result.trajectory] == ["00000", "00001", "00002", "00003"]
+
+
+def test_log_and_saved_result_hold_the_history(data, tmp_path):
+    result = fit(make_model(), data, epochs=3, folder=tmp_path, validation=data, checkpoints=[1])
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    for column in rows[0]:
+        values = [float(row[column]) for row in rows]
+        assert values == getattr(result, column).tolist()
+    loaded = FitResult.load(result.save(tmp_path / "result"))
+    assert loaded.checkpoints == result.checkpoints
+    assert np.array_equal(loaded.train_loss, result.train_loss)
+
+
+@pytest.mark.parametrize("where", ["loss", "weights"])
+def test_nan_stops_with_the_last_good_weights(data, tmp_path, where):
+    model = make_model(dropout=0.0)
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(0)
+        value = F.cross_entropy(outputs, targets)
+        if len(calls) == 5 and where == "loss":
+            return value * float("nan")
+        if len(calls) == 6 and where == "weights":  # a finite value with an infinite gradient
+            return value + (outputs.sum() - outputs.sum().detach()) * float("inf")
+        return value
+
+    kept = {}
+
+    def remember(history):
+        kept.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    message = {"loss": "loss of step 2 in epoch 2 .* end of epoch 1", "weights": "in epoch 2"}
+    with pytest.raises(FloatingPointError, match=message[where]):
+        fit(model, data, epochs=4, loss=loss, folder=tmp_path, callback=remember, clip=None)
+    assert states_equal(model.state_dict(), kept)
+    assert {path.name for path in tmp_path.glob("resume*")} == {"resume-00001.pt"}
+
+
+def test_pytorch_scheduler_is_stepped_once_an_epoch(data):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+    result = fit(model, data, epochs=5, optimizer=optimizer, schedule=schedule)
+    np.testing.assert_allclose(result.learning_rate, [1, 1, 0.1, 0.1, 0.01])
+
+
+def test_default_schedule_warms_up_and_ends_near_zero(data):
+    result = fit(make_model(), data, epochs=8)
+    rates = result.learning_rate / 1.25e-4
+    last_step = np.arange(8) + 2 / 3
+    expected = [WarmupCosine(8, 5)(position) for position in last_step]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+def test_mapping_batches_and_outputs_with_logits(data):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_model(dropout=0.0)
+
+        def forward(self, pixel_values):
+            return SimpleNamespace(logits=self.net(pixel_values))
+
+    model, plain = Wrapped(), make_model(dropout=0.0)
+    mappings = [{"pixel_values": x, "labels": y} for x, y in data]
+    fit(model, mappings, epochs=2)
+    fit(plain, list(data), epochs=2)
+    assert states_equal(model.net.state_dict(), plain.state_dict())
+
+
+def test_float64_model_trains_in_float64(data):
+    model = make_model(dropout=0.0).double()
+    fit(model, data, epochs=1, transform=jitter)
+    assert model[0].weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("option", ["channels_last", "bfloat16"])
+def test_options_for_speed_change_only_rounding(data, option):
+    losses = {}
+    for value in (False, True):
+        model = make_model(dropout=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        result = fit(model, data, epochs=3, optimizer=optimizer, **{option: value})
+        losses[value] = result.train_loss
+        assert model[0].weight.is_contiguous()
+    tolerance = {"channels_last": 1e-5, "bfloat16": 2e-2}[option]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=tolerance)
+    if option == "bfloat16":
+        assert not np.array_equal(losses[True], losses[False])
+
+
+def test_channels_last_is_the_default_for_conv_nets_only(data):
+    formats = []
+
+    def spy(outputs, targets):
+        formats.append(model[0].weight.is_contiguous())
+        return F.cross_entropy(outputs, targets)
+
+    for kernel in (3, 2):  # overlapping windows, and patches side by side
+        conv = nn.Conv2d(2, 4, kernel, stride=2)
+        widen = DeviceImages(
+            data.images.repeat(1, 2, 1, 1), data.labels, mean=(0.5,) * 2, std=(0.3,) * 2
+        )
+        model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        fit(model, widen, epochs=1, loss=spy)
+    assert formats == [False, True]
+
+
+def test_bar_only_on_request(data, capsys):
+    fit(make_model(), data, epochs=2)
+    assert capsys.readouterr() == ("", "")
+    fit(make_model(), data, epochs=2, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Epoch 2/2" in shown.err
+    assert "6/6" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
+        ({"clip": 0.0}, "`clip` must be positive or None, got 0.0"),
+        ({"checkpoints": ["init"], "folder": None}, "`folder` must be given"),
+        ({"trajectory": True, "folder": None}, "`folder` must be given"),
+        ({"resume": True, "folder": None}, "`folder` must be given to `resume`"),
+        ({"checkpoints": [4]}, "`checkpoints` must be epochs from 0 to 3, .* got 4"),
+        ({"checkpoints": ["end"]}, "got 'end'"),
+        ({"checkpoints": ["warmup"], "schedule": lambda _: 1.0}, "where `schedule` has"),
+        ({"trajectory": -1}, "`trajectory` must be at least 0, got -1"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_before_training(data, tmp_path, arguments, match):
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        fit(model, data, **{"epochs": 3, "folder": tmp_path, **arguments})
+    assert states_equal(model.state_dict(), before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_data_are_refused(data):
+    with pytest.raises(TypeError, match="one-shot"):
+        fit(make_model(), iter(data), epochs=1)
+    with pytest.raises(ValueError, match="`data` must hold targets, got none in batch 0"):
+        fit(make_model(), [{"input": torch.zeros(2, 1, 6, 6)}], epochs=1)
+    with pytest.raises(ValueError, match="`data` must yield at least one batch"):
+        fit(make_model(), [], epochs=1)
