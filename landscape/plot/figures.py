@@ -5,33 +5,26 @@ Every function returns a `matplotlib.figure.Figure` that no global state knows o
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 
 from landscape.plot import style
+from landscape.plot.density import finite_eigenvalues
 from landscape.plot.hessian import (
     MAX_LABEL,
     Half,
-    finite_eigenvalues,
     hessian_max_spectrum,
     limit_eigenvalues,
     room_for_legend,
 )
-from landscape.plot.surface import (
-    LABELS,
-    Quantity,
-    color_bar,
-    loss_surface,
-    make_norm,
-    shared_limits,
-)
+from landscape.plot.scale import LABELS, Quantity, color_bar, make_norm, shared_limits
+from landscape.plot.surface import loss_surface
 from landscape.plot.trajectory import polar_trajectory
 
 if TYPE_CHECKING:
@@ -147,12 +140,10 @@ def _draw_surfaces(figure: Figure | SubFigure, results: "Surfaces") -> None:
     count = len(results)
     scale = _shared_scale(results, "loss")
     for column, (name, result) in enumerate(results.items()):
-        place = (column / count, 0.44, 1 / count, 0.5)
+        place = (column / count, 0.44, 0.96 / count, 0.5)
         ax: Any = figure.add_axes(place, projection="3d")
         loss_surface(result, ax=ax, **scale)
         _trim_surface3d(ax, zoom=min(1.08, 2.4 / count))
-        if count > 2 and column < count - 1:
-            ax.set_zlabel("")  # the scale is common
         figure.text((column + 0.5) / count, 0.99, name, ha="center", va="top", size=9)
     for block, quantity in enumerate(_TERMS):
         _draw_contours(figure, results, quantity, block)
@@ -193,7 +184,7 @@ def _trim_surface3d(ax: Any, zoom: float) -> None:
     """Move labels and ticks of 3D axes close to the box, for a panel of a few inches."""
     ax.view_init(elev=22, azim=-60)
     ax.set_box_aspect((1, 1, 0.7), zoom=zoom)
-    ax.set(xlabel="$a$", ylabel="$b$")
+    ax.set(xlabel="$a$", ylabel="$b$", zlabel="Loss (nats)")  # in full at its colour bar
     for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
         axis.set_tick_params(pad=-3)
         axis.labelpad = -9
@@ -240,8 +231,9 @@ def _trim_spectrum(ax: Axes, half: Half) -> None:
     ax.set(yticks=[], xlabel="", ylabel="")
     ax.spines["left"].set_visible(half == "positive")
     ax.spines["right"].set_visible(half == "negative")
-    for text in cast(Legend, ax.get_legend()).get_texts():
-        text.set_fontsize(style.NOTE_SIZE)
+    side = "upper left" if half == "negative" else "upper right"
+    legend: dict[str, Any] = {"loc": side, "fontsize": style.NOTE_SIZE, "labelspacing": 0.3}
+    ax.legend(**legend)
 
 
 def _spread_far(results: Iterable["HessianMaxSpectrum"]) -> bool:

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from landscape.plot import style
-from landscape.plot.hessian import MAX_LABEL, finite_eigenvalues, half_density
-from landscape.plot.surface import (
+from landscape.plot.density import finite_eigenvalues, half_density
+from landscape.plot.hessian import MAX_LABEL
+from landscape.plot.scale import (
     LABELS,
     Quantity,
     finite_values,

@@ -88,8 +88,8 @@ def trajectory(
     ax = ax if ax is not None else plt.subplots()[1]
     (drawn,) = ax.plot(*coordinates.T, **{"marker": "o", "ms": 2, **_labelled(label), **line})
     color = drawn.get_color()
-    ax.plot(*coordinates[0], "*", ms=6, color=color, mec="w", mew=0.4, gid="w_init", zorder=3)
-    ax.plot(*coordinates[-1], "s", ms=4, color=color, mec="w", mew=0.4, gid="w_opt", zorder=3)
+    ax.plot(*coordinates[0], "*", ms=6, color=color, mec="k", mew=0.4, gid="w_init", zorder=3)
+    ax.plot(*coordinates[-1], "s", ms=4, color=color, mec="k", mew=0.4, gid="w_opt", zorder=3)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
     return ax
 
