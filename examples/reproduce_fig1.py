@@ -30,7 +30,7 @@ from claims import Claim, Measured, format_table
 import landscape
 from landscape import HessianMaxSpectrum, LossSurface, Objective, PolarTrajectory, Result
 from landscape.models import create_model
-from landscape.training import DeviceImages, WarmupCosine, adamw, fit, load_images, recipe
+from landscape.training import WarmupCosine, adamw, fit, load_images, recipe
 
 R = TypeVar("R", bound=Result)
 
@@ -173,9 +173,7 @@ def compute_model(setting: Setting, index: int, work: Path, root: str | None) ->
         lambda: landscape.polar_trajectory(history.trajectory, model=model),
     )
     # What was optimised: NLL + L2 on augmented images, one draw of the augmentation for all.
-    objective = Objective(
-        weight_decay=setting.weight_decay, transform=augment, seed=setting.seed
-    )
+    objective = Objective(weight_decay=setting.weight_decay, transform=augment, seed=setting.seed)
     tenth = train.subset(16 * setting.hessian_batches).with_(batch_size=16, shuffle=False)
     for epoch in ("warmup", *setting.hessian_epochs):
         load_weights(model, history.checkpoints[epoch], device)

@@ -11,13 +11,7 @@ from landscape.linalg.operators import MatrixOperator, SymmetricOperator
 from landscape.linalg.quadrature import SpectralDensity
 from landscape.linalg.trace import TraceEstimate
 from landscape.objective import Objective
-from landscape.probes.directions import (
-    Directions,
-    between,
-    eigen_directions,
-    pca_directions,
-    random_directions,
-)
+from landscape.probes.directions import Directions, random_directions
 from landscape.probes.hessian import (
     HessianMaxSpectrum,
     HessianSpectrum,
@@ -26,6 +20,7 @@ from landscape.probes.hessian import (
     hessian_spectrum,
     hessian_trace,
 )
+from landscape.probes.planes import between, eigen_directions, pca_directions
 from landscape.probes.surface import LossLine, LossSurface, loss_line, loss_surface
 from landscape.probes.trajectory import (
     PolarTrajectory,
