@@ -196,9 +196,11 @@ def _trim_surface3d(ax: Any, zoom: float) -> None:
 
 
 def _draw_trajectories(figure: Figure | SubFigure, results: "Trajectories") -> None:
-    ax = figure.add_axes((0.1, 0.2, 0.8, 0.7), projection="polar")
+    ax: Any = figure.add_axes((0.1, 0.2, 0.8, 0.7), projection="polar")
     for name, result in results.items():
         polar_trajectory(result, ax=ax, label=name)
+    if ax.get_thetamax() > 90:  # a half disc has labels on both sides
+        ax.set_position((0.17, 0.2, 0.66, 0.7))
     ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 5, 10]))
 
 

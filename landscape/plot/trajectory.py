@@ -104,14 +104,17 @@ def known_angles(result: "PolarTrajectory") -> NDArray[np.float64]:
 
 def _label(ax: PolarAxes, wide: bool) -> None:
     """Put label and legend around the sector: it is a quarter or a half disc in a square."""
-    figure: Any = ax.figure
-    below = ScaledTranslation(0, -18 / 72, figure.dpi_scale_trans)  # room for ticks
+    scale = ax.figure.dpi_scale_trans
+    edge = 0.25 if wide else 0.0
+    below_ticks = ax.transAxes + ScaledTranslation(0, -18 / 72, scale)
+    below_label = ax.transAxes + ScaledTranslation(0, -32 / 72, scale)
     ax.set_xlabel(POLAR_LABEL, va="top")
-    ax.xaxis.set_label_coords(0.5, 0.25 if wide else 0.0, transform=ax.transAxes + below)
+    ax.xaxis.set_label_coords(0.5, edge, transform=below_ticks)
+    legend: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.15, 1.15)}
     if wide:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3, columnspacing=1)
-    else:
-        ax.legend(loc="upper right", bbox_to_anchor=(1.15, 1.15))
+        legend = {"loc": "upper center", "bbox_to_anchor": (0.5, edge), "ncols": 3}
+        legend |= {"bbox_transform": below_label, "columnspacing": 1}
+    ax.legend(**legend)
 
 
 def _labelled(label: str | None) -> dict[str, str]:

@@ -24,8 +24,12 @@ def surfaces(count=2):
 
 def spectra(epochs=EPOCHS, scale=1.0):
     return {
-        "ResNet": {e: random_spectrum(i, negative=0, scale=30) for i, e in enumerate(epochs)},
-        "ViT": {e: random_spectrum(9 + i, scale=30 * scale) for i, e in enumerate(epochs)},
+        "ResNet": {
+            e: random_spectrum(i, negative=0, scale=60 - 10 * i) for i, e in enumerate(epochs)
+        },
+        "ViT": {
+            e: random_spectrum(9 + i, scale=(60 - 10 * i) * scale) for i, e in enumerate(epochs)
+        },
     }
 
 
@@ -113,6 +117,18 @@ def test_figure1c_has_a_row_an_epoch_and_a_scale_a_half(epochs):
         assert labels[1].endswith(f"n = {n}")
 
 
+@pytest.mark.parametrize("scale", [1, 100])
+def test_legends_of_figure1c_lie_above_the_densities(scale):
+    figure = plot.figure1c(spectra(scale=scale))
+    FigureCanvasAgg(figure).draw()
+    for ax in figure.axes:
+        texts = ax.get_legend().get_texts()
+        floor = min(text.get_window_extent().y0 for text in texts)
+        curves = [line for line in ax.lines if line.get_gid() == "density"]
+        tops = [ax.transData.transform(line.get_xydata())[:, 1] for line in curves]
+        assert max(top.max() for top in tops if top.size) < floor
+
+
 @pytest.mark.parametrize(("scale", "axis"), [(1, "linear"), (100, "symlog")])
 def test_figure1c_is_logarithmic_where_a_spectrum_would_be_a_needle(scale, axis):
     figure = plot.figure1c(spectra(EPOCHS[:2], scale))
@@ -142,8 +158,9 @@ def test_figure1_composes_the_panels_at_text_width(tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
-def test_texts_of_figure1_stay_on_the_page_and_apart():
-    trajectories = {"ResNet": polar(), "ViT": polar((1, 0.7, 0.3, 0))}
+@pytest.mark.parametrize("angle", [1.2, 2.2], ids=["quarter disc", "half disc"])
+def test_texts_of_figure1_stay_on_the_page_and_apart(angle):
+    trajectories = {"ResNet": polar(), "ViT": polar(angle=(0, 0.6, angle, np.nan))}
     results = surfaces()
     results["ResNet"] = surface(missing=[(6, 4), (0, 0)])
     figure = plot.figure1(results, trajectories, spectra())

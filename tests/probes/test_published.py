@@ -71,6 +71,14 @@ def test_axes_are_found_whatever_the_order_of_the_rows(tmp_path, order):
     assert finite.sum() == 4
 
 
+def test_coordinates_that_differ_by_rounding_are_one(tmp_path):
+    points = [(0.0, 0.0), (0.1 + 0.2, 0.0), (0.0, 0.7), (0.3, 0.1 * 7)]
+    assert len({x for x, _ in points}) == 3
+    surface = load_published_surface(write(tmp_path / "a.csv", points, range(4)))
+    np.testing.assert_allclose(surface.x, [0, 0.3])
+    np.testing.assert_allclose(surface.y, [0, 0.7])
+
+
 def test_surface_is_saved_and_loaded(tmp_path):
     surface = load_published_surface(write(tmp_path / "a.csv", POINTS, range(6), end="\n"))
     loaded = LossSurface.load(surface.save(tmp_path / "a.npz"))
