@@ -227,6 +227,4 @@ def _number(value: float) -> str:
     """Return `value` with three significant digits, without exponent where it is readable."""
     if not np.isfinite(value):
         return "–"
-    return (
-        f"{float(f'{value:.3g}'):,g}".replace(",", "\u2009") if abs(value) < 1e6 else f"{value:.2e}"
-    )
+    return f"{value:.2e}" if abs(value) >= 1e6 else f"{float(f'{value:.3g}'):g}"

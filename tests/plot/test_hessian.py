@@ -1,6 +1,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
 from scipy.stats import gaussian_kde
 
 from landscape import plot
@@ -13,7 +14,7 @@ def by_gid(ax, gid):
 
 
 def area(grid, values, log=False):
-    return np.trapezoid(values, np.log10(np.abs(grid)) * np.sign(grid) if log else grid)
+    return trapezoid(values, np.log10(np.abs(grid)) * np.sign(grid) if log else grid)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -110,6 +111,15 @@ def test_legend_gives_estimates_with_intervals_and_counts():
     assert entries["negative"] == ["ViT: NEP 0.2 [0.1, 0.3], n = 2"]
     assert entries["positive"] == ["ViT: APE 20 [18, 22], n = 8"]
     assert entries["both"] == ["ViT: n = 10\nNEP 0.2 [0.1, 0.3]\nAPE 20 [18, 22]"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123456, "0.0123"), (123456.0, "123000"), (2.5e7, "2.50e+07"), (3.2e-6, "3.2e-06")],
+)
+def test_numbers_have_three_digits(value, text):
+    ax = plot.hessian_max_spectrum(max_spectrum([[value]]), half="positive")
+    assert ax.get_legend_handles_labels()[1][0].startswith(f"APE {text} [")
 
 
 def test_legend_says_what_has_not_converged_and_what_does_not_exist():
