@@ -93,14 +93,15 @@ class FrozenBatches:
         return self.num_batches
 
     def __iter__(self) -> Iterator[PreparedBatch]:
-        """Yield the same batches in the same order at every pass.
+        """Yield the same batches in the same order at every pass, but for those of weight 0.
 
         Raises:
             ValueError: If `data` yields other batches than in the first pass.
         """
         drawn = self._redraw() if self._kept is None else self._kept
         for (inputs, targets, size), weight in zip(drawn, self._weights, strict=True):
-            yield PreparedBatch(inputs, targets, size, weight)
+            if weight:  # the mean over no counted label is NaN
+                yield PreparedBatch(inputs, targets, size, weight)
 
     def _first_pass(
         self, amount: Callable[[Tensor | None, int], Tensor | float], keep_bytes: int
@@ -124,13 +125,14 @@ class FrozenBatches:
             if held > keep_bytes:
                 self._prints = [_fingerprint(d) for d in self._kept]
                 self._kept = None
-        self.num_samples, self.num_batches = sum(sizes), len(sizes)
+        self.num_samples = sum(sizes)
         if not self.num_samples:
             raise ValueError("`data` must yield at least one sample, got none; is it empty?")
         total = float(sum(float(a) for a in amounts))
         if not total > 0:
             raise ValueError("`data` must hold a target that counts, got only ignored labels.")
         self._weights = [float(a) / total for a in amounts]
+        self.num_batches = sum(weight > 0 for weight in self._weights)
         self.label_range = None
         if extremes:
             both = torch.stack(extremes)
@@ -141,12 +143,12 @@ class FrozenBatches:
         for index, raw in enumerate(self._data):
             drawn = self._prepare(raw, index)
             count += 1
-            if index >= self.num_batches or not torch.equal(
+            if index >= len(self._prints) or not torch.equal(
                 _fingerprint(drawn), self._prints[index]
             ):
                 raise ValueError(_CHANGED.format(index))
             yield drawn
-        if count != self.num_batches:
+        if count != len(self._prints):
             raise ValueError(_CHANGED.format(count))
 
     def _prepare(self, raw: Any, index: int) -> "_Drawn":

@@ -7,6 +7,8 @@ once per probe: every pass over the data sees the same augmented batches, otherw
 of L (or two products with its Hessian) would belong to two different functions.
 """
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -98,7 +100,9 @@ class FrozenObjective:
         objective: The objective.
         model: The model; never changed.
         space: Its chosen parameters, copied at construction.
-        batches: The prepared batches.
+        batches: The prepared batches, the same at every pass.
+        num_samples: Number of samples over all batches.
+        num_batches: Number of batches.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class FrozenObjective:
         self.model = model
         self.space = ParameterSpace(model, objective.parameters)
         device = self.space.device
-        self.batches = FrozenBatches(
+        batches = FrozenBatches(
             data,
             device=device,
             dtype=self.space.dtype,
@@ -123,12 +127,16 @@ class FrozenObjective:
             amount=functools.partial(amount_averaged, objective.loss),
             keep_bytes=free_memory(device) // 4 if keep_bytes is None else keep_bytes,
         )
-        self._check_model(check_mean)
+        self.batches: Iterable[PreparedBatch] = batches
+        self.num_samples, self.num_batches = batches.num_samples, batches.num_batches
+        self._check_model(check_mean, batches.label_range)
 
-    @property
-    def num_samples(self) -> int:
-        """Number of samples over all batches."""
-        return self.batches.num_samples
+    def of_batch(self, batch: PreparedBatch) -> "FrozenObjective":
+        """Return the objective of one mini-batch alone, with the same parameters."""
+        view = copy.copy(self)
+        view.batches = (dataclasses.replace(batch, weight=1.0),)
+        view.num_samples, view.num_batches = batch.size, 1
+        return view
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
         """Return the model's raw output in evaluation mode with `parameters` in place."""
@@ -184,7 +192,7 @@ class FrozenObjective:
                 total = total + batch.weight * self.data_term(parameters, batch).double()
         return float(total)
 
-    def _check_model(self, check_mean: bool) -> None:
+    def _check_model(self, check_mean: bool, label_range: tuple[int, int] | None) -> None:
         batch = next(iter(self.batches))
         inputs, size = batch.inputs, batch.size
         cuda = [self.space.device] if self.space.device.type == "cuda" else []
@@ -204,19 +212,19 @@ class FrozenObjective:
                     "`model` must be deterministic in evaluation mode, got two different outputs "
                     "for one batch; switch off its functional dropout or sampling."
                 )
-            self._check_labels(once)
+            self._check_labels(once, label_range)
             loss = self.loss(once, batch)
             if loss.dim() != 0:
                 raise ValueError(
                     f"`loss` must return a scalar mean, got shape {tuple(loss.shape)}."
                 )
-            if check_mean and self.batches.num_batches > 1 and size > 1:
+            if check_mean and self.num_batches > 1 and size > 1:
                 self._check_mean(once, batch, float(loss))
 
-    def _check_labels(self, logits: Tensor) -> None:
-        if self.batches.label_range is None or not is_classification(self.objective.loss):
+    def _check_labels(self, logits: Tensor, label_range: tuple[int, int] | None) -> None:
+        if label_range is None or not is_classification(self.objective.loss):
             return
-        low, high = self.batches.label_range
+        low, high = label_range
         ignore = loss_settings(self.objective.loss)[1]
         classes = logits.shape[1] if logits.dim() > 1 else 1
         if high >= classes or (low < 0 and low != ignore):

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FORMAT = "landscape result 1"
+_DAMAGE = (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Result:
@@ -65,7 +67,7 @@ class Result:
             ValueError: If the file is damaged, foreign, or holds another kind of result.
         """
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
             meta = json.loads(str(arrays.pop("meta")))
             if meta["format"] != _FORMAT:
@@ -73,7 +75,7 @@ class Result:
             result = _decode(meta["result"], arrays)
         except FileNotFoundError:
             raise
-        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise ValueError(
                 f"`path` must be a complete file written by `Result.save`, got {str(path)!r} "
                 f"({type(error).__name__}: {error}); compute the result again."

@@ -1,0 +1,366 @@
+"""Curvature matrices of a frozen objective: Hessian, Gauss-Newton and Fisher.
+
+With per-sample loss ℓ_n(f(x_n; θ)), J_n = ∂f(x_n; θ)/∂θ and the objective of `landscape.objective`:
+
+    Hessian         H = (1/N) Σ_n ∂²ℓ_n/∂θ²                 + λI
+    Gauss-Newton    G = (1/N) Σ_n J_nᵀ (∂²ℓ_n/∂f²) J_n      + λI
+    Fisher          F = (1/N) Σ_n J_nᵀ (diag p_n − p_n p_nᵀ) J_n + λI,   p_n = softmax f(x_n; θ)
+    empirical       E = (1/N) Σ_n ∇ℓ_n ∇ℓ_nᵀ                + λI
+
+Attention runs under the math kernel, the only one with a second derivative.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from landscape._checks import check_at_least
+from landscape.batches import PreparedBatch
+from landscape.linalg.operators import SymmetricOperator
+from landscape.memory import free_memory
+from landscape.objective import FrozenObjective, Objective
+
+Memory = int | float | str
+
+
+class CurvatureOperator(SymmetricOperator):
+    """A curvature matrix over all samples, as the weighted sum of its batches plus λI.
+
+    The operator is taken at the parameters as they are when it is built.
+
+    Attributes:
+        frozen: The objective on one fixed draw of the data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        objective: Objective = Objective(),
+        *,
+        memory: Memory = "auto",
+    ) -> None:
+        """Draw the data and fix the parameters.
+
+        Args:
+            model: Any module; see `Objective`.
+            data: Re-iterable of batches.
+            objective: Whose curvature.
+            memory: What may be kept between products: bytes, a fraction of the free memory of the
+                device, or `"auto"` (half of it).
+
+        Raises:
+            ValueError: If the loss is not finite on some batch, or an argument is out of range.
+        """
+        self.memory = _memory_budget(memory)
+        self._set_frozen(objective.freeze(model, data))
+
+    @classmethod
+    def of(cls, frozen: FrozenObjective, *, memory: Memory = "auto") -> Self:
+        """Return the operator of an objective that is already frozen.
+
+        Args:
+            frozen: The objective on one fixed draw of the data.
+            memory: As in the constructor.
+        """
+        self = cls.__new__(cls)
+        self.memory = _memory_budget(memory)
+        self._set_frozen(frozen)
+        return self
+
+    def _set_frozen(self, frozen: FrozenObjective) -> None:
+        self.frozen = frozen
+        space = frozen.space
+        super().__init__(space.dim, space.dtype, space.device)
+        self._weight_decay = frozen.objective.weight_decay
+        self._setup()
+
+    def _setup(self) -> None:
+        """Prepare what is kept between products; refuse a loss that is not finite."""
+        losses = []
+        with torch.no_grad():
+            for batch in self.frozen.batches:
+                losses.append(self.frozen.data_term(self.frozen.space.values, batch))
+        check_finite_losses(losses)
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        out = self._weight_decay * vectors  # the Hessian of (λ/2)‖θ‖² is λI
+        with math_attention():
+            for batch in self.frozen.batches:
+                for column in range(vectors.shape[1]):
+                    product = self._batch_product(batch, vectors[:, column])
+                    out[:, column].add_(product, alpha=batch.weight)
+        return out
+
+    @abstractmethod
+    def _batch_product(self, batch: PreparedBatch, v: Tensor) -> Tensor:
+        """Return the product of the batch's own matrix, without weight decay, with `v`."""
+
+
+class HessianOperator(CurvatureOperator):
+    """The Hessian, by double backward.
+
+    The graph of each batch's gradient is kept for as many batches as fit `memory`; the product
+    with a kept batch costs about 2 to 3 gradients, with another about 4.
+
+    Attributes:
+        num_kept: Number of batches whose graph is kept.
+    """
+
+    def _setup(self) -> None:
+        budget = _bytes(self.memory, self.device)
+        self._graphs: list[_GradientGraph] = []
+        # Leaves of our own: the user's parameters and their `.grad` take no part.
+        self._leaves = {n: v.requires_grad_() for n, v in _copies(self.frozen).items()}
+        losses: list[Tensor] = []
+        per_sample = 0.0
+        with math_attention():
+            for batch in self.frozen.batches:
+                if len(self._graphs) < len(losses) or per_sample * batch.size > budget:
+                    with torch.no_grad():
+                        losses.append(self.frozen.data_term(self._leaves, batch))
+                    continue
+                graph = _GradientGraph(self.frozen, self._leaves, batch, not per_sample)
+                losses.append(graph.loss)
+                per_sample = per_sample or graph.num_bytes / batch.size
+                if per_sample * batch.size <= budget:
+                    self._graphs.append(graph)
+                    budget -= int(per_sample * batch.size)
+        check_finite_losses(losses)
+
+    @property
+    def num_kept(self) -> int:
+        """Number of batches whose gradient graph is kept between products."""
+        return len(self._graphs)
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of the objective, shape `(dim,)`; one gradient over all data."""
+        space = self.frozen.space
+        out = self._weight_decay * space.flatten(space.values)
+        with math_attention():
+            for graph in self._each_graph():
+                out.add_(space.flatten([g.detach() for g in graph.gradient]), alpha=graph.weight)
+        return out
+
+    def _each_graph(self) -> Iterator["_GradientGraph"]:
+        yield from self._graphs
+        if len(self._graphs) < self.frozen.num_batches:
+            for index, batch in enumerate(self.frozen.batches):
+                if index >= len(self._graphs):
+                    yield _GradientGraph(self.frozen, self._leaves, batch)
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        space = self.frozen.space
+        out = self._weight_decay * vectors
+        with math_attention():
+            for graph in self._each_graph():
+                for column in range(vectors.shape[1]):
+                    tangents = list(space.unflatten(vectors[:, column]).values())
+                    product = graph.product(tangents)
+                    out[:, column].add_(space.flatten(product), alpha=graph.weight)
+        return out
+
+    def _batch_product(self, batch: PreparedBatch, v: Tensor) -> Tensor:
+        space = self.frozen.space
+        graph = _GradientGraph(self.frozen, self._leaves, batch)
+        return space.flatten(graph.product(list(space.unflatten(v).values())))
+
+
+class _GradientGraph:
+    """The gradient of one batch's mean loss, with the graph to differentiate it again."""
+
+    def __init__(
+        self,
+        frozen: FrozenObjective,
+        leaves: dict[str, Tensor],
+        batch: PreparedBatch,
+        measure: bool = False,
+    ) -> None:
+        self.weight = batch.weight
+        self._leaves = list(leaves.values())
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+            if measure
+            else torch.enable_grad(),
+        ):
+            loss = frozen.data_term(leaves, batch)
+            self.loss = loss.detach()
+            # A parameter that the loss ignores has a zero gradient, and a zero row.
+            self.gradient = (
+                torch.autograd.grad(loss, self._leaves, create_graph=True, materialize_grads=True)
+                if loss.requires_grad
+                else tuple(torch.zeros_like(p) for p in self._leaves)
+            )
+        self.num_bytes = sum(sizes.values())
+
+    def product(self, tangents: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return the Hessian of the batch times the tangents, parameter by parameter."""
+        curved = [i for i, g in enumerate(self.gradient) if g.requires_grad]
+        if not curved:
+            return tuple(torch.zeros_like(p) for p in self._leaves)
+        return torch.autograd.grad(
+            [self.gradient[i] for i in curved],
+            self._leaves,
+            [tangents[i] for i in curved],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+
+
+class _OutputCurvature(CurvatureOperator):
+    """J_nᵀ C_n J_n with a small matrix C_n on the outputs of each sample.
+
+    J v is taken by reverse mode twice: Jᵀu is linear in u, and its derivative along v is J v. So
+    every model that has a Hessian has these matrices, whatever its forward-mode support.
+    """
+
+    def _batch_product(self, batch: PreparedBatch, v: Tensor) -> Tensor:
+        space = self.frozen.space
+        leaves = {n: t.detach().requires_grad_() for n, t in space.values.items()}
+        parameters = list(leaves.values())
+        with torch.enable_grad():
+            outputs = self._outputs(leaves, batch)
+            if not outputs.requires_grad:
+                return torch.zeros_like(v)
+            dual = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(
+                outputs, parameters, dual, create_graph=True, materialize_grads=True
+            )
+        pairs = [
+            (g, t)
+            for g, t in zip(pulled, space.unflatten(v).values(), strict=True)
+            if g.requires_grad
+        ]
+        (tangent,) = torch.autograd.grad(
+            [g for g, _ in pairs], dual, [t for _, t in pairs], retain_graph=True
+        )
+        curved = self._output_product(batch, outputs.detach(), tangent)
+        return space.flatten(
+            torch.autograd.grad(outputs, parameters, curved, materialize_grads=True)
+        )
+
+    def _outputs(self, leaves: dict[str, Tensor], batch: PreparedBatch) -> Tensor:
+        """Return what C_n acts on: the logits, one row a sample."""
+        return self.frozen.logits(leaves, batch.inputs)
+
+    @abstractmethod
+    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
+        """Return the curvature of the batch's mean loss in the outputs, times `tangent`."""
+
+
+class GaussNewtonOperator(_OutputCurvature):
+    """The generalised Gauss-Newton matrix; a product costs about 3 gradients.
+
+    It equals the Hessian of the objective with the network linearised at θ, and is positive
+    semi-definite where the loss is convex in the outputs (Schraudolph, 2002).
+    """
+
+    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
+        logits = outputs.requires_grad_()
+        with torch.enable_grad():
+            loss = self.frozen.loss(logits, batch)
+            (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+            if not gradient.requires_grad:
+                return torch.zeros_like(logits)
+            (product,) = torch.autograd.grad(gradient, logits, tangent, materialize_grads=True)
+        return product
+
+
+class FisherOperator(_OutputCurvature):
+    """The true Fisher information of the softmax model, by exact expectation over the classes.
+
+    E_{y∼p}[∇log p(y) ∇log p(y)ᵀ] = Jᵀ (diag p − p pᵀ) J: labels are not used, nothing is sampled
+    (Martens, 2020, sec. 9). Outputs are logits of shape `(n, classes)`.
+    """
+
+    def _setup(self) -> None:
+        batch = next(iter(self.frozen.batches))
+        with torch.no_grad():
+            logits = self.frozen.logits(self.frozen.space.values, batch.inputs)
+        if logits.dim() != 2:
+            raise ValueError(
+                f"`model` must return logits of shape (n, classes) for a Fisher matrix, got "
+                f"{tuple(logits.shape)}."
+            )
+        super()._setup()
+
+    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
+        p = outputs.softmax(-1)
+        return p * (tangent - (p * tangent).sum(-1, keepdim=True)) / batch.size
+
+
+class EmpiricalFisherOperator(_OutputCurvature):
+    """Second moment of the per-sample gradients at the labels given.
+
+    Not the Fisher information: it uses the labels of the data, and differs from the Hessian even
+    at a minimum of a misspecified model (Kunstner et al., 2019).
+    """
+
+    def _outputs(self, leaves: dict[str, Tensor], batch: PreparedBatch) -> Tensor:
+        loss, targets = self.frozen.objective.loss, batch.targets
+        if loss is None or targets is None:
+            raise ValueError("`loss` must be given, and `data` must hold targets, got neither.")
+
+        def one(logits: Tensor, target: Tensor) -> Tensor:
+            return loss(logits[None], target[None])
+
+        each: Tensor = vmap(one)(super()._outputs(leaves, batch), targets)
+        return each
+
+    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
+        return tangent / batch.size
+
+
+def check_finite_losses(losses: list[Tensor]) -> None:
+    """Refuse NaN and infinite batch losses.
+
+    Raises:
+        ValueError: If one is not finite.
+    """
+    bad = (~torch.isfinite(torch.stack(losses))).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"`model` must have a finite loss on every batch, got {float(losses[bad[0]])} on batch "
+            f"{bad[0]} ({len(bad)} of {len(losses)} batches)."
+        )
+
+
+@contextmanager
+def math_attention() -> Iterator[None]:
+    """Run attention under the math kernel, the only one with a second derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _copies(frozen: FrozenObjective) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in frozen.space.values.items()}
+
+
+def _memory_budget(memory: Memory) -> Memory:
+    if memory != "auto":
+        if isinstance(memory, str):
+            raise ValueError(f"`memory` must be 'auto', bytes or a fraction, got {memory!r}.")
+        check_at_least("memory", memory, 0)
+    return memory
+
+
+def _bytes(memory: Memory, device: torch.device) -> int:
+    if memory == "auto":
+        memory = 0.5
+    if isinstance(memory, float):
+        return int(memory * free_memory(device))
+    return int(memory)

@@ -1,0 +1,109 @@
+"""Symmetric linear operators: what the algorithms of this package see of a matrix."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+
+class SymmetricOperator(ABC):
+    """A symmetric matrix known by its products.
+
+    Attributes:
+        dim: Number of rows.
+        dtype: Precision of its vectors.
+        device: Device of its vectors.
+        num_matvecs: Number of vectors multiplied so far.
+    """
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dim = dim
+        self.dtype = dtype
+        self.device = device
+        self.num_matvecs = 0
+
+    @abstractmethod
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        """Return the products with the columns of `vectors`, shape `(dim, k)`."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return `A @ v`.
+
+        Args:
+            v: Vector of shape `(dim,)`; moved to the operator's precision and device.
+
+        Returns:
+            Vector of shape `(dim,)`.
+
+        Raises:
+            ValueError: If `v` does not have shape `(dim,)`.
+        """
+        if v.shape != (self.dim,):
+            raise ValueError(f"`v` must have shape ({self.dim},), got {tuple(v.shape)}.")
+        return self.matmat(v[:, None])[:, 0]
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Return `A @ V`, column by column.
+
+        Args:
+            vectors: Matrix `V` of shape `(dim, k)`.
+
+        Returns:
+            Matrix of shape `(dim, k)`.
+
+        Raises:
+            ValueError: If `vectors` does not have shape `(dim, k)`.
+        """
+        if vectors.dim() != 2 or len(vectors) != self.dim:
+            raise ValueError(
+                f"`vectors` must have shape ({self.dim}, k), got {tuple(vectors.shape)}."
+            )
+        self.num_matvecs += vectors.shape[1]
+        return self._matmat(vectors.detach().to(self.device, self.dtype))
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.matvec(other) if other.dim() == 1 else self.matmat(other)
+
+    def to_scipy(self) -> "LinearOperator":
+        """Return the operator for SciPy's solvers; vectors pass through the host."""
+        from scipy.sparse.linalg import LinearOperator  # slow to import
+
+        def product(array: np.ndarray) -> np.ndarray:
+            vectors = torch.from_numpy(np.ascontiguousarray(array).reshape(self.dim, -1))
+            return self.matmat(vectors).cpu().numpy().reshape(array.shape)
+
+        dtype = torch.empty((), dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            (self.dim, self.dim), matvec=product, rmatvec=product, matmat=product, dtype=dtype
+        )
+
+
+class MatrixOperator(SymmetricOperator):
+    """A symmetric matrix given by its entries."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        """Wrap a matrix.
+
+        Args:
+            matrix: Symmetric, shape `(dim, dim)`, real floating point.
+
+        Raises:
+            ValueError: If the matrix is not square, floating and symmetric.
+        """
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+            raise ValueError(f"`matrix` must be square, got shape {tuple(matrix.shape)}.")
+        if not matrix.is_floating_point():
+            raise ValueError(f"`matrix` must be real and floating, got {matrix.dtype}.")
+        scale = matrix.abs().max()
+        if (matrix - matrix.T).abs().max() > 100 * torch.finfo(matrix.dtype).eps * scale:
+            raise ValueError("`matrix` must be symmetric; pass (M + M.T) / 2.")
+        super().__init__(len(matrix), matrix.dtype, matrix.device)
+        self.matrix = matrix
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        return self.matrix @ vectors

@@ -1,0 +1,256 @@
+"""Figures of several axes in the style of a paper: Figure 1 of Park & Kim (2022) and its panels.
+
+Every function returns a `matplotlib.figure.Figure` that no global state knows of: save it with
+`figure.savefig(path)`; there is nothing to close.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.legend import Legend
+from matplotlib.ticker import MaxNLocator
+
+from landscape.plot import style
+from landscape.plot.hessian import (
+    MAX_LABEL,
+    Half,
+    finite_eigenvalues,
+    hessian_max_spectrum,
+    limit_eigenvalues,
+)
+from landscape.plot.surface import (
+    LABELS,
+    Quantity,
+    color_bar,
+    loss_surface,
+    make_norm,
+    shared_limits,
+)
+from landscape.plot.trajectory import polar_trajectory
+
+if TYPE_CHECKING:
+    from landscape.probes.hessian import HessianMaxSpectrum
+    from landscape.probes.surface import LossSurface
+    from landscape.probes.trajectory import PolarTrajectory
+
+    Surfaces = Mapping[str, LossSurface]
+    Trajectories = Mapping[str, PolarTrajectory]
+    Spectra = Mapping[str, Mapping[str, HessianMaxSpectrum]]
+
+HALVES: tuple[Half, ...] = ("negative", "positive")
+_TERMS: tuple[Quantity, ...] = ("loss", "nll", "l2")
+
+
+def figure1a(results: "Surfaces") -> Figure:
+    """Draw loss surfaces side by side: in 3D, and as contours with NLL and L2 apart.
+
+    Each quantity has one scale for all models, so heights and colours compare.
+
+    Args:
+        results: Surface of each model.
+
+    Returns:
+        The figure, 5.5 in wide.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    with mpl.rc_context(style.rc()):
+        figure = _figure(3.5, results)
+        _draw_surfaces(figure, results)
+        figure.draw_without_rendering()  # ticks are made now, in this style
+    return figure
+
+
+def figure1b(results: "Trajectories") -> Figure:
+    """Draw the polar trajectories of several models in one sector.
+
+    Args:
+        results: Trajectory of each model.
+
+    Returns:
+        The figure, 3.25 in wide.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    with mpl.rc_context(style.rc()):
+        figure = _figure(2.4, results, width=style.COLUMN_WIDTH)
+        _draw_trajectories(figure, results)
+        figure.draw_without_rendering()
+    return figure
+
+
+def figure1c(results: "Spectra") -> Figure:
+    """Draw Hessian max eigenvalue spectra: a row an epoch, the halves apart, models overlaid.
+
+    Each half has one scale of eigenvalues for all epochs, logarithmic in both where one spectrum
+    spreads far. Densities fill the height of their panel; their areas are the NEP and its
+    complement (`half_density`).
+
+    Args:
+        results: For each model its spectrum at each epoch, in the order to draw them.
+
+    Returns:
+        The figure, 5.5 in wide.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    with mpl.rc_context(style.rc()):
+        figure = _figure(0.7 + 0.75 * len(_epochs(results)), results)
+        _draw_spectra(figure, results)
+        figure.draw_without_rendering()
+    return figure
+
+
+def figure1(surfaces: "Surfaces", trajectories: "Trajectories", spectra: "Spectra") -> Figure:
+    """Draw Figure 1: (a) loss surfaces, (b) polar trajectories, (c) Hessian max spectra.
+
+    Args:
+        surfaces: Surface of each model.
+        trajectories: Trajectory of each model.
+        spectra: For each model its spectrum at each epoch, in the order to draw them.
+
+    Returns:
+        The figure, 5.5 in wide.
+
+    Raises:
+        ValueError: If one of them is empty.
+    """
+    with mpl.rc_context(style.rc()):
+        figure = _figure(6.4, surfaces)
+        rows: Any = figure.subfigures(2, 1, height_ratios=(3.5, 2.9))
+        top, (left, right) = rows[0], rows[1].subfigures(1, 2, width_ratios=(1.9, 3.6))
+        _draw_surfaces(top, surfaces)
+        _draw_trajectories(left, trajectories)
+        _draw_spectra(right, spectra)
+        for panel, letter in ((top, "a"), (left, "b"), (right, "c")):
+            panel.text(0.005, 0.995, letter, va="top", weight="bold", size=10)
+        figure.draw_without_rendering()
+    return figure
+
+
+def _figure(height: float, results: Mapping[str, Any], width: float = style.TEXT_WIDTH) -> Figure:
+    if not results:
+        raise ValueError("`results` must hold at least one result, got an empty mapping.")
+    return Figure(figsize=(width, height))
+
+
+def _draw_surfaces(figure: Figure | SubFigure, results: "Surfaces") -> None:
+    count = len(results)
+    scale = _shared_scale(results, "loss")
+    for column, (name, result) in enumerate(results.items()):
+        place = (column / count, 0.44, 1 / count, 0.5)
+        ax: Any = figure.add_axes(place, projection="3d")
+        loss_surface(result, ax=ax, **scale)
+        _trim_surface3d(ax)
+        figure.text((column + 0.5) / count, 0.99, name, ha="center", va="top", size=9)
+    for block, quantity in enumerate(_TERMS):
+        _draw_contours(figure, results, quantity, block)
+
+
+def _draw_contours(
+    figure: Figure | SubFigure, results: "Surfaces", quantity: Quantity, block: int
+) -> None:
+    """Draw one quantity of every model as contours over a common colour bar."""
+    count, gap = len(results), 0.012
+    left, right = 0.075 + 0.315 * block, 0.075 + 0.315 * block + 0.285
+    width = (right - left - gap * (count - 1)) / count
+    scale = _shared_scale(results, quantity)
+    for column, (name, result) in enumerate(results.items()):
+        ax = figure.add_axes((left + column * (width + gap), 0.2, width, 0.21))
+        loss_surface(result, ax=ax, kind="contour", quantity=quantity, colorbar=False, **scale)
+        ax.set_title(name, size=7, pad=2)
+        ax.set_xlabel("$a$", labelpad=0)
+        ax.set_ylabel("" if block or column else "$b$", labelpad=0)
+        ax.tick_params(labelleft=not (block or column))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(4, prune="both"))
+        for note in ax.findobj(lambda artist: artist.get_gid() == "note"):
+            note.remove()  # the 3D panel says what the crosses are
+    bar = figure.add_axes((left, 0.105, right - left, 0.02))
+    norm = make_norm(scale["vmin"], scale["vmax"], log=scale["log"])
+    color_bar(figure, norm, LABELS[quantity], cax=bar, orientation="horizontal")
+
+
+def _shared_scale(results: "Surfaces", quantity: Quantity) -> dict[str, Any]:
+    low, high = shared_limits(results.values(), quantity)
+    log = isinstance(make_norm(low, high), LogNorm)
+    return {"vmin": low, "vmax": high, "log": log}
+
+
+def _trim_surface3d(ax: Any) -> None:
+    """Move labels and ticks of 3D axes close to the box, for a panel of a few inches."""
+    ax.view_init(elev=22, azim=-60)
+    ax.set_box_aspect((1, 1, 0.7), zoom=1.08)
+    ax.set(xlabel="$a$", ylabel="$b$")
+    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+        axis.set_tick_params(pad=-3)
+        axis.labelpad = -9
+        axis.set_pane_color((1, 1, 1, 0))
+    ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
+    ax.yaxis.set_major_locator(MaxNLocator(4, prune="both"))
+    ax.zaxis.labelpad = -6
+
+
+def _draw_trajectories(figure: Figure | SubFigure, results: "Trajectories") -> None:
+    ax = figure.add_axes((0.1, 0.2, 0.8, 0.7), projection="polar")
+    for name, result in results.items():
+        polar_trajectory(result, ax=ax, label=name)
+    ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 5, 10]))
+
+
+def _draw_spectra(figure: Figure | SubFigure, results: "Spectra") -> None:
+    epochs = _epochs(results)
+    everything = [spectrum for spectra in results.values() for spectrum in spectra.values()]
+    log = _spread_far(everything)
+    inch = figure.dpi / figure.bbox.height
+    place = {"left": 0.07, "right": 0.98, "top": 1 - 0.1 * inch, "bottom": 0.55 * inch}
+    grid = figure.add_gridspec(len(epochs), 2, wspace=0.06, hspace=0.12, **place)
+    axes = np.array(grid.subplots(sharex="col"), dtype=object).reshape(len(epochs), 2)
+    for row, epoch in enumerate(epochs):
+        named = {name: spectra[epoch] for name, spectra in results.items() if epoch in spectra}
+        for ax, half in zip(axes[row], HALVES, strict=True):
+            hessian_max_spectrum(named, ax=ax, half=half, log=log)
+            _trim_spectrum(ax, half)
+        axes[row, 0].set_ylabel(epoch)
+    for ax, half in zip(axes[0], HALVES, strict=True):  # the columns share their axis
+        limit_eigenvalues(ax, everything, half, log=log)
+    label: dict[str, Any] = {"x": 0.525, "ha": "center", "va": "bottom"}
+    figure.text(y=0.2 * inch, s=MAX_LABEL, **label)
+    unit = r"$\log_{10}|\lambda|$" if log else r"$\lambda$"
+    note = f"Density of {unit}: Gaussian kernels, Silverman's bandwidth. [ ]: 95 % interval"
+    figure.text(y=0.06 * inch, s=note, size=style.NOTE_SIZE, color=style.MUTED, **label)
+
+
+def _trim_spectrum(ax: Axes, half: Half) -> None:
+    """Give the legend room above the densities and drop the arbitrary vertical scale."""
+    lines = len(ax.get_legend_handles_labels()[1])
+    ax.set(ylim=(0, ax.get_ylim()[1] * (1 + 0.5 * lines)), yticks=[], xlabel="", ylabel="")
+    ax.spines["left"].set_visible(half == "positive")
+    ax.spines["right"].set_visible(half == "negative")
+    for text in cast(Legend, ax.get_legend()).get_texts():
+        text.set_fontsize(style.NOTE_SIZE)
+
+
+def _spread_far(results: Iterable["HessianMaxSpectrum"]) -> bool:
+    """Return whether, in a half, the largest |λ| is over 30 times the smallest median of |λ|.
+
+    A heuristic: on a linear axis that spectrum would be a needle at 0.
+    """
+    spectra = [finite_eigenvalues(result) for result in results]
+    for sign in (-1, 1):
+        halves = [values for each in spectra if (values := sign * each[sign * each > 0]).size]
+        if halves and max(map(np.max, halves)) > 30 * min(map(np.median, halves)):
+            return True
+    return False
+
+
+def _epochs(results: "Spectra") -> list[str]:
+    return list(dict.fromkeys(epoch for spectra in results.values() for epoch in spectra))

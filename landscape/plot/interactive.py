@@ -1,0 +1,221 @@
+"""The same results as plotly figures, to turn, zoom and read off; plotly is imported when called.
+
+Write one with `figure.write_html(path, include_plotlyjs="cdn")`.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from landscape.plot import style
+from landscape.plot.hessian import MAX_LABEL, finite_eigenvalues, half_density
+from landscape.plot.surface import LABELS, Quantity, finite_values, shared_limits
+from landscape.plot.trajectory import known_angles
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from landscape.probes.hessian import HessianMaxSpectrum
+    from landscape.probes.surface import LossSurface
+    from landscape.probes.trajectory import PolarTrajectory
+
+_FONT = {"family": "Times New Roman, STIXGeneral, serif", "size": 14}
+_LOOK = {"template": "plotly_white", "font": _FONT, "margin": {"l": 60, "r": 20, "t": 60, "b": 60}}
+
+
+def loss_surface(
+    results: "LossSurface | Mapping[str, LossSurface]",
+    *,
+    quantities: tuple[Quantity, ...] = ("loss", "nll", "l2"),
+) -> "Figure":
+    """Draw surfaces side by side in 3D with one scale of height and colour.
+
+    Buttons switch between quantities; hovering shows the coordinates and the value. Points that
+    are not finite are holes, counted in the titles.
+
+    Args:
+        results: One surface, or several by label.
+        quantities: What the buttons offer; the first is shown at the start.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        ValueError: If a quantity was not evaluated, or `results` or `quantities` is empty.
+    """
+    from plotly import graph_objects as go
+    from plotly.subplots import make_subplots
+
+    named = _named(results)
+    if not quantities:
+        raise ValueError("`quantities` must name at least one quantity, got none.")
+    titles = [_title(name, result, quantities) for name, result in named.items()]
+    scenes = [[{"type": "surface"}] * len(named)]
+    figure = make_subplots(1, len(named), specs=scenes, subplot_titles=titles)
+    for quantity in quantities:
+        for column, result in enumerate(named.values(), start=1):
+            hover = f"a = %{{x:.3g}}<br>b = %{{y:.3g}}<br>{quantity} = %{{z:.4g}}<extra></extra>"
+            surface = go.Surface(
+                x=result.x,
+                y=result.y,
+                z=finite_values(result, quantity).filled(np.nan).T,  # plotly's rows are y
+                coloraxis="coloraxis",
+                hovertemplate=hover,
+                visible=quantity == quantities[0],
+            )
+            figure.add_trace(surface, row=1, col=column)
+    buttons = [_button(quantity, quantities, named) for quantity in quantities]
+    figure.update_layout(
+        **_LOOK,
+        **buttons[0]["args"][1],
+        coloraxis_colorscale=style.SEQUENTIAL.capitalize(),
+        updatemenus=[{"type": "buttons", "direction": "right", "x": 0, "y": 0, "buttons": buttons}],
+    )
+    figure.update_scenes(xaxis_title="a", yaxis_title="b", aspectmode="cube")
+    return figure
+
+
+def polar_trajectory(results: "PolarTrajectory | Mapping[str, PolarTrajectory]") -> "Figure":
+    """Draw polar trajectories; hovering shows step, radius and angle.
+
+    Args:
+        results: One trajectory, or several by label.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    from plotly import graph_objects as go
+
+    named = _named(results)
+    styles = style.line_styles(named)
+    figure = go.Figure()
+    for name, result in named.items():
+        figure.add_trace(
+            go.Scatterpolar(
+                r=result.radius,
+                theta=np.degrees(known_angles(result)),
+                customdata=result.steps,
+                mode="lines+markers",
+                name=name,
+                line=_line(styles[name]),
+                hovertemplate="step %{customdata}<br>r = %{r:.3g}<br>θ = %{theta:.3g}°",
+            )
+        )
+    widest = max(float(np.max(known_angles(result), initial=0.0)) for result in named.values())
+    sector = [0, 180 if widest > np.pi / 2 else 90]
+    figure.update_layout(**_LOOK, polar={"sector": sector, "radialaxis_title": "‖Δw_t‖ / ‖Δw_0‖"})
+    return figure
+
+
+def hessian_max_spectrum(
+    results: "HessianMaxSpectrum | Mapping[str, HessianMaxSpectrum]", *, log: bool = False
+) -> "Figure":
+    """Draw Hessian max eigenvalue spectra, the halves apart; hovering shows each eigenvalue.
+
+    Args:
+        results: One spectrum, or several by label.
+        log: Densities of log10|λ| on logarithmic axes; the negative half is then drawn over |λ|.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    from plotly.subplots import make_subplots
+
+    named = _named(results)
+    styles = style.line_styles(named)
+    figure = make_subplots(1, 2, subplot_titles=["negative half", "positive half"])
+    signs: tuple[tuple[int, Literal[-1, 1]], ...] = ((1, -1), (2, 1))
+    for row, (name, result) in enumerate(named.items()):
+        for column, sign in signs:
+            traces = _half_traces(name, result, sign, log, row, _line(styles[name]))
+            for trace in traces:
+                figure.add_trace(trace, row=1, col=column)
+    label = MAX_LABEL.replace(r"$\lambda$", "λ")
+    figure.update_xaxes(title_text=label, type="log" if log else "linear")
+    if log:
+        figure.update_xaxes(title_text=label.replace("λ", "−λ"), autorange="reversed", col=1)
+    figure.update_yaxes(title_text="Density per decade" if log else "Density (1/nats)", col=1)
+    figure.update_layout(**_LOOK)
+    return figure
+
+
+def _half_traces(
+    name: str,
+    result: "HessianMaxSpectrum",
+    sign: Literal[-1, 1],
+    log: bool,
+    row: int,
+    line: dict[str, str],
+) -> list[Any]:
+    from plotly import graph_objects as go
+
+    grid, density, _ = half_density(result, sign, log=log)
+    eigenvalues = np.asarray(result.eigenvalues)
+    batch, index = np.nonzero(np.isfinite(eigenvalues) & (np.sign(eigenvalues) == sign))
+    values, residuals = eigenvalues[batch, index], np.asarray(result.residuals)[batch, index]
+    flip = sign if log else 1
+    area = values.size / max(finite_eigenvalues(result).size, 1)
+    curve = go.Scatter(
+        x=flip * grid,
+        y=density,
+        name=f"{name} ({'NEP' if sign < 0 else '1 − NEP'} {area:.3g})",
+        line=line,
+        fill="tozeroy",
+        legendgroup=name,
+        hoverinfo="skip",
+    )
+    rug = go.Scatter(
+        x=flip * values,
+        y=np.full(values.shape, -0.02 * (row + 1) * np.max(density, initial=1e-3)),
+        customdata=np.stack([values, batch, index + 1, residuals], axis=-1),
+        mode="markers",
+        marker={"symbol": "line-ns-open", "color": line["color"], "size": 8},
+        name=name,
+        legendgroup=name,
+        showlegend=False,
+        hovertemplate="λ = %{customdata[0]:.4g} ± %{customdata[3]:.1g}"
+        "<br>mini-batch %{customdata[1]}, number %{customdata[2]}",
+    )
+    return [curve, rug]
+
+
+def _button(
+    quantity: Quantity, quantities: tuple[Quantity, ...], named: "Mapping[str, LossSurface]"
+) -> dict[str, Any]:
+    """Return the button that shows `quantity` on its common scale."""
+    low, high = shared_limits(named.values(), quantity)
+    shown = [each == quantity for each in quantities for _ in named]
+    layout: dict[str, Any] = {
+        "coloraxis.cmin": low,
+        "coloraxis.cmax": high,
+        "coloraxis.colorbar.title.text": LABELS[quantity],
+    }
+    for column in range(1, len(named) + 1):
+        scene = "scene" if column == 1 else f"scene{column}"
+        layout[f"{scene}.zaxis.range"] = [low, high]
+        layout[f"{scene}.zaxis.title.text"] = LABELS[quantity]
+    return {"label": quantity, "method": "update", "args": [{"visible": shown}, layout]}
+
+
+def _title(name: str, result: "LossSurface", quantities: tuple[Quantity, ...]) -> str:
+    missing = max(int(finite_values(result, each).mask.sum()) for each in quantities)
+    return name + (f" ({missing} of {result.loss.size} points not finite)" if missing else "")
+
+
+def _named(results: Any) -> dict[str, Any]:
+    named = dict(results) if isinstance(results, Mapping) else {"": results}
+    if not named:
+        raise ValueError("`results` must hold at least one result, got an empty mapping.")
+    return named
+
+
+def _line(line: dict[str, str]) -> dict[str, str]:
+    dashes = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+    return {"color": line["color"], "dash": dashes[line["linestyle"]]}

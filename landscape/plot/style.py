@@ -1,0 +1,129 @@
+"""How the figures look: sizes, fonts and colours, as values to pass on and never as global state.
+
+    with matplotlib.rc_context(style.rc()):
+        figure = plot.figure1a(surfaces)
+        figure.savefig("fig1a.pdf")
+
+Colours are those of Okabe and Ito, told apart under every common colour blindness
+(https://jfly.uni-koeln.de/color/). One colour belongs to one model family in every figure.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+TEXT_WIDTH = 5.5
+"""Width of the text of an ICLR page, in inches."""
+COLUMN_WIDTH = 3.25
+"""Width of one column of a two-column page (ICML), in inches."""
+SEQUENTIAL = "viridis"
+"""Colour map of quantities without a natural centre: even in lightness, safe in grey."""
+MUTED = "0.45"
+"""Grey of notes, marks of missing points and reference lines."""
+NOTE_SIZE = 6.0
+"""Smallest font in a figure, in points: notes inside the axes."""
+
+_FAMILIES = {  # prefixes of the name in lower case without separators -> colour
+    ("alternet", "alterresnet"): "#009E73",
+    ("resnet", "preresnet", "resnext", "wideresnet"): "#0072B2",
+    ("vit", "deit", "visiontransformer"): "#D55E00",
+    ("swin",): "#CC79A7",
+    ("pit",): "#E69F00",
+}
+_OTHERS = ("#56B4E9", "#000000", "#999999")
+_LINES = ("-", "--", ":", "-.")
+
+
+def rc() -> dict[Any, Any]:
+    """Return the settings of a paper figure, for `matplotlib.rc_context`.
+
+    Fonts ship with matplotlib (STIX, close to the Times of the ICLR and ICML templates), so a
+    figure looks the same on every machine. Text is 8 pt, ticks and legends 7 pt at final size.
+    """
+    return {
+        "font.family": "STIXGeneral",
+        "mathtext.fontset": "stix",
+        "font.size": 8,
+        "axes.titlesize": 8,
+        "axes.labelsize": 8,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+        "legend.fontsize": 7,
+        "legend.frameon": False,
+        "legend.handlelength": 1.2,
+        "legend.handletextpad": 0.5,
+        "legend.borderaxespad": 0.2,
+        "axes.linewidth": 0.6,
+        "axes.labelpad": 2.5,
+        "axes.titlepad": 4,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "xtick.major.size": 2.5,
+        "ytick.major.size": 2.5,
+        "xtick.major.pad": 2,
+        "ytick.major.pad": 2,
+        "lines.linewidth": 1.2,
+        "lines.markersize": 3,
+        "grid.linewidth": 0.4,
+        "grid.color": "0.85",
+        "figure.dpi": 150,
+        "savefig.dpi": 300,
+        "pdf.fonttype": 42,  # TrueType: text in the PDF stays text
+        "ps.fonttype": 42,
+    }
+
+
+def figure_size(columns: int = 2, *, aspect: float = 0.62) -> tuple[float, float]:
+    """Return the (width, height) in inches of a figure that spans `columns` columns.
+
+    Args:
+        columns: 1 for one column of 3.25 in, 2 for the text width of 5.5 in.
+        aspect: Height over width.
+
+    Returns:
+        Width and height.
+
+    Raises:
+        ValueError: If `columns` is neither 1 nor 2, or `aspect` is not positive.
+    """
+    if columns not in {1, 2}:
+        raise ValueError(f"`columns` must be 1 or 2, got {columns}.")
+    if not aspect > 0:
+        raise ValueError(f"`aspect` must be positive, got {aspect}.")
+    width = COLUMN_WIDTH if columns == 1 else TEXT_WIDTH
+    return width, width * aspect
+
+
+def family_color(name: str) -> str | None:
+    """Return the fixed colour of the model family that `name` starts with, `None` if unknown."""
+    key = "".join(letter for letter in name.lower() if letter.isalnum())
+    for prefixes, color in _FAMILIES.items():
+        if key.startswith(prefixes):
+            return color
+    return None
+
+
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return `color` and `linestyle` of each name, no two names alike.
+
+    A family keeps its colour whatever else is drawn; its second, third and fourth members are
+    dashed, dotted and dash-dotted. Unknown names take the colours left over, in their order.
+
+    Args:
+        names: Names of models, or any labels.
+
+    Returns:
+        For each name the keyword arguments of a line.
+    """
+    seen: dict[str, int] = {}
+    num_unknown = 0
+    styles = {}
+    for name in dict.fromkeys(names):
+        color = family_color(name)
+        if color is None:
+            color = _OTHERS[num_unknown % len(_OTHERS)]
+            num_unknown += 1
+        styles[name] = {"color": color, "linestyle": _LINES[seen.get(color, 0) % len(_LINES)]}
+        seen[color] = seen.get(color, 0) + 1
+    return styles

@@ -1,0 +1,106 @@
+"""Training trajectories: in polar coordinates around the optimum, and in a plane."""
+
+from typing import TYPE_CHECKING, Any, cast
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.projections.polar import PolarAxes
+from numpy.typing import NDArray
+
+from landscape.plot import style
+from landscape.plot.surface import X_LABEL, Y_LABEL
+
+if TYPE_CHECKING:
+    from landscape.probes.trajectory import PolarTrajectory, Trajectory
+
+POLAR_LABEL = r"radius $\|\Delta w_t\|\,/\,\|\Delta w_0\|$, angle in degrees"
+
+
+def polar_trajectory(
+    result: "PolarTrajectory", *, ax: Axes | None = None, label: str | None = None, **line: Any
+) -> Axes:
+    """Draw a trajectory in polar coordinates around its optimum (Park & Kim, 2022, Fig. 1b).
+
+    Every trajectory starts at radius 1, angle 0 (a star, `w_init`) and ends at the origin (a
+    square, `w_opt`), so several share one sector; it opens to 90° or, where an angle is larger,
+    to 180°.
+
+    Args:
+        result: The trajectory.
+        ax: Polar axes to draw on; fresh ones by default.
+        label: Name in the legend; its model family decides the colour.
+        **line: Passed to `Axes.plot`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If `ax` is not polar.
+    """
+    if ax is None:
+        ax = plt.subplots(subplot_kw={"projection": "polar"})[1]
+    if not isinstance(ax, PolarAxes):
+        raise ValueError("`ax` must be polar axes; make it with `projection='polar'`.")
+    radius, angle = np.asarray(result.radius), known_angles(result)
+    fresh = not ax.has_data()
+    if fresh:
+        mark: dict[str, Any] = {"color": "k", "ls": "none", "clip_on": False, "zorder": 4}
+        ax.plot(0, 1, "*", ms=6, label=r"$w_\mathrm{init}$", gid="w_init", **mark)
+        ax.plot(0, 0, "s", ms=4, label=r"$w_\mathrm{opt}$", gid="w_opt", **mark)
+    ax.plot(angle, radius, **{"marker": "o", "ms": 2, **_labelled(label), **line})
+    widest, farthest = np.nanmax(angle, initial=0.0), np.nanmax(radius, initial=1.0)
+    ax.set_thetamin(0)
+    ax.set_thetamax(180 if widest > np.pi / 2 else 90 if fresh else ax.get_thetamax())
+    ax.set_rmin(0)
+    ax.set_rmax(max(1.05 * farthest, 0 if fresh else ax.get_rmax()))
+    ax.set_xlabel(POLAR_LABEL, labelpad=12)  # below the labels of the radius
+    ax.legend(loc="upper right", bbox_to_anchor=(1.15, 1.15))
+    return cast(Axes, ax)
+
+
+def trajectory(
+    result: "Trajectory", *, ax: Axes | None = None, label: str | None = None, **line: Any
+) -> Axes:
+    """Draw a trajectory projected on two directions, from its star to its square.
+
+    Draw it over a surface by passing the axes of `loss_surface(surface, kind="contour")` with
+    the same directions.
+
+    Args:
+        result: The trajectory, coordinates `(t, 2)`.
+        ax: Axes to draw on; fresh ones by default.
+        label: Name in the legend; its model family decides the colour.
+        **line: Passed to `Axes.plot`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the trajectory is not projected on exactly two directions.
+    """
+    coordinates = np.asarray(result.coordinates)
+    if coordinates.ndim != 2 or coordinates.shape[1] != 2:
+        raise ValueError(
+            f"`result` must have coordinates of shape (t, 2), got {coordinates.shape}; project "
+            "it on two directions."
+        )
+    ax = ax if ax is not None else plt.subplots()[1]
+    (drawn,) = ax.plot(*coordinates.T, **{"marker": "o", "ms": 2, **_labelled(label), **line})
+    color = drawn.get_color()
+    ax.plot(*coordinates[0], "*", ms=6, color=color, mec="w", mew=0.4, gid="w_init", zorder=3)
+    ax.plot(*coordinates[-1], "s", ms=4, color=color, mec="w", mew=0.4, gid="w_opt", zorder=3)
+    ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
+    return ax
+
+
+def known_angles(result: "PolarTrajectory") -> NDArray[np.float64]:
+    """Return the angles; at radius 0, where there is none, the one before it."""
+    angle = np.array(result.angle, dtype=np.float64)
+    for t in np.flatnonzero(np.asarray(result.radius) == 0):
+        angle[t] = angle[t - 1] if t else 0.0
+    return angle
+
+
+def _labelled(label: str | None) -> dict[str, str]:
+    return {} if label is None else {**style.line_styles([label])[label], "label": label}

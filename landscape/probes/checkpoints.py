@@ -1,0 +1,219 @@
+"""Checkpoints of a training run as points in parameter space.
+
+A checkpoint is a state dict, in memory or on disk. Its parameters move in training and so do some
+of its buffers (the running statistics of batch normalisation), which are no coordinates of the loss
+landscape. A state dict does not say which is which: with the model the parameters are known; else
+every floating-point entry counts but for running statistics, and entries that share their memory
+(tied weights) count once.
+"""
+
+import fnmatch
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+State = Mapping[str, Tensor]
+Source = State | str | os.PathLike[str] | nn.Module
+Checkpoints = str | os.PathLike[str] | Sequence[Source]
+
+STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
+"""Names of the running statistics of PyTorch's normalisation layers."""
+
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".tar")
+_CHUNK = 1 << 23  # numbers held in float64 at once
+
+
+@dataclass(frozen=True)
+class Trail:
+    """Checkpoints in order, and the entries of them that are parameters.
+
+    Attributes:
+        states: One state dict a checkpoint; those on disk are mapped, not read.
+        steps: Epoch or step of each, or its index where none is known.
+        names: Entries that are parameters, tied ones once.
+        ignored: All other entries.
+    """
+
+    states: tuple[State, ...]
+    steps: tuple[float, ...]
+    names: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    @property
+    def dim(self) -> int:
+        """Number of parameters."""
+        return sum(self.states[-1][name].numel() for name in self.names)
+
+    def displacements(self, origin: State) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield θ_t − θ_origin in pieces that fit in memory.
+
+        Args:
+            origin: State dict of the origin.
+
+        Yields:
+            Name, offset in the raveled parameter, and a piece `(t, …)` in float64 that starts
+            there.
+        """
+        width = max(1, _CHUNK // len(self.states))
+        for name in self.names:
+            base = origin[name].reshape(-1)
+            rows = [state[name].reshape(-1) for state in self.states]
+            for start in range(0, len(base), width):
+                piece = slice(start, start + width)
+                here = base[piece].double()
+                yield name, start, torch.stack([r[piece].to(here) - here for r in rows])
+
+
+def read_trail(
+    checkpoints: Checkpoints, *, model: nn.Module | None = None, at_least: int = 2
+) -> Trail:
+    """Read checkpoints, oldest first.
+
+    Args:
+        checkpoints: State dicts, paths or modules, in order; or a folder, of which the files
+            `epoch-*.pt` are taken, or else all checkpoint files but `resume-*`, in the order of
+            the numbers in their names. A file holds a state dict, alone or under `"model"` or
+            `"state_dict"`, and is read without unpickling objects.
+        model: Tells which entries are parameters.
+        at_least: Number of checkpoints that are needed.
+
+    Returns:
+        The checkpoints.
+
+    Raises:
+        ValueError: If there are too few, or they are not of one model.
+    """
+    sources = _sources(checkpoints)
+    if len(sources) < at_least:
+        raise ValueError(
+            f"`checkpoints` must hold at least {at_least}, got {len(sources)} in {checkpoints!r}."
+            if isinstance(checkpoints, str | os.PathLike)
+            else f"`checkpoints` must hold at least {at_least}, got {len(sources)}."
+        )
+    states, steps = zip(*(read_state(source) for source in sources), strict=True)
+    names = _parameter_names(states[-1], model)
+    if not names:
+        raise ValueError(
+            f"`checkpoints` must hold floating-point parameters, got only {list(states[-1])}."
+        )
+    for index, state in enumerate(states):
+        for name in names:
+            if name not in state or state[name].shape != states[-1][name].shape:
+                got = tuple(state[name].shape) if name in state else "none"
+                raise ValueError(
+                    f"`checkpoints` must be of one model, got shape {got} for {name!r} in "
+                    f"checkpoint {index} and {tuple(states[-1][name].shape)} in the last."
+                )
+    known = all(step is not None for step in steps)
+    return Trail(
+        states=states,
+        steps=tuple(float(s) for s in (steps if known else range(len(states)))),
+        names=names,
+        ignored=tuple(name for name in states[-1] if name not in names),
+    )
+
+
+def read_state(source: Source) -> tuple[State, float | None]:
+    """Return a state dict, and the epoch or step that it or its file's name tells.
+
+    Args:
+        source: State dict, module, or path of a file that `torch.save` wrote.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If the file cannot be read safely or holds no tensors.
+    """
+    step: float | None = None
+    content: Any = source
+    if isinstance(source, nn.Module):
+        content = source.state_dict()
+    elif isinstance(source, str | os.PathLike):
+        number = re.findall(r"\d+", Path(source).stem)
+        step = float(number[-1]) if number else None
+        content = _load(Path(source))
+    elif not isinstance(source, Mapping):
+        raise TypeError(
+            f"`checkpoints` must be state dicts, paths or modules, got {type(source).__name__}."
+        )
+    if isinstance(content, Mapping):
+        for key in ("step", "epoch"):
+            if isinstance(content.get(key), int | float):
+                step = float(content[key])
+        wrapper = next((k for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
+        content = content if wrapper is None else content[wrapper]
+    tensors = _tensors(content) if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise ValueError(
+            f"`checkpoints` must hold tensors by name, alone or under one of {_WRAPPERS}, got "
+            f"{_describe(source)}."
+        )
+    return tensors, step
+
+
+def _sources(checkpoints: Checkpoints) -> list[Source]:
+    if isinstance(checkpoints, Mapping | nn.Module):
+        raise TypeError("`checkpoints` must be a sequence, got a single one.")
+    if not isinstance(checkpoints, str | os.PathLike):
+        return list(checkpoints)
+    folder = Path(checkpoints)
+    if not folder.is_dir():
+        raise ValueError(f"`checkpoints` must be a folder or a sequence, got {str(folder)!r}.")
+    files = list(folder.glob("epoch-*.pt")) or [
+        file
+        for file in folder.iterdir()
+        if file.suffix in _SUFFIXES and not file.name.startswith("resume-")
+    ]
+    return [*sorted(files, key=_natural)]
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """Return a key that sorts epoch-9 before epoch-10."""
+    pieces = re.split(r"(\d+)", path.name)
+    return [(1, int(p), "") if p.isdigit() else (0, 0, p) for p in pieces]
+
+
+def _load(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the older format cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"`checkpoints` must be files that `torch.load(…, weights_only=True)` reads, got "
+            f"{str(path)!r} ({reason})."
+        ) from error
+
+
+def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def _parameter_names(state: State, model: nn.Module | None) -> tuple[str, ...]:
+    if model is not None:
+        return tuple(name for name, p in model.named_parameters() if p.is_floating_point())
+    names, seen = [], set()
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if (
+            not tensor.is_floating_point()
+            or any(fnmatch.fnmatch(name, pattern) for pattern in STATISTICS)
+            or (tensor.numel() and place in seen)
+        ):
+            continue
+        seen.add(place)
+        names.append(name)
+    return tuple(names)
+
+
+def _describe(source: Source) -> str:
+    return repr(str(source)) if isinstance(source, str | os.PathLike) else type(source).__name__

@@ -1,0 +1,402 @@
+"""Hessian spectra: over all data (both edges, density, trace), and per mini-batch (the paper's).
+
+The Hessian is that of the objective on frozen data, loss and weight decay, in evaluation mode.
+Leaving out the weight decay or the augmentation is a common mistake (Park & Kim, 2022, sec. 2).
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from landscape._checks import check_at_least, check_choice, check_generator
+from landscape._progress import track
+from landscape.linalg.eigen import Eigenpairs, EigenSearch, warn_unconverged
+from landscape.linalg.hessian import HessianOperator, Memory, check_finite_losses
+from landscape.linalg.krylov import RitzPairs
+from landscape.linalg.quadrature import SpectralDensity, density_of, spectral_density
+from landscape.linalg.trace import TraceEstimate, hutch_plus_plus
+from landscape.objective import FrozenObjective, Objective
+from landscape.provenance import provenance
+from landscape.results import Provenance, Result
+
+Engine = Literal["native", "pyhessian"]
+
+
+@dataclass(frozen=True)
+class HessianSpectrum(Result):
+    """Both edges, density and trace of one Hessian.
+
+    Attributes:
+        largest: The k largest eigenvalues, largest first.
+        smallest: The k smallest, smallest (most negative) first.
+        density: Eigen-density, where it was asked for.
+        trace: Estimate of the trace.
+        trace_stderr: Its standard error.
+        dim: Number of parameters.
+        num_hvps: Hessian-vector products over all of the data.
+        asymmetry: Largest measured |uᵀHv − vᵀHu| of unit vectors: rounding of the products.
+        provenance: Where it came from.
+    """
+
+    largest: Eigenpairs
+    smallest: Eigenpairs
+    density: SpectralDensity | None
+    trace: float
+    trace_stderr: float
+    dim: int
+    num_hvps: int
+    asymmetry: float
+    provenance: Provenance
+
+    _plot: ClassVar[str | None] = "hessian_spectrum"
+
+
+@dataclass(frozen=True)
+class HessianMaxSpectrum(Result):
+    """Top eigenvalues of the Hessian of every mini-batch (Park & Kim, 2022, Fig. 1c).
+
+    Attributes:
+        eigenvalues: By magnitude, largest first, shape `(batches, k)`.
+        residuals: ‖Hv − λv‖ of each, shape `(batches, k)`.
+        converged: Whether each error estimate is at most `tol` · |λ|, shape `(batches, k)`.
+        nep: Negative max eigenvalue proportion, ∫_{-∞}^0 p(λ)dλ, over all eigenvalues gathered.
+        nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high).
+        ape: Average of the positive max eigenvalues, ∫_0^∞ λp(λ)dλ / ∫_0^∞ p(λ)dλ; NaN if none.
+        ape_interval: 95 % bootstrap interval of `ape` over mini-batches, (low, high).
+        num_hvps: Mini-batch Hessian-vector products in all.
+        provenance: Where it came from.
+    """
+
+    eigenvalues: np.ndarray
+    residuals: np.ndarray
+    converged: np.ndarray
+    nep: float
+    nep_interval: tuple[float, float]
+    ape: float
+    ape_interval: tuple[float, float]
+    num_hvps: int
+    provenance: Provenance
+
+    _plot: ClassVar[str | None] = "hessian_max_spectrum"
+
+
+def hessian_spectrum(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    objective: Objective = Objective(),
+    k: int = 5,
+    density: bool = True,
+    tol: float = 1e-3,
+    max_iter: int = 200,
+    num_probes: int = 1,
+    max_basis: int | None = None,
+    certify: bool = True,
+    vectors: bool = False,
+    memory: Memory = "auto",
+    generator: torch.Generator | None = None,
+    engine: Engine = "native",
+    progress: bool = False,
+) -> HessianSpectrum:
+    """Largest and smallest eigenvalues, density and trace of the Hessian over all of the data.
+
+    One Krylov space serves everything: its Ritz pairs give both edges, its start vectors the
+    density and the trace (stochastic Lanczos quadrature, `landscape.linalg.quadrature`). Edge
+    eigenvalues that are simple and have converged enter the density exactly.
+
+    Args:
+        model: Any module; left as it was found.
+        data: Re-iterable of batches; the mean is over all samples, however batched.
+        objective: Whose Hessian.
+        k: Number of eigenvalues at each edge.
+        density: Also return the density; at least 40 products a probe are then made.
+        tol: Relative error of the eigenvalues.
+        max_iter: Largest number of products.
+        num_probes: Random start vectors; more of them narrow trace and density, each at about as
+            many products again.
+        max_basis: Largest number of basis vectors; by default as many as fit 4 GiB.
+        certify: Look for multiple and missed eigenvalues (`top_eigenpairs`).
+        vectors: Return the eigenvectors too.
+        memory: What the operator may keep between products (`HessianOperator`).
+        generator: Source of the start vectors; seed 0 by default.
+        engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion.
+        progress: Show a bar.
+
+    Returns:
+        The spectrum. Cost: `num_hvps` products over all data, 2 to 4 gradients each.
+
+    Raises:
+        ValueError: If an argument is out of range, or the loss is not finite.
+        TypeError: If `data` is not a re-iterable of batches.
+    """
+    began = time.perf_counter()
+    generator = _check(k, num_probes, engine, generator)
+    seed = generator.initial_seed()
+    operator = HessianOperator(model, data, objective, memory=memory)
+    if engine == "pyhessian":
+        from landscape.probes import pyhessian_engine
+
+        return pyhessian_engine.spectrum(operator, k, density, tol, max_iter, num_probes, generator)
+    k = min(k, operator.dim)
+    search = EigenSearch(
+        operator,
+        {"largest": (k, "LA"), "smallest": (k, "SA")},
+        tol=tol,
+        max_iter=max_iter,
+        max_basis=max_basis,
+        generator=generator,
+    )
+    nothing: tuple[int, ...] = ()
+    with track(nothing, "Hessian spectrum", progress, total=max_iter) as bar:
+        search.run(
+            starts=num_probes,
+            certify=certify,
+            min_iter=40 * num_probes if density else 0,
+            tick=bar.update,
+        )
+    largest, smallest = search.pairs("largest", vectors), search.pairs("smallest", vectors)
+    warn_unconverged([largest.converged, smallest.converged], search.num_matvecs, tol)
+    measure = _density(*search.snapshot(num_probes), operator.dim, k if certify else 0)
+    return HessianSpectrum(
+        largest=largest,
+        smallest=smallest,
+        density=measure if density else None,
+        trace=measure.trace,
+        trace_stderr=measure.trace_stderr,
+        dim=operator.dim,
+        num_hvps=search.num_matvecs,
+        asymmetry=search.space.asymmetry,
+        provenance=provenance(
+            operator.frozen,
+            seed=seed,
+            seconds=time.perf_counter() - began,
+            num_hvps=search.num_matvecs,
+            settings={"k": k, "tol": tol, "num_probes": num_probes, "certify": certify}
+            | {"kept_batches": operator.num_kept, "num_batches": operator.frozen.num_batches},
+        ),
+    )
+
+
+def hessian_max_spectrum(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    objective: Objective = Objective(),
+    k: int = 5,
+    tol: float = 1e-3,
+    max_iter: int = 100,
+    certify: bool = True,
+    num_bootstrap: int = 2000,
+    memory: Memory = "auto",
+    generator: torch.Generator | None = None,
+    engine: Engine = "native",
+    progress: bool = False,
+) -> HessianMaxSpectrum:
+    """Top-`k` Hessian eigenvalues of every mini-batch (Park & Kim, 2022, Fig. 1c).
+
+    The paper gathers the five largest by magnitude of mini-batches of 16 samples, from a tenth of
+    the training set, at the objective that was optimised (loss, weight decay, augmented data).
+
+    Args:
+        model: Any module; left as it was found.
+        data: Re-iterable of mini-batches, each measured by itself.
+        objective: Whose Hessian.
+        k: Eigenvalues a mini-batch.
+        tol: Relative error of the eigenvalues.
+        max_iter: Largest number of products a mini-batch.
+        certify: Look for multiple and missed eigenvalues (`top_eigenpairs`).
+        num_bootstrap: Resamplings of mini-batches for the intervals.
+        memory: What may be kept of a mini-batch's graph between products.
+        generator: Source of the start vectors and resamplings; seed 0 by default.
+        engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion.
+        progress: Show a bar.
+
+    Returns:
+        Eigenvalues, NEP and APE with intervals. Cost: 15 to 30 products a mini-batch.
+
+    Raises:
+        ValueError: If an argument is out of range, or the loss of a mini-batch is not finite.
+        TypeError: If `data` is not a re-iterable of batches.
+    """
+    began = time.perf_counter()
+    generator = _check(k, 1, engine, generator)
+    seed = generator.initial_seed()
+    frozen = objective.freeze(model, data, check_mean=False)
+    if k > frozen.space.dim:
+        raise ValueError(f"`k` must be at most the dimension {frozen.space.dim}, got {k}.")
+    _check_finite(frozen)
+    rows: list[Eigenpairs] = []
+    total = frozen.num_batches
+    for batch in track(frozen.batches, "Hessian max spectrum", progress, total=total):
+        operator = HessianOperator.of(frozen.of_batch(batch), memory=memory)
+        if engine == "pyhessian":
+            from landscape.probes import pyhessian_engine
+
+            rows.append(pyhessian_engine.top_eigenpairs(operator, k, tol, max_iter, generator))
+            continue
+        search = EigenSearch(
+            operator,
+            {"top": (k, "LM")},
+            tol=tol,
+            max_iter=max_iter,
+            max_basis=None,
+            generator=generator,
+        )
+        search.run(starts=1, certify=certify)
+        rows.append(search.pairs("top"))
+    eigenvalues = np.stack([row.values for row in rows])
+    converged = np.stack([row.converged for row in rows])
+    num_hvps = sum(row.num_matvecs for row in rows)
+    warn_unconverged([converged], num_hvps, tol)
+    nep_interval, ape_interval = _bootstrap(eigenvalues, num_bootstrap, generator)
+    return HessianMaxSpectrum(
+        eigenvalues=eigenvalues,
+        residuals=np.stack([row.residuals for row in rows]),
+        converged=converged,
+        nep=_nep(eigenvalues),
+        nep_interval=nep_interval,
+        ape=_ape(eigenvalues),
+        ape_interval=ape_interval,
+        num_hvps=num_hvps,
+        provenance=provenance(
+            frozen,
+            seed=seed,
+            seconds=time.perf_counter() - began,
+            num_hvps=num_hvps / frozen.num_batches,
+            settings={"k": k, "tol": tol, "engine": engine, "num_batches": frozen.num_batches},
+        ),
+    )
+
+
+def hessian_density(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    objective: Objective = Objective(),
+    num_steps: int = 80,
+    num_probes: int = 1,
+    sigma: float | None = None,
+    memory: Memory = "auto",
+    generator: torch.Generator | None = None,
+) -> SpectralDensity:
+    """Eigen-density of the Hessian over all of the data, by stochastic Lanczos quadrature.
+
+    Args:
+        model: Any module; left as it was found.
+        data: Re-iterable of batches.
+        objective: Whose Hessian.
+        num_steps: Lanczos steps a probe.
+        num_probes: Number of random probes.
+        sigma: Width of the smoothing; by default a hundredth of the range of the spectrum.
+        memory: What the operator may keep between products (`HessianOperator`).
+        generator: Source of the probes; seed 0 by default.
+
+    Returns:
+        The density, after `num_steps · num_probes` products (Ghorbani et al., 2019).
+
+    Raises:
+        ValueError: If an argument is out of range, or the loss is not finite.
+        TypeError: If `data` is not a re-iterable of batches.
+    """
+    operator = HessianOperator(model, data, objective, memory=memory)
+    return density_of(
+        operator,
+        num_steps=num_steps,
+        num_probes=num_probes,
+        sigma=sigma,
+        generator=check_generator(generator),
+    )
+
+
+def hessian_trace(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    objective: Objective = Objective(),
+    num_matvecs: int = 60,
+    memory: Memory = "auto",
+    generator: torch.Generator | None = None,
+) -> TraceEstimate:
+    """Trace of the Hessian over all of the data, by Hutch++.
+
+    Args:
+        model: Any module; left as it was found.
+        data: Re-iterable of batches.
+        objective: Whose Hessian.
+        num_matvecs: Products to spend.
+        memory: What the operator may keep between products (`HessianOperator`).
+        generator: Source of the random signs; seed 0 by default.
+
+    Returns:
+        The trace with its standard error.
+
+    Raises:
+        ValueError: If an argument is out of range, or the loss is not finite.
+        TypeError: If `data` is not a re-iterable of batches.
+    """
+    operator = HessianOperator(model, data, objective, memory=memory)
+    return hutch_plus_plus(operator, num_matvecs=num_matvecs, generator=check_generator(generator))
+
+
+def _check(
+    k: int, num_probes: int, engine: str, generator: torch.Generator | None
+) -> torch.Generator:
+    check_at_least("k", k, 1)
+    check_at_least("num_probes", num_probes, 1)
+    check_choice("engine", engine, ("native", "pyhessian"))
+    return check_generator(generator)
+
+
+def _check_finite(frozen: FrozenObjective) -> None:
+    with torch.no_grad():
+        losses = [frozen.data_term(frozen.space.values, batch) for batch in frozen.batches]
+    check_finite_losses(losses)
+
+
+def _density(ritz: RitzPairs, weights: np.ndarray, dim: int, k: int) -> SpectralDensity:
+    """Return the density with the simple converged pairs among the `k` at each edge exact."""
+    values, size = ritz.values, len(ritz.values)
+    edge = np.zeros(size, dtype=bool)
+    edge[: min(k, size)] = edge[max(size - k, 0) :] = True
+    spacing = np.full(size, np.inf)
+    if size > 1:
+        gaps = np.diff(values)
+        spacing = np.minimum(np.append(gaps, np.inf), np.insert(gaps, 0, np.inf))
+    # Simple: well apart from its neighbours; converged: Ritz and eigenvector within 1 %.
+    simple = spacing > 0.02 * np.abs(values)
+    exact = edge & simple & (ritz.residuals <= 0.01 * spacing)
+    if size == dim:
+        exact[:] = True  # the whole spectrum is known
+    elif weights[:, ~exact].sum(1).min() < 1e-12:
+        exact[:] = False  # the probes lie in the exact part: nothing is left to sample with
+    outliers = values[exact]
+    nodes = np.broadcast_to(values[~exact], (len(weights), int((~exact).sum())))
+    return spectral_density(nodes.copy(), weights[:, ~exact], dim, outliers=outliers)
+
+
+def _nep(eigenvalues: np.ndarray) -> float:
+    return float((eigenvalues < 0).mean())
+
+
+def _ape(eigenvalues: np.ndarray) -> float:
+    positive = eigenvalues[eigenvalues > 0]
+    return float(positive.mean()) if len(positive) else float("nan")
+
+
+def _bootstrap(
+    eigenvalues: np.ndarray, count: int, generator: torch.Generator
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the 95 % percentile intervals of NEP and APE over resampled mini-batches."""
+    check_at_least("num_bootstrap", count, 1)
+    batches = len(eigenvalues)
+    draws = torch.randint(
+        batches, (count, batches), generator=generator, device=generator.device
+    ).cpu()
+    samples = [(_nep(eigenvalues[rows]), _ape(eigenvalues[rows])) for rows in draws.numpy()]
+    low, high = np.nanpercentile(np.array(samples), [2.5, 97.5], axis=0)
+    return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))

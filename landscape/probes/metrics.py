@@ -1,0 +1,162 @@
+"""What is measured at one point of a surface, summed batch by batch in float64 on the device.
+
+The sums are over samples, so nothing depends on how the data were batched, and a sample with NaN
+among its outputs makes every metric of the point NaN.
+"""
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from landscape.batches import PreparedBatch
+from landscape.losses import is_classification, loss_settings
+
+NUM_BINS = 15
+"""Bins of the expected calibration error, as in Guo et al. (2017)."""
+
+
+class LossError:
+    """Standard error over samples of a mean loss.
+
+    With terms c_n and weights a_n of the samples, the mean is m = Σ c_n / Σ a_n and its standard
+    error √(n/(n−1) · Σ (c_n − a_n m)²) / Σ a_n: for a_n = 1 the usual one, else that of a ratio.
+    """
+
+    def __init__(self, loss: Any, device: torch.device) -> None:
+        self._loss, self._unreduced = loss, unreduced(loss)
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)  # n, c, a, cc, ca, aa
+
+    def add(self, logits: Tensor, batch: PreparedBatch) -> None:
+        """Add one batch."""
+        if self._unreduced is None or batch.targets is None:
+            return
+        losses = self._unreduced(logits, batch.targets)
+        if losses.dim() == 0 or len(losses) != batch.size:
+            self._unreduced = None
+            return
+        a = sample_weights(self._loss, batch.targets)
+        c = losses.detach().double().reshape(batch.size, -1)
+        # Where weights are counts of labels (segmentation) they belong to a sum, else to a mean.
+        c = c.sum(1) if _counts_labels(self._loss, batch.targets) else c.mean(1)
+        counted = (a > 0).sum()
+        self._sums += torch.stack([counted, c.sum(), a.sum(), c @ c, c @ a, a @ a])
+
+    def result(self, mean: Tensor) -> Tensor:
+        """Return the standard error of `mean`, NaN where the loss has no terms by sample."""
+        n, c, a, cc, ca, aa = self._sums
+        squares = (cc - 2 * mean * ca + mean**2 * aa).clamp_min(0)
+        error = (squares * n / (n - 1)).sqrt() / a
+        # A loss whose own mean is another one has unreduced terms that mean something else.
+        known = (c / a - mean).abs() <= 1e-3 * mean.abs()
+        return torch.where(known & (n > 1), error, torch.nan)
+
+
+class Accuracy:
+    """Share of the samples whose largest output is the label.
+
+    Soft targets count as the class of their largest entry; ignored labels do not count.
+    """
+
+    def __init__(self, loss: Any, device: torch.device) -> None:
+        self._ignore = loss_settings(loss)[1]
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, batch: PreparedBatch) -> None:
+        """Add one batch."""
+        right, counted = hits(logits, batch.targets, self._ignore)
+        self._sums += torch.stack([right.sum(), counted.sum()])
+
+    def result(self) -> Tensor:
+        """Return the accuracy."""
+        return self._sums[0] / self._sums[1]
+
+
+class CalibrationError:
+    """Expected calibration error over 15 equal bins of the confidence (Guo et al. 2017, eq. 3).
+
+    ECE = Σ_b |B_b| / n · |accuracy(B_b) − confidence(B_b)|, the confidence being the largest
+    softmax probability and bin b holding those in (b/15, (b+1)/15].
+    """
+
+    def __init__(self, loss: Any, device: torch.device) -> None:
+        self._ignore = loss_settings(loss)[1]
+        self._edges = torch.arange(NUM_BINS + 1, dtype=torch.float64, device=device) / NUM_BINS
+        self._sums = torch.zeros(NUM_BINS, 2, dtype=torch.float64, device=device)
+        self._count = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, batch: PreparedBatch) -> None:
+        """Add one batch."""
+        right, counted = hits(logits, batch.targets, self._ignore)
+        confidence = logits.double().softmax(1).amax(1).reshape(-1)
+        right, counted = right.reshape(-1), counted.reshape(-1)
+        inside = (confidence[:, None] > self._edges[:-1]) & (confidence[:, None] <= self._edges[1:])
+        # A NaN confidence is in no bin, and NaN times 0 carries it into all of them.
+        values = torch.stack([right, confidence * counted], dim=1)
+        self._sums += inside.double().T @ values
+        self._count += counted.sum()
+
+    def result(self) -> Tensor:
+        """Return the expected calibration error."""
+        return (self._sums[:, 0] - self._sums[:, 1]).abs().sum() / self._count
+
+
+def hits(logits: Tensor, targets: Tensor | None, ignore: int) -> tuple[Tensor, Tensor]:
+    """Return (1 where the prediction is right, 1 where the label counts), in float64.
+
+    Raises:
+        ValueError: If the targets are no class labels of these outputs.
+    """
+    labels = targets
+    if targets is not None and targets.is_floating_point() and targets.shape == logits.shape:
+        labels = targets.argmax(1) if logits.dim() > 1 else None
+    if (
+        labels is None
+        or labels.is_floating_point()
+        or logits.dim() < 2
+        or labels.shape != logits.shape[:1] + logits.shape[2:]
+    ):
+        got = "no targets" if targets is None else f"{targets.dtype} {tuple(targets.shape)}"
+        raise ValueError(
+            f"`metrics` must be ('loss',) where the targets are no class labels, got {got} for "
+            f"outputs of shape {tuple(logits.shape)}."
+        )
+    counted = (labels != ignore).double()
+    right = (logits.argmax(1) == labels).double() * counted
+    right = torch.where(logits.isnan().any(1), torch.nan, right)
+    return right, counted
+
+
+def unreduced(loss: Any) -> Any:
+    """Return the loss with `reduction="none"`, or `None` where it has no such setting."""
+    if isinstance(loss, nn.Module):
+        if not hasattr(loss, "reduction"):
+            return None
+        loss = copy.copy(loss)
+        loss.reduction = "none"
+        return loss
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    try:
+        has_reduction = "reduction" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+    return functools.partial(loss, reduction="none") if has_reduction else None
+
+
+def sample_weights(loss: Any, targets: Tensor) -> Tensor:
+    """Return the weight `(n,)` of each sample in the mean that `loss` takes, in float64."""
+    if not _counts_labels(loss, targets):
+        return torch.ones(len(targets), dtype=torch.float64, device=targets.device)
+    weight, ignore, _ = loss_settings(loss)
+    counted = (targets != ignore).double()
+    if weight is not None:
+        known = targets.clamp(0, len(weight) - 1)
+        counted = counted * weight.to(targets.device)[known].double()
+    return counted.reshape(len(targets), -1).sum(1)
+
+
+def _counts_labels(loss: Any, targets: Tensor) -> bool:
+    return is_classification(loss) and not targets.is_floating_point()

@@ -1,0 +1,182 @@
+"""A file of finished points, so that a killed computation goes on where it stopped.
+
+The first line says what the points belong to; each further line is one point behind its checksum,
+on the disk before the next one is computed. A line that was cut off or damaged, and whatever
+follows it, is dropped and computed again.
+"""
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from landscape.objective import FrozenObjective
+from landscape.results import write_atomically
+
+_FORMAT = "landscape points 1"
+
+
+class PointRecord:
+    """Finished points by index, kept in a file if there is one.
+
+    Attributes:
+        done: Index to the values of that point.
+    """
+
+    def __init__(self, done: dict[int, list[float]], descriptor: int | None) -> None:
+        self.done = done
+        self._descriptor = descriptor
+
+    def add(self, index: int, values: Sequence[float]) -> None:
+        """Keep one point; it is on the disk when this returns."""
+        self.done[index] = list(values)
+        if self._descriptor is not None:
+            os.write(self._descriptor, _line({"index": index, "values": list(values)}))
+            os.fsync(self._descriptor)
+
+
+@contextmanager
+def open_record(
+    path: str | os.PathLike[str] | None,
+    fingerprint: Mapping[str, str | float],
+    num_points: int,
+    num_values: int,
+) -> Iterator[PointRecord]:
+    """Open the record of one surface, and close its file afterwards.
+
+    Args:
+        path: The file, which may not exist yet; `None` keeps the points in memory only.
+        fingerprint: What the points belong to, by name: texts that must be equal, and numbers that
+            must be nearly equal (another machine rounds differently).
+        num_points: Number of points of the surface.
+        num_values: Number of values at each.
+
+    Yields:
+        The record, with the points that the file already holds.
+
+    Raises:
+        ValueError: If the file holds something else, or points of something else.
+    """
+    if path is None:
+        yield PointRecord({}, None)
+        return
+    path = Path(path)
+    header = {"format": _FORMAT, "fingerprint": dict(fingerprint)}
+    done: dict[int, list[float]] = {}
+    if path.exists():
+        done, good_bytes = _read(path, header, num_points, num_values)
+        if good_bytes < path.stat().st_size:
+            os.truncate(path, good_bytes)
+    else:
+        write_atomically(path, _line(header))
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        yield PointRecord(done, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(
+    frozen: FrozenObjective, directions: Iterable[Mapping[str, Tensor]], loss: float, **other: str
+) -> dict[str, str | float]:
+    """Return what the value of a surface depends on, as digests by name.
+
+    Args:
+        frozen: The objective on its model and data; they are read once.
+        directions: Directions that are walked along.
+        loss: Loss of the first batch at the centre, which tells two functions of one name apart.
+        **other: Further settings.
+    """
+    model, space = frozen.model, frozen.space
+    data: dict[str, Any] = {}
+    for batch in frozen.batches:
+        inputs = batch.inputs if isinstance(batch.inputs, Mapping) else {"": batch.inputs}
+        for key, value in [*inputs.items(), ("targets", batch.targets)]:
+            data.setdefault(key, hashlib.sha256()).update(_bytes(value))
+    state = {**space.values, **space.fixed, **space.buffers}
+    settings = frozen.objective.loss
+    weights = settings.state_dict() if isinstance(settings, nn.Module) else {}
+    return {
+        "model": f"{type(model).__name__} {_digest(state)}",
+        "directions": " ".join(_digest(d) for d in directions),
+        "data": " ".join(f"{key} {digest.hexdigest()}" for key, digest in data.items()),
+        "objective": f"{frozen.objective.describe()} {_digest(weights)}",
+        "loss": loss,
+        **other,
+    }
+
+
+def _read(
+    path: Path, header: dict[str, Any], num_points: int, num_values: int
+) -> tuple[dict[int, list[float]], int]:
+    """Return the points of a record and the number of bytes that are whole."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    found = _parse(lines[0]) if lines else None
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise ValueError(
+            f"`resume` must be a new file or one written by an earlier run, got {str(path)!r}, "
+            "which holds something else; pass another path."
+        )
+    ours, theirs = header["fingerprint"], found["fingerprint"]
+    other = [key for key in {**ours, **theirs} if not _same(ours.get(key), theirs.get(key))]
+    if other:
+        raise ValueError(
+            f"`resume` must hold points of this surface, got points with another "
+            f"{', '.join(other)} in {str(path)!r}; pass another path or remove the file."
+        )
+    done: dict[int, list[float]] = {}
+    good = len(lines[0])
+    for line in lines[1:]:
+        point = _parse(line)
+        if (
+            not isinstance(point, dict)
+            or not 0 <= point["index"] < num_points
+            or len(point["values"]) != num_values
+        ):
+            break
+        done[point["index"]] = [float(v) for v in point["values"]]
+        good += len(line)
+    return done, good
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-3) or a == b or (math.isnan(a) and math.isnan(b))
+    return bool(a == b)
+
+
+def _line(content: Any) -> bytes:
+    text = json.dumps(content).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parse(line: bytes) -> Any:
+    """Return what `_line` wrote, `None` if the line is not whole."""
+    checksum, _, text = line.removesuffix(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
+        return None
+    return json.loads(text)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()[:32]
+
+
+def _bytes(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return repr(value).encode()
+    flat = value.detach().reshape(-1).cpu().contiguous()
+    return np.ascontiguousarray(flat.view(torch.uint8).numpy()) if len(flat) else b""

@@ -1,0 +1,84 @@
+"""Where a result came from, read off the frozen objective or said by a probe of weights alone."""
+
+import functools
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from landscape.objective import FrozenObjective
+from landscape.results import Provenance
+
+
+def provenance(
+    frozen: FrozenObjective,
+    *,
+    seed: int | None,
+    seconds: float,
+    num_hvps: float = 0.0,
+    num_forwards: float = 0.0,
+    settings: dict[str, Any] | None = None,
+) -> Provenance:
+    """Return the provenance of a probe.
+
+    Args:
+        frozen: The objective that was probed.
+        seed: Initial seed of the probe's generator.
+        seconds: Wall time.
+        num_hvps: Hessian-vector products over all of the data.
+        num_forwards: Forward passes over all of the data.
+        settings: Other arguments of the probe.
+    """
+    device = frozen.space.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return Provenance(
+        landscape=_version(),
+        torch=torch.__version__,
+        model=type(frozen.model).__name__,
+        num_parameters=frozen.space.dim,
+        objective=frozen.objective.describe(),
+        num_samples=frozen.num_samples,
+        device=f"{device} ({name})" if name else str(device),
+        dtype=str(frozen.space.dtype).removeprefix("torch."),
+        seed=seed,
+        seconds=seconds,
+        num_hvps=num_hvps,
+        num_forwards=num_forwards,
+        settings=settings or {},
+    )
+
+
+def weights_provenance(
+    *,
+    model: str = "",
+    num_parameters: int = 0,
+    seed: int | None = None,
+    seconds: float = 0.0,
+    settings: dict[str, Any] | None = None,
+) -> Provenance:
+    """Return the provenance of a result that weights alone went into, no data.
+
+    Args:
+        model: Class of the model, where it is known.
+        num_parameters: Number of parameters concerned.
+        seed: Initial seed of the generator.
+        seconds: Wall time.
+        settings: Other arguments.
+    """
+    return Provenance(
+        landscape=_version(),
+        torch=torch.__version__,
+        model=model,
+        num_parameters=num_parameters,
+        seed=seed,
+        seconds=seconds,
+        settings=settings or {},
+    )
+
+
+@functools.cache
+def _version() -> str:
+    try:
+        return version("landscape-probes")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "not installed"

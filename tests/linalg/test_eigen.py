@@ -1,0 +1,188 @@
+import numpy as np
+import pytest
+import torch
+
+from landscape import MatrixOperator, SymmetricOperator, top_eigenpairs
+from landscape.linalg.krylov import KrylovSpace
+from tests.oracles import planted
+
+BULK = (0.1 * np.random.RandomState(0).randn(290)).tolist()
+SPECTRA = {
+    "simple": [10, 8, 6, -5, 4, 3],
+    "triple": [10, 10, 10, -5, 4, 3],
+    "plus and minus": [10, -10, 8, -8, 3, 2],
+    "nine copies": [5] * 9 + [4, 3],
+    "close": [10, 9.99, 9.98, 9.97, 5, 4],
+    "negative": [-10, -9, -9, -8, -1, -1, 0.5],
+}
+
+
+def wanted(values, k, which):
+    values = np.asarray(values, dtype=float)
+    order = {"LM": -np.abs(values), "LA": -values, "SA": values}[which]
+    return values[np.argsort(order, kind="stable")][:k]
+
+
+def residuals(operator, pairs):
+    vectors = torch.from_numpy(pairs.vectors).double()
+    products = vectors @ operator.matrix.double()
+    return (products - torch.from_numpy(pairs.values)[:, None] * vectors).norm(dim=1).numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("which", ["LM", "LA", "SA"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_planted_spectrum_is_found_with_its_multiplicity(name, which, dtype):
+    spectrum = SPECTRA[name] + BULK
+    operator = planted(spectrum, dtype=dtype)
+    pairs = top_eigenpairs(operator, 5, which, vectors=True)
+    expected = wanted(spectrum, 5, which)
+    assert pairs.converged.all()
+    # ± pairs of one magnitude have no order of their own
+    key = np.abs if which == "LM" else lambda v: v
+    np.testing.assert_allclose(key(pairs.values), key(expected), rtol=1e-3)
+    # Residuals are those of the vectors, up to the precision of the products ...
+    true = residuals(operator, pairs)
+    np.testing.assert_allclose(pairs.residuals, true, rtol=1e-2, atol=2e-5)
+    # ... and an eigenvalue lies within each.
+    distance = np.abs(np.array(spectrum)[None] - pairs.values[:, None]).min(1)
+    assert (distance <= true + 1e-5).all()
+    gram = pairs.vectors @ pairs.vectors.T
+    np.testing.assert_allclose(gram, np.eye(5), atol=1e-5)
+
+
+def test_without_certificate_one_krylov_space_sees_one_copy():
+    operator = planted(SPECTRA["triple"] + BULK)
+    one = top_eigenpairs(operator, 4, "LM", certify=False)
+    np.testing.assert_allclose(one.values, [10, -5, 4, 3], rtol=1e-3)
+    assert one.num_matvecs < top_eigenpairs(operator, 4, "LM").num_matvecs
+
+
+@pytest.mark.parametrize("max_basis", [8, 12, 40])
+def test_thick_restart_finds_the_same_in_bounded_memory(max_basis):
+    for name in ("simple", "triple", "close"):
+        operator = planted(SPECTRA[name] + BULK)
+        pairs = top_eigenpairs(operator, 5, "LM", max_basis=max_basis, tol=1e-6, vectors=True)
+        np.testing.assert_allclose(pairs.values, wanted(SPECTRA[name], 5, "LM"), rtol=1e-5)
+        np.testing.assert_allclose(pairs.residuals, residuals(operator, pairs), atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e7])
+def test_no_absolute_epsilon(scale):
+    spectrum = np.array(SPECTRA["triple"] + BULK)
+    base = top_eigenpairs(planted(spectrum), 5)
+    pairs = top_eigenpairs(planted(scale * spectrum), 5)
+    np.testing.assert_allclose(pairs.values, scale * base.values, rtol=1e-6)
+    assert pairs.num_matvecs == base.num_matvecs
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "k"),
+    [([0.0] * 30, 3), ([2.0] * 30, 3), ([3.0, 1.0, 2.0], 3), ([7.0], 1), ([5, 5, 0, 0, 0, 0], 4)],
+    ids=["zero", "identity", "complete", "scalar", "low rank"],
+)
+def test_degenerate_operators(spectrum, k):
+    pairs = top_eigenpairs(planted(spectrum), k)
+    np.testing.assert_allclose(pairs.values, wanted(spectrum, k, "LM"), atol=1e-12)
+    assert pairs.converged.all()
+    assert pairs.num_matvecs <= len(spectrum)
+
+
+def test_unconverged_pairs_are_flagged_with_honest_residuals():
+    operator = planted(np.linspace(-1, 1, 300))
+    with pytest.warns(UserWarning, match="have not converged to 0.001 in 12 products"):
+        pairs = top_eigenpairs(operator, 5, max_iter=12, vectors=True)
+    assert not pairs.converged.all()
+    np.testing.assert_allclose(pairs.residuals, residuals(operator, pairs), rtol=1e-6)
+
+
+def test_reproducible_and_the_global_random_state_unread():
+    operator = planted(SPECTRA["simple"] + BULK)
+    first = top_eigenpairs(operator, 5)
+    state = torch.get_rng_state()
+    torch.rand(3)
+    again = top_eigenpairs(operator, 5)
+    other = top_eigenpairs(operator, 5, generator=torch.Generator().manual_seed(7))
+    np.testing.assert_array_equal(first.values, again.values)
+    assert (first.values != other.values).any()
+    np.testing.assert_allclose(first.values, other.values, rtol=1e-3)
+    torch.set_rng_state(state)
+    top_eigenpairs(operator, 5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_start_vector_may_be_given():
+    operator = planted(SPECTRA["simple"] + BULK)
+    vectors = top_eigenpairs(operator, 1, vectors=True, tol=1e-8).vectors
+    pairs = top_eigenpairs(operator, 1, start=torch.from_numpy(vectors[0]), certify=False)
+    assert pairs.num_matvecs == 1
+    np.testing.assert_allclose(pairs.values, [10])
+
+
+class Faulty(SymmetricOperator):
+    def __init__(self, value):
+        super().__init__(20, torch.float64, torch.device("cpu"))
+        self.value = value
+
+    def _matmat(self, vectors):
+        return vectors * self.value
+
+
+def test_bad_input_is_refused():
+    operator = planted([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+        top_eigenpairs(operator, 0)
+    with pytest.raises(ValueError, match="`k` must be at most the dimension 3, got 4"):
+        top_eigenpairs(operator, 4)
+    with pytest.raises(ValueError, match="`which` must be one of 'LM', 'LA', 'SA', got 'BE'"):
+        top_eigenpairs(operator, 1, "BE")
+    with pytest.raises(ValueError, match="`tol` must be positive"):
+        top_eigenpairs(operator, 1, tol=0.0)
+    with pytest.raises(ValueError, match="`max_basis` must be at least 7"):
+        top_eigenpairs(planted(BULK), 5, max_basis=6)
+    with pytest.raises(ValueError, match="finite products"):
+        top_eigenpairs(Faulty(float("nan")), 1)
+    with pytest.raises(ValueError, match="square"):
+        MatrixOperator(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="symmetric"):
+        MatrixOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    with pytest.raises(TypeError, match=r"torch\.Generator"):
+        top_eigenpairs(operator, 1, generator=3)
+
+
+def test_the_defining_relation_of_the_krylov_space(generator):
+    """A V = V T + R Eᵀ through interleaved chains, late starts and a restart."""
+    operator = planted(SPECTRA["plus and minus"] + BULK)
+    space = KrylovSpace(operator, 30)
+    starts = torch.randn(3, operator.dim, generator=generator, dtype=torch.float64)
+
+    def check():
+        m = space.size
+        basis = space._basis[:m]
+        residue = torch.stack(space._frontier).T @ torch.from_numpy(space._coupling[:m].T)
+        expected = basis.T @ torch.from_numpy(space._projection[:m, :m]) + residue
+        torch.testing.assert_close(operator.matrix @ basis.T, expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(basis @ basis.T, torch.eye(m).double(), rtol=0, atol=1e-12)
+
+    first = space.start(starts[0])
+    second = space.start(starts[1])
+    for _ in range(5):
+        space.step(first)
+        space.step(second)
+    check()
+    space.stop(first)
+    third = space.start(starts[2])
+    for _ in range(4):
+        space.step(third)
+    check()
+    weights = space.start_weights(space.ritz(), 3)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    # Each start vector lies in the space: its quadrature has the exact mean vᵀAv.
+    for v, w in zip(starts, weights, strict=True):
+        v = v / v.norm()
+        assert w @ space.ritz().values == pytest.approx((v @ operator.matrix @ v).item())
+    space.compress(space.ritz(), np.array([0, 1, 2, 11, 12, 13]))
+    check()
+    for _ in range(6):
+        space.step(second)
+    check()

@@ -1,0 +1,230 @@
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from landscape import (
+    EmpiricalFisherOperator,
+    FisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    Objective,
+)
+from tests import oracles
+from tests.cases import MODELS, assert_untouched, make_batches, make_model, snapshot
+
+KINDS = {
+    "hessian": HessianOperator,
+    "gauss-newton": GaussNewtonOperator,
+    "fisher": FisherOperator,
+    "empirical-fisher": EmpiricalFisherOperator,
+}
+PART = 8_000  # bytes: the graph of one batch of four and no more
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.0]).double())
+
+
+def matrix_of(operator):
+    return operator @ torch.eye(operator.dim, dtype=operator.dtype)
+
+
+@pytest.mark.parametrize("sizes", [(12,), (8, 4), (5, 4, 3)], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_matvec_equals_closed_form_however_batched(sizes, weight_decay, generator):
+    model = nn.Linear(4, 3, bias=False, dtype=torch.float64)
+    x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (12,), generator=generator)
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    operator = HessianOperator(model, batches, Objective(weight_decay=weight_decay))
+    expected = oracles.softmax_regression_hessian(model.weight.detach(), x, weight_decay)
+    for v in torch.eye(operator.dim, dtype=torch.float64):
+        torch.testing.assert_close(operator.matvec(v), expected @ v, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_operators_equal_dense_autograd(kind, name):
+    model, batches = make_model(name), make_batches((7, 3))
+    operator = KINDS[kind](model, batches, Objective(weight_decay=0.1))
+    expected = oracles.dense(model, batches, kind=kind, weight_decay=0.1)
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_in_single_precision(kind):
+    model, batches = make_model("attention", torch.float32), make_batches((7, 3), torch.float32)
+    operator = KINDS[kind](model, batches)
+    expected = oracles.dense(make_model("attention"), make_batches((7, 3)), kind=kind)
+    assert operator.dtype == torch.float32
+    torch.testing.assert_close(matrix_of(operator).double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [0, "auto", 0.5, PART], ids=str)
+def test_kept_and_rebuilt_graphs_give_the_same_products(memory):
+    model, batches = make_model("conv"), make_batches((4, 4, 3, 1))
+    operator = HessianOperator(model, batches, memory=memory)
+    assert operator.num_kept == (0 if memory == 0 else 1 if memory == PART else 4)
+    expected = oracles.dense(model, batches)
+    for _ in range(2):  # a graph can be used again
+        torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        operator.gradient(), HessianOperator(model, batches, memory=0).gradient()
+    )
+
+
+def test_gradient_is_that_of_the_objective():
+    model, batches = make_model("attention"), make_batches((7, 3))
+    operator = HessianOperator(model, batches, Objective(weight_decay=0.1))
+    step = torch.zeros(operator.dim, dtype=torch.float64)
+    step[5] = 1e-5
+    frozen, space = operator.frozen, operator.frozen.space
+    theta = space.flatten(space.values)
+    high, low = (frozen.value(space.unflatten(theta + s * step)) for s in (1, -1))
+    assert operator.gradient()[5].item() == pytest.approx((high - low) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss-newton", "empirical-fisher"])
+def test_class_weights_soft_targets_and_a_subset(kind):
+    model = make_model("attention")
+    batches = make_batches((7, 2, 1))
+    subset = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+    if kind == "hessian":
+        operator = HessianOperator(model, batches, Objective(loss=WEIGHTED))
+        expected = oracles.dense(model, batches, loss=WEIGHTED)
+        torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+    soft = [(x, F.one_hot(y, 3).double() * 0.7 + 0.1) for x, y in batches]
+    operator = KINDS[kind](model, soft, Objective(parameters=["norm*", "head.*"]))
+    expected = oracles.dense(model, soft, kind=kind, names=subset)
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_frozen_parameters_take_no_part():
+    model, batches = make_model("tied"), make_batches((7, 3))
+    model.encode.weight.requires_grad_(False)
+    operator = HessianOperator(model, batches)
+    expected = oracles.dense(model, batches, names=["unused", "head.weight", "head.bias"])
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_an_ignored_parameter_is_a_zero_row_not_an_error():
+    model, batches = make_model("tied"), make_batches((7,))
+    for kind in KINDS.values():
+        matrix = matrix_of(kind(model, batches, Objective(weight_decay=0.5)))
+        expected = torch.zeros_like(matrix[0])
+        expected[0] = 0.5
+        torch.testing.assert_close(matrix[0], expected, rtol=0, atol=0)
+    only = HessianOperator(model, batches, Objective(parameters="unused", weight_decay=0.5))
+    torch.testing.assert_close(matrix_of(only), 0.5 * torch.eye(2, dtype=torch.float64))
+
+
+def test_true_and_empirical_fisher_differ_and_fisher_ignores_the_labels():
+    model, batches = make_model("attention"), make_batches((12,))
+    other = [(x, (y + 1) % 3) for x, y in batches]
+    fisher = matrix_of(FisherOperator(model, batches))
+    torch.testing.assert_close(fisher, matrix_of(FisherOperator(model, other)))
+    # Of cross-entropy with labels the Gauss-Newton matrix is the Fisher matrix (Martens, 2020).
+    torch.testing.assert_close(fisher, matrix_of(GaussNewtonOperator(model, batches)))
+    empirical = matrix_of(EmpiricalFisherOperator(model, batches))
+    assert (empirical - fisher).abs().max() > 0.01 * fisher.abs().max()
+
+
+def test_products_are_linear_and_repeatable_under_a_random_transform():
+    def jitter(x, y, generator):
+        return x + torch.randn(x.shape, generator=generator, dtype=x.dtype), y
+
+    model, batches = make_model("conv"), make_batches((7, 3))
+    operator = HessianOperator(model, batches, Objective(transform=jitter), memory=0)
+    v = torch.linspace(-1, 1, operator.dim, dtype=torch.float64)
+    assert torch.equal(operator @ v, operator @ v)
+    torch.testing.assert_close(operator @ (3 * v), 3 * (operator @ v))
+    again = HessianOperator(model, batches, Objective(transform=jitter))
+    torch.testing.assert_close(operator @ v, again @ v)
+
+
+def test_scipy_sees_the_same_matrix():
+    from scipy.sparse.linalg import eigsh
+
+    model, batches = make_model("conv"), make_batches((7, 3))
+    operator = HessianOperator(model, batches)
+    values = eigsh(operator.to_scipy(), k=3, which="LA", return_eigenvectors=False)
+    expected = torch.linalg.eigvalsh(oracles.dense(model, batches)).numpy()[-3:]
+    np.testing.assert_allclose(np.sort(values), expected, rtol=1e-8)
+    assert operator.num_matvecs > 3
+
+
+def test_model_is_untouched_and_operators_do_not_disturb_each_other():
+    model, batches = make_model("conv"), make_batches((7, 3))
+    model[1].eval()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = snapshot(model)
+    first = HessianOperator(model, batches)
+    matrix = matrix_of(first)
+    second = HessianOperator(model, batches)
+    torch.testing.assert_close(matrix_of(second), matrix, rtol=0, atol=0)
+    torch.testing.assert_close(matrix_of(first), matrix, rtol=0, atol=0)
+    for kind in KINDS.values():
+        kind(model, batches).matvec(torch.ones(first.dim))
+    assert_untouched(model, before)
+
+
+def test_a_dropped_operator_frees_its_graphs():
+    model, batches = make_model("conv"), make_batches((7, 3))
+    gc.collect()
+    gc.disable()  # what only the collector could free is a reference cycle
+    try:
+        operator = HessianOperator(model, batches)
+        operator @ torch.ones(operator.dim)
+        gradient = weakref.ref(operator._graphs[0].gradient[0])
+        del operator
+        assert gradient() is None
+    finally:
+        gc.enable()
+
+
+def test_bad_input_is_refused():
+    model, batches = make_model("conv"), make_batches((7, 3))
+    operator = HessianOperator(model, batches)
+    with pytest.raises(ValueError, match=r"`v` must have shape \(\d+,\), got \(3,\)"):
+        operator.matvec(torch.ones(3))
+    with pytest.raises(ValueError, match="`vectors` must have shape"):
+        operator.matmat(torch.ones(3, 3))
+    with pytest.raises(ValueError, match="`memory` must be"):
+        HessianOperator(model, batches, memory="lots")
+    bad = [(x * float("nan"), y) for x, y in batches[:1]] + batches[1:]
+    for kind in KINDS.values():
+        with pytest.raises(ValueError, match="finite loss on every batch, got nan on batch 0"):
+            kind(model, bad)
+    with pytest.raises(ValueError, match="logits of shape"):
+        FisherOperator(_Map(), batches, Objective(loss=_map_loss))
+
+
+class _Map(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def _map_loss(outputs, targets):
+    return outputs.square().mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_not_changed_and_dropout_is_off(kind):
+    batches = make_batches((7, 3))
+    body = make_model("conv")
+    model = nn.Sequential(nn.Dropout(0.5), body, nn.Dropout(0.5)).train()
+    operator = KINDS[kind](model, batches)
+    v = torch.linspace(-1, 1, operator.dim, dtype=torch.float64)
+    product = operator @ v
+    assert torch.equal(v, torch.linspace(-1, 1, operator.dim, dtype=torch.float64))
+    assert torch.equal(product, operator @ v)
+    torch.testing.assert_close(product, KINDS[kind](body, batches) @ v)
+    torch.testing.assert_close(
+        operator @ torch.stack([v, 2 * v], 1), product[:, None] * torch.tensor([1, 2])
+    )

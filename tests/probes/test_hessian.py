@@ -1,0 +1,257 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import landscape
+from landscape import Objective
+from tests import oracles
+from tests.cases import assert_untouched, make_batches, make_model, snapshot
+
+OBJECTIVE = Objective(weight_decay=0.05)
+
+
+def jitter(x, y, generator):
+    return x + torch.randn(x.shape, generator=generator, dtype=x.dtype), y
+
+
+def eigenvalues(model, batches, **kwargs):
+    return torch.linalg.eigvalsh(oracles.dense(model, batches, **kwargs)).numpy()
+
+
+@pytest.mark.parametrize("name", ["conv", "tied", "attention"])
+def test_spectrum_equals_dense_autograd(name):
+    model, batches = make_model(name), make_batches((7, 3))
+    expected = eigenvalues(model, batches, weight_decay=0.05)
+    spectrum = landscape.hessian_spectrum(model, batches, objective=OBJECTIVE)
+    np.testing.assert_allclose(spectrum.largest.values, expected[::-1][:5], rtol=1e-3)
+    np.testing.assert_allclose(spectrum.smallest.values, expected[:5], rtol=1e-3, atol=1e-12)
+    for pairs in (spectrum.largest, spectrum.smallest):
+        distance = np.abs(expected[None] - pairs.values[:, None]).min(1)
+        assert (distance <= pairs.residuals + 1e-10).all()
+    assert spectrum.num_hvps <= spectrum.dim == len(expected)
+    assert np.trapezoid(spectrum.density.values, spectrum.density.grid) == pytest.approx(
+        1, abs=1e-6
+    )
+    assert abs(spectrum.trace - expected.sum()) <= 3 * spectrum.trace_stderr + 1e-9
+    second, stderr = spectrum.density.moment(2)
+    assert abs(second - (expected**2).mean()) <= 3 * stderr + 1e-9
+    assert spectrum.provenance.objective == "loss=cross_entropy, weight_decay=0.05"
+
+
+def test_trace_and_frobenius_norm_lie_within_their_standard_errors():
+    model, batches = make_model("attention"), make_batches((12,))
+    matrix = oracles.dense(model, batches)
+    scores = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        # Few products, so that the density is an estimate and not the whole spectrum.
+        density = landscape.hessian_density(
+            model, batches, num_steps=8, sigma=1.0, num_probes=2, generator=generator
+        )
+        for power in (1, 2):
+            exact = (torch.linalg.eigvalsh(matrix) ** power).mean().item()
+            mean, stderr = density.moment(power)
+            scores.append((mean - exact) / stderr)
+    assert abs(np.mean(scores)) < 0.5
+    assert (np.abs(scores) < 2).mean() > 0.9
+
+
+def test_an_early_stop_gives_an_honest_estimate():
+    model, batches = make_model("conv"), make_batches((12,))
+    expected = eigenvalues(model, batches)
+    scores = []
+    for seed in range(30):
+        spectrum = landscape.hessian_spectrum(
+            model, batches, k=2, tol=1e-2, density=False, max_basis=20,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        assert spectrum.density is None
+        np.testing.assert_allclose(spectrum.largest.values, expected[::-1][:2], rtol=1e-2)
+        scores.append((spectrum.trace - expected.sum()) / (spectrum.trace_stderr + 1e-12))
+    assert (np.abs(scores) < 2.5).mean() > 0.85
+
+
+def test_trace_by_hutch_plus_plus():
+    model, batches = make_model("attention"), make_batches((7, 3))
+    exact = eigenvalues(model, batches).sum()
+    estimate = landscape.hessian_trace(model, batches, num_matvecs=60)
+    assert estimate.num_matvecs == 60
+    assert 0 < estimate.stderr < 0.2 * abs(exact)
+    assert abs(estimate.value - exact) < 3 * estimate.stderr
+
+
+@pytest.mark.parametrize("name", ["conv", "attention"])
+def test_max_spectrum_misses_no_eigenvalue_of_any_mini_batch(name):
+    model, batches = make_model(name), make_batches((4, 4, 4, 3))
+    result = landscape.hessian_max_spectrum(model, batches, objective=OBJECTIVE)
+    assert result.eigenvalues.shape == (4, 5)
+    for row, batch in zip(result.eigenvalues, batches, strict=True):
+        exact = eigenvalues(model, [batch], weight_decay=0.05)
+        exact = exact[np.argsort(-np.abs(exact))][:5]
+        np.testing.assert_allclose(row, exact, rtol=1e-3)
+    assert result.converged.all()
+    values = result.eigenvalues
+    assert result.nep == (values < 0).mean() > 0
+    assert result.ape == pytest.approx(values[values > 0].mean())
+    for value, (low, high) in (
+        (result.nep, result.nep_interval),
+        (result.ape, result.ape_interval),
+    ):
+        assert low <= value <= high
+        assert low < high
+
+
+def test_max_spectrum_at_a_zero_head_has_multiple_eigenvalues():
+    """At equal logits the head's Hessian is (I/K − 11ᵀ/K²) ⊗ XXᵀ: K − 1 = 2 of each."""
+    model, batches = make_model("conv"), make_batches((5,))
+    nn.init.zeros_(model[-1].weight)
+    nn.init.zeros_(model[-1].bias)
+    exact = eigenvalues(model, batches, names=["5.weight", "5.bias"])
+    exact = exact[np.argsort(-np.abs(exact))][:4]
+    assert exact[0] == pytest.approx(exact[1], rel=1e-9)
+    head = Objective(parameters="5.*")
+    result = landscape.hessian_max_spectrum(model, batches, objective=head, k=4)
+    np.testing.assert_allclose(result.eigenvalues[0], exact, rtol=1e-3)
+
+
+def test_bootstrap_interval_covers(generator):
+    """The interval of the mean over mini-batches covers the truth about as often as it says."""
+    from landscape.probes.hessian import _bootstrap
+
+    covered = []
+    for _ in range(100):
+        rows = torch.rand(30, 1, generator=generator, dtype=torch.float64).numpy()
+        _, (low, high) = _bootstrap(rows, 300, generator)
+        covered.append(low <= 0.5 <= high)
+    assert 0.85 <= np.mean(covered) <= 1.0
+
+
+@pytest.mark.parametrize("probe", ["spectrum", "density", "trace"])
+def test_results_do_not_depend_on_batching_or_on_the_global_random_state(probe):
+    function = getattr(landscape, f"hessian_{probe}")
+    model = make_model("attention")
+
+    def numbers(sizes):
+        result = function(model, make_batches(sizes), objective=OBJECTIVE)
+        if probe == "spectrum":
+            return np.concatenate([result.largest.values, result.smallest.values, [result.trace]])
+        return np.array([result.value if probe == "trace" else result.trace])
+
+    first = numbers((12,))
+    torch.rand(5)
+    np.testing.assert_array_equal(first, numbers((12,)))
+    for sizes in ((8, 4), (5, 4, 3), (1,) * 12):
+        np.testing.assert_allclose(numbers(sizes), first, rtol=1e-6)
+
+
+def test_a_random_transform_is_frozen_and_follows_the_seed():
+    model, batches = make_model("conv"), make_batches((6, 6))
+
+    def top(seed):
+        objective = Objective(transform=jitter, seed=seed)
+        return landscape.hessian_max_spectrum(model, batches, objective=objective).eigenvalues
+
+    first = top(0)
+    np.testing.assert_array_equal(first, top(0))
+    assert np.abs(first - top(1)).max() > 1e-3 * np.abs(first).max()
+    # Each mini-batch alone sees the batch that the whole pass sees.
+    frozen = Objective(transform=jitter).freeze(model, batches)
+    drawn = [(b.inputs, b.targets) for b in frozen.batches]
+    np.testing.assert_allclose(landscape.hessian_max_spectrum(model, drawn).eigenvalues, first)
+
+
+def test_model_is_untouched_even_by_an_interrupt():
+    model, batches = make_model("conv"), make_batches((7, 3))
+    model[1].eval()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = snapshot(model)
+    landscape.hessian_spectrum(model, batches)
+    landscape.hessian_max_spectrum(model, batches)
+    landscape.hessian_density(model, batches)
+    landscape.hessian_trace(model, batches)
+    assert_untouched(model, before)
+    calls = []
+
+    def interrupted(outputs, targets):
+        calls.append(1)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(outputs, targets)
+
+    with pytest.raises(KeyboardInterrupt):
+        landscape.hessian_max_spectrum(model, batches, objective=Objective(loss=interrupted))
+    assert_untouched(model, before)
+
+
+def test_device_and_precision_follow_the_model():
+    model = make_model("attention", torch.float32)
+    single = landscape.hessian_spectrum(model, make_batches((7, 3)), vectors=True)
+    double = landscape.hessian_spectrum(make_model("attention"), make_batches((7, 3)))
+    assert single.provenance.dtype == "float32"
+    assert single.largest.vectors.dtype == np.float32
+    np.testing.assert_allclose(single.largest.values, double.largest.values, rtol=1e-3)
+
+
+def test_scale_of_the_loss_is_the_scale_of_the_spectrum():
+    model, batches = make_model("attention"), make_batches((7, 3))
+
+    def tiny(outputs, targets):
+        return 1e-7 * nn.functional.cross_entropy(outputs, targets)
+
+    base = landscape.hessian_spectrum(model, batches)
+    small = landscape.hessian_spectrum(model, batches, objective=Objective(loss=tiny))
+    np.testing.assert_allclose(small.largest.values, 1e-7 * base.largest.values, rtol=1e-3)
+    np.testing.assert_allclose(small.smallest.values, 1e-7 * base.smallest.values, rtol=1e-3)
+
+
+def test_save_load_round_trip(tmp_path):
+    model, batches = make_model("attention"), make_batches((7, 3))
+    for result in (
+        landscape.hessian_spectrum(model, batches, vectors=True),
+        landscape.hessian_max_spectrum(model, batches),
+    ):
+        loaded = type(result).load(result.save(tmp_path / "result"))
+        for field in dataclasses.fields(result):
+            value, again = getattr(result, field.name), getattr(loaded, field.name)
+            if isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(value, again)
+        assert loaded.provenance == result.provenance
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            loaded.num_hvps = 0
+
+
+def test_a_bar_is_shown_on_request_only(capsys):
+    model, batches = make_model("attention"), make_batches((7, 3))
+    landscape.hessian_spectrum(model, batches)
+    landscape.hessian_max_spectrum(model, batches)
+    assert capsys.readouterr() == ("", "")
+    landscape.hessian_spectrum(model, batches, progress=True)
+    assert "Hessian spectrum" in capsys.readouterr().err
+    landscape.hessian_max_spectrum(model, batches, progress=True)
+    assert "Hessian max spectrum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("probe", [landscape.hessian_spectrum, landscape.hessian_max_spectrum])
+def test_bad_input_is_refused_before_work(probe):
+    model, batches = make_model("conv"), make_batches((7, 3))
+    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+        probe(model, batches, k=0)
+    with pytest.raises(ValueError, match="`engine` must be one of 'native', 'pyhessian'"):
+        probe(model, batches, engine="jax")
+    with pytest.raises(TypeError, match="re-iterable"):
+        probe(model, iter(batches))
+    with pytest.raises(ValueError, match="at least one sample"):
+        probe(model, [])
+    with pytest.raises(ValueError, match="finite loss"):
+        probe(model, [batches[0], (batches[1][0] * float("inf"), batches[1][1])])
+    with pytest.raises(ValueError, match="labels in 0 … 2"):
+        probe(model, [(x, y + 1) for x, y in batches])
+    with pytest.raises(ValueError, match="requires_grad"):
+        probe(make_model("conv").requires_grad_(False), batches)
+    with pytest.raises(ValueError, match="`max_iter` must be at least"):
+        probe(model, batches, max_iter=0)
+    with pytest.warns(UserWarning, match="raise `max_iter`"):
+        probe(model, batches, max_iter=11)

@@ -1,0 +1,225 @@
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from landscape import Objective
+from tests.cases import assert_untouched, make_batches, make_model, snapshot
+
+
+def jitter(x, y, generator):
+    return x + torch.randn(x.shape, generator=generator, dtype=x.dtype), y
+
+
+class Record(nn.Module):
+    """Hugging Face manners: keyword inputs, an output with `logits` and `loss`."""
+
+    def __init__(self, as_mapping=False):
+        super().__init__()
+        self.body = make_model("conv")
+        self.as_mapping = as_mapping
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.body(pixel_values)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        if self.as_mapping:
+            return {"logits": logits, "loss": loss}
+        return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+def direct_value(model, batches, weight_decay=0.0, loss=F.cross_entropy):
+    model.eval()
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    value = loss(model(x), y) + 0.5 * weight_decay * sum(
+        p.square().sum() for p in model.parameters()
+    )
+    model.train()
+    return value.item()
+
+
+@pytest.mark.parametrize("sizes", [(11,), (8, 3), (4, 4, 3), (1,) * 11], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_value_is_the_mean_over_samples_however_batched(sizes, weight_decay):
+    model, batches = make_model("conv"), make_batches(sizes)
+    expected = direct_value(model, make_batches((11,)), weight_decay)
+    value = Objective(weight_decay=weight_decay).freeze(model, batches).value()
+    assert value == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.0]).double(), ignore_index=-1),
+        functools.partial(F.cross_entropy, weight=torch.tensor([0.2, 1.0, 5.0]).double()),
+        nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=1),
+    ],
+    ids=["module", "partial", "ignored"],
+)
+def test_class_weights_average_over_all_data_not_over_batches(loss):
+    model = make_model("conv")
+    value = Objective(loss=loss).freeze(model, make_batches((8, 2, 1))).value()
+    assert value == pytest.approx(direct_value(model, make_batches((11,)), loss=loss), rel=1e-12)
+
+
+def test_hidden_class_weights_and_sums_are_refused():
+    model, batches = make_model("conv"), make_batches((8, 3))
+    weight = torch.tensor([0.2, 1.0, 5.0]).double()
+    for loss in (
+        lambda o, y: F.cross_entropy(o, y, weight=weight),
+        lambda o, y: F.cross_entropy(o, y, reduction="sum"),
+    ):
+        with pytest.raises(ValueError, match="`loss` must be a mean over samples"):
+            Objective(loss=loss).freeze(model, batches)
+    with pytest.raises(ValueError, match="must reduce by 'mean'"):
+        Objective(loss=nn.CrossEntropyLoss(reduction="sum"))
+
+
+@pytest.mark.parametrize("keep_bytes", [None, 0, 600], ids=["kept", "redrawn", "part"])
+def test_transform_is_drawn_once(keep_bytes):
+    model, batches = make_model("conv"), make_batches((8, 3))
+    frozen = Objective(transform=jitter, seed=3).freeze(model, batches, keep_bytes=keep_bytes)
+    first = [b.inputs.clone() for b in frozen.batches]
+    again = [b.inputs.clone() for b in frozen.batches]
+    for a, b, (x, _) in zip(first, again, batches, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, x)
+    assert frozen.value() == frozen.value()
+    kept = Objective(transform=jitter, seed=3).freeze(model, batches)
+    assert frozen.value() == kept.value()
+    other = Objective(transform=jitter, seed=4).freeze(model, batches)
+    assert frozen.value() != other.value()
+
+
+def test_a_shuffling_loader_is_frozen_when_kept_and_refused_when_redrawn():
+    samples = list(zip(*make_batches((12,))[0], strict=True))
+    loader = torch.utils.data.DataLoader(
+        samples, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0)
+    )
+    model = make_model("conv")
+    frozen = Objective().freeze(model, loader)
+    assert len({frozen.value() for _ in range(5)}) == 1
+    with pytest.raises(ValueError, match="same batches at every pass"):
+        Objective().freeze(model, loader, keep_bytes=0).value()
+
+
+def test_mapping_batches_and_outputs_with_logits():
+    batches = make_batches((8, 3))
+    mappings = [{"pixel_values": x, "labels": y} for x, y in batches]
+    for as_mapping in (False, True):
+        model = Record(as_mapping)
+        expected = direct_value(model.body, make_batches((11,)))
+        for objective in (Objective(), Objective(loss=None)):
+            value = objective.freeze(model, mappings).value()
+            assert value == pytest.approx(expected, rel=1e-12)
+
+
+def test_soft_targets_and_another_precision():
+    model = make_model("conv", torch.float32)
+    batches = [(x, F.one_hot(y, 3).double()) for x, y in make_batches((8, 3))]
+    frozen = Objective().freeze(model, batches)
+    assert next(iter(frozen.batches)).inputs.dtype == torch.float32
+    expected = direct_value(make_model("conv"), make_batches((11,)))
+    assert frozen.value() == pytest.approx(expected, rel=1e-5)
+
+
+def test_parameters_are_chosen_by_glob_predicate_and_alias():
+    model = make_model("tied")
+    batches = make_batches((8,))
+
+    def names(choice):
+        return Objective(parameters=choice).freeze(model, batches).space.names
+
+    assert names("head.*") == ("head.weight", "head.bias")
+    assert names("decode*") == ("encode.weight",)  # the tied name
+    assert names(lambda n, p: p.dim() > 1) == ("encode.weight", "head.weight")
+    model.head.bias.requires_grad_(False)
+    assert names(["head.*", "unused"]) == ("unused", "head.weight")
+
+
+def test_flat_vector_round_trip():
+    space = Objective().freeze(make_model("tied"), make_batches((8,))).space
+    vector = space.flatten(space.values)
+    assert vector.shape == (space.dim,) == (2 + 80 + 15 + 3,)
+    for name, tensor in space.unflatten(vector).items():
+        assert torch.equal(tensor, space.values[name])
+
+
+def test_model_is_untouched_even_by_an_exception():
+    model = make_model("conv")
+    model[1].eval()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = snapshot(model)
+    Objective(transform=jitter).freeze(model, make_batches((8, 3))).value()
+    assert_untouched(model, before)
+
+    def interrupted(outputs, targets):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Objective(loss=interrupted).freeze(model, make_batches((8, 3)))
+    assert_untouched(model, before)
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = make_model("conv")
+
+    def forward(self, x):
+        return F.dropout(self.body(x), 0.5, training=True)
+
+
+X, Y = make_batches((6,))[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ([], ValueError, "at least one sample"),
+        (iter([(X, Y)]), TypeError, "re-iterable"),
+        ((b for b in [(X, Y)]), TypeError, "one-shot generator"),
+        (X, TypeError, "pass `\\[\\(x, y\\)\\]`"),
+        (3, TypeError, "iterable of batches"),
+        ([X], TypeError, "\\(x, y\\) or a mapping"),
+        ([(X, Y, Y)], TypeError, "tuple of 3 items"),
+        ([(X, Y[:2])], ValueError, "one length"),
+        ([(X, Y + 3)], ValueError, "labels in 0 … 2"),
+        ([(X, Y - 1)], ValueError, "labels in 0 … 2"),
+        ([(X, "cat")], TypeError, "must yield tensors"),
+        ([(X[:0], Y[:0])], ValueError, "at least one sample"),
+    ],
+)
+def test_bad_data_is_refused(data, error, message):
+    with pytest.raises(error, match=message):
+        Objective().freeze(make_model("conv"), data)
+
+
+def test_bad_models_and_settings_are_refused():
+    batches = make_batches((6,))
+    frozen = make_model("conv").requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad"):
+        Objective().freeze(frozen, batches)
+    with pytest.raises(ValueError, match=r"nearest are .*'5.weight'"):
+        Objective(parameters="6.weight").freeze(make_model("conv"), batches)
+    with pytest.raises(ValueError, match="chooses none"):
+        Objective(parameters=lambda n, p: False).freeze(make_model("conv"), batches)
+    with pytest.raises(ValueError, match="deterministic"):
+        Objective().freeze(Noisy(), batches)
+    with pytest.raises(ValueError, match="lazy parameter"):
+        Objective().freeze(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), batches)
+    with pytest.raises(ValueError, match="meta device"):
+        Objective().freeze(nn.Linear(2, 3, device="meta"), batches)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        Objective().freeze(lambda x: x, batches)
+    with pytest.raises(ValueError, match="one output a sample"):
+        Objective().freeze(nn.Sequential(nn.Flatten(0), nn.Linear(96, 3).double()), batches)
+    with pytest.raises(ValueError, match="scalar"):
+        Objective(loss=lambda o, y: o.sum(1)).freeze(make_model("conv"), batches)
+    with pytest.raises(ValueError, match="`weight_decay` must be at least 0"):
+        Objective(weight_decay=-1.0)
+    with pytest.raises(ValueError, match="keep the number of samples"):
+        Objective(transform=lambda x, y, g: (x[:2], y[:2])).freeze(make_model("conv"), batches)
+    with pytest.raises(ValueError, match="only ignored labels"):
+        Objective().freeze(make_model("conv"), [(X, torch.full_like(Y, -100))])
