@@ -1,7 +1,7 @@
 """Training core: images resident on the device, batched augmentation, and a plain training loop.
 
     data = load_images("fashion_mnist_mini", size=32, channels=3, shuffle=True)
-    transform = recipe(data)
+    transform = recipe(data.mean, data.std, data.num_classes)
     result = fit(model, data, epochs=20, transform=transform, folder="runs/vit")
 
 The same `transform` makes the objective that was optimised, for every probe of the result:

@@ -21,7 +21,6 @@ from landscape.training.augment import (
     check_floats,
     check_probability,
 )
-from landscape.training.data import DeviceImages
 from landscape.training.randaugment import RandAugment
 
 
@@ -153,7 +152,9 @@ class OneOf:
 
 
 def recipe(
-    data: DeviceImages,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_classes: int,
     *,
     padding: int = 4,
     flip: float = 0.5,
@@ -164,15 +165,17 @@ def recipe(
     cutmix: float = 0.8,
     probability: float = 1.0,
 ) -> Compose:
-    """Return the augmentation of Park & Kim (2022) for batches of `data`, as one transform.
+    """Return the augmentation of Park & Kim (2022) as one transform of normalised batches.
 
     Padded crop, flip, RandAugment (`rand-m9-n2-mstd1.0`), erasing, label smoothing, then mixup or
-    cutmix with equal probability. It takes batches as `data` yields them without `augment`,
-    normalised with integer labels, and gives normalised ones with soft targets; so the same object
+    cutmix with equal probability. It takes normalised images with class indices, as `DeviceImages`
+    yields them without `augment`, and returns normalised images with soft targets; so one object
     serves `fit(transform=…)` and `Objective(transform=…)`.
 
     Args:
-        data: Whose mean, standard deviation and number of classes apply.
+        mean: Mean of each channel that the batches were normalised with, in units of full scale.
+        std: Standard deviation of each channel, in the same units.
+        num_classes: Number of classes.
         padding: Of the random crop, in pixels; 0 leaves it out.
         flip: Probability of a horizontal flip.
         randaugment: RandAugment with other settings; by default the paper's, with the mean colour
@@ -185,26 +188,18 @@ def recipe(
 
     Returns:
         `Compose` of the parts in use.
-
-    Raises:
-        ValueError: If `data` augments by itself, or a setting is out of range.
     """
-    if data.augment is not None:
-        raise ValueError(
-            "`data` must not augment by itself, because the recipe does; pass "
-            "`data.with_(augment=None)` here and to `fit`."
-        )
     if randaugment is None:
-        randaugment = RandAugment(fill=tuple(round(255 * value) for value in data.mean))
+        randaugment = RandAugment(fill=tuple(round(255 * value) for value in mean))
     mixing: list[Transform] = [Mixup(mixup)] if mixup else []
     mixing += [CutMix(cutmix)] if cutmix else []
-    chain: list[Transform] = [Denormalize(data.mean, data.std)]
+    chain: list[Transform] = [Denormalize(mean, std)]
     chain += [RandomCrop(padding)] if padding else []
     chain += [HorizontalFlip(flip)] if flip else []
     chain += [randaugment] if randaugment.num_ops else []
-    chain += [Normalize(data.mean, data.std)]
+    chain += [Normalize(mean, std)]
     chain += [RandomErasing(erasing)] if erasing else []
-    chain += [LabelSmoothing(data.num_classes, smoothing)]
+    chain += [LabelSmoothing(num_classes, smoothing)]
     chain += [OneOf(mixing, probability)] if mixing and probability else []
     return Compose(chain)
 
