@@ -26,7 +26,6 @@ class PointMeter:
     Attributes:
         columns: Names of the values that `measure` returns.
         passes: Forward passes over the data that one measurement takes.
-        first_loss: Loss of the first batch at the model's own weights.
     """
 
     def __init__(
@@ -50,11 +49,10 @@ class PointMeter:
         with torch.no_grad():
             batch = next(iter(frozen.batches))
             state = {**frozen.space.fixed, **frozen.space.values}
-            loss, logits = self._loss_and_logits(state, batch)
+            logits = self._loss_and_logits(state, batch)[1]
             if logits is not None:
                 for meter in self._meters():
                     meter.add(logits, batch)
-        self.first_loss = float(loss)
 
     def measure(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the values of `columns` as a float64 vector on the device.

@@ -7,7 +7,6 @@ follows it, is dropped and computed again.
 
 import hashlib
 import json
-import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,7 +46,7 @@ class PointRecord:
 @contextmanager
 def open_record(
     path: str | os.PathLike[str] | None,
-    fingerprint: Mapping[str, str | float],
+    fingerprint: Mapping[str, str],
     num_points: int,
     num_values: int,
 ) -> Iterator[PointRecord]:
@@ -55,8 +54,7 @@ def open_record(
 
     Args:
         path: The file, which may not exist yet; `None` keeps the points in memory only.
-        fingerprint: What the points belong to, by name: texts that must be equal, and numbers that
-            must be nearly equal (another machine rounds differently).
+        fingerprint: What the points belong to, as texts by name.
         num_points: Number of points of the surface.
         num_values: Number of values at each.
 
@@ -86,14 +84,15 @@ def open_record(
 
 
 def fingerprint(
-    frozen: FrozenObjective, directions: Iterable[Mapping[str, Tensor]], loss: float, **other: str
-) -> dict[str, str | float]:
-    """Return what the value of a surface depends on, as digests by name.
+    frozen: FrozenObjective, directions: Iterable[Mapping[str, Tensor]], **other: str
+) -> dict[str, str]:
+    """Return what the values of a surface depend on, as digests by name.
+
+    The data may be cut into other batches. Two losses of one name look the same here.
 
     Args:
         frozen: The objective on its model and data; they are read once.
-        directions: Directions that are walked along.
-        loss: Loss of the first batch at the centre, which tells two functions of one name apart.
+        directions: Directions of the surface.
         **other: Further settings.
     """
     model, space = frozen.model, frozen.space
@@ -103,14 +102,13 @@ def fingerprint(
         for key, value in [*inputs.items(), ("targets", batch.targets)]:
             data.setdefault(key, hashlib.sha256()).update(_bytes(value))
     state = {**space.values, **space.fixed, **space.buffers}
-    settings = frozen.objective.loss
-    weights = settings.state_dict() if isinstance(settings, nn.Module) else {}
+    loss = frozen.objective.loss
+    weights = loss.state_dict() if isinstance(loss, nn.Module) else {}
     return {
         "model": f"{type(model).__name__} {_digest(state)}",
         "directions": " ".join(_digest(d) for d in directions),
         "data": " ".join(f"{key} {digest.hexdigest()}" for key, digest in data.items()),
         "objective": f"{frozen.objective.describe()} {_digest(weights)}",
-        "loss": loss,
         **other,
     }
 
@@ -127,10 +125,10 @@ def _read(
             "which holds something else; pass another path."
         )
     ours, theirs = header["fingerprint"], found["fingerprint"]
-    other = [key for key in {**ours, **theirs} if not _same(ours.get(key), theirs.get(key))]
+    other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if other:
         raise ValueError(
-            f"`resume` must hold points of this surface, got points with another "
+            f"`resume` must hold points of this very surface, got points of another "
             f"{', '.join(other)} in {str(path)!r}; pass another path or remove the file."
         )
     done: dict[int, list[float]] = {}
@@ -146,12 +144,6 @@ def _read(
         done[point["index"]] = [float(v) for v in point["values"]]
         good += len(line)
     return done, good
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-3) or a == b or (math.isnan(a) and math.isnan(b))
-    return bool(a == b)
 
 
 def _line(content: Any) -> bytes:
