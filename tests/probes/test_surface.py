@@ -458,6 +458,8 @@ def test_a_line_is_a_row_of_the_surface():
 
 def test_fixed_statistics_stay_and_recalibrated_ones_are_those_of_training():
     model, batches = make_model("conv"), make_batches((20,))
+    second = [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]
+    model = nn.Sequential(*model[:3], *(m.double() for m in second), *model[3:])
     directions = random_directions(model)
     arguments = {"directions": directions, "points": 3}
     fixed = loss_surface(model, batches, **arguments)
@@ -469,7 +471,7 @@ def test_fixed_statistics_stay_and_recalibrated_ones_are_those_of_training():
             for name in directions.names:
                 d1, d2 = (torch.from_numpy(v[name]) for v in directions.vectors)
                 net.get_parameter(name).add_(a * d1 + fixed.y[0] * d2)
-            net[1].momentum = 1.0
+            net[1].momentum = net[4].momentum = 1.0
             net(x)
             expected = F.cross_entropy(net.eval()(x), y).item()
         assert again.nll[i, 0] == pytest.approx(expected, rel=1e-9)
