@@ -11,6 +11,7 @@ from landscape.linalg.operators import MatrixOperator, SymmetricOperator
 from landscape.linalg.quadrature import SpectralDensity
 from landscape.linalg.trace import TraceEstimate
 from landscape.objective import Objective
+from landscape.probes.directions import Directions, random_directions
 from landscape.probes.hessian import (
     HessianMaxSpectrum,
     HessianSpectrum,
@@ -18,6 +19,14 @@ from landscape.probes.hessian import (
     hessian_max_spectrum,
     hessian_spectrum,
     hessian_trace,
+)
+from landscape.probes.planes import between, eigen_directions, pca_directions
+from landscape.probes.surface import LossLine, LossSurface, loss_line, loss_surface
+from landscape.probes.trajectory import (
+    PolarTrajectory,
+    Trajectory,
+    polar_trajectory,
+    project_trajectory,
 )
 from landscape.results import Provenance, Result
 
@@ -37,12 +46,26 @@ __all__ = [
     "hessian_max_spectrum",
     "hessian_spectrum",
     "hessian_trace",
+    # surfaces and trajectories
+    "between",
+    "eigen_directions",
+    "loss_line",
+    "loss_surface",
+    "pca_directions",
+    "polar_trajectory",
+    "project_trajectory",
+    "random_directions",
     # results
+    "Directions",
     "Eigenpairs",
     "HessianMaxSpectrum",
     "HessianSpectrum",
+    "LossLine",
+    "LossSurface",
+    "PolarTrajectory",
     "Provenance",
     "Result",
     "SpectralDensity",
     "TraceEstimate",
+    "Trajectory",
 ]

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vjp, vmap
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape._checks import check_at_least
@@ -222,21 +222,43 @@ class _GradientGraph:
 
 
 class _OutputCurvature(CurvatureOperator):
-    """J_nᵀ C_n J_n with a small matrix C_n on the outputs of each sample."""
+    """J_nᵀ C_n J_n with a small matrix C_n on the outputs of each sample.
+
+    J v is taken by reverse mode twice: Jᵀu is linear in u, and its derivative along v is J v. So
+    every model that has a Hessian has these matrices, whatever its forward-mode support.
+    """
 
     def _batch_product(self, batch: PreparedBatch, v: Tensor) -> Tensor:
         space = self.frozen.space
+        leaves = {n: t.detach().requires_grad_() for n, t in space.values.items()}
+        parameters = list(leaves.values())
+        with torch.enable_grad():
+            outputs = self._outputs(leaves, batch)
+            if not outputs.requires_grad:
+                return torch.zeros_like(v)
+            dual = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(
+                outputs, parameters, dual, create_graph=True, materialize_grads=True
+            )
+        pairs = [
+            (g, t)
+            for g, t in zip(pulled, space.unflatten(v).values(), strict=True)
+            if g.requires_grad
+        ]
+        (tangent,) = torch.autograd.grad(
+            [g for g, _ in pairs], dual, [t for _, t in pairs], retain_graph=True
+        )
+        curved = self._output_product(batch, outputs.detach(), tangent)
+        return space.flatten(
+            torch.autograd.grad(outputs, parameters, curved, materialize_grads=True)
+        )
 
-        def outputs(values: dict[str, Tensor]) -> Tensor:
-            return self.frozen.logits(values, batch.inputs)
-
-        forward = jvp(outputs, (space.values,), (space.unflatten(v),))
-        curved = self._output_product(batch, forward[0].detach(), forward[1].detach())
-        pullback = vjp(outputs, space.values)[1]
-        return space.flatten(pullback(curved)[0])
+    def _outputs(self, leaves: dict[str, Tensor], batch: PreparedBatch) -> Tensor:
+        """Return what C_n acts on: the logits, one row a sample."""
+        return self.frozen.logits(leaves, batch.inputs)
 
     @abstractmethod
-    def _output_product(self, batch: PreparedBatch, logits: Tensor, tangent: Tensor) -> Tensor:
+    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
         """Return the curvature of the batch's mean loss in the outputs, times `tangent`."""
 
 
@@ -247,8 +269,8 @@ class GaussNewtonOperator(_OutputCurvature):
     semi-definite where the loss is convex in the outputs (Schraudolph, 2002).
     """
 
-    def _output_product(self, batch: PreparedBatch, logits: Tensor, tangent: Tensor) -> Tensor:
-        logits = logits.requires_grad_()
+    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
+        logits = outputs.requires_grad_()
         with torch.enable_grad():
             loss = self.frozen.loss(logits, batch)
             (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
@@ -276,33 +298,31 @@ class FisherOperator(_OutputCurvature):
             )
         super()._setup()
 
-    def _output_product(self, batch: PreparedBatch, logits: Tensor, tangent: Tensor) -> Tensor:
-        p = logits.softmax(-1)
+    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
+        p = outputs.softmax(-1)
         return p * (tangent - (p * tangent).sum(-1, keepdim=True)) / batch.size
 
 
-class EmpiricalFisherOperator(CurvatureOperator):
+class EmpiricalFisherOperator(_OutputCurvature):
     """Second moment of the per-sample gradients at the labels given.
 
     Not the Fisher information: it uses the labels of the data, and differs from the Hessian even
     at a minimum of a misspecified model (Kunstner et al., 2019).
     """
 
-    def _batch_product(self, batch: PreparedBatch, v: Tensor) -> Tensor:
-        space, loss, targets = self.frozen.space, self.frozen.objective.loss, batch.targets
+    def _outputs(self, leaves: dict[str, Tensor], batch: PreparedBatch) -> Tensor:
+        loss, targets = self.frozen.objective.loss, batch.targets
         if loss is None or targets is None:
             raise ValueError("`loss` must be given, and `data` must hold targets, got neither.")
 
         def one(logits: Tensor, target: Tensor) -> Tensor:
             return loss(logits[None], target[None])
 
-        def losses(values: dict[str, Tensor]) -> Tensor:
-            each: Tensor = vmap(one)(self.frozen.logits(values, batch.inputs), targets)
-            return each
+        each: Tensor = vmap(one)(super()._outputs(leaves, batch), targets)
+        return each
 
-        slopes = jvp(losses, (space.values,), (space.unflatten(v),))[1]
-        pullback = vjp(losses, space.values)[1]
-        return space.flatten(pullback(slopes.detach() / batch.size)[0])
+    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
+        return tangent / batch.size
 
 
 def check_finite_losses(losses: list[Tensor]) -> None:

@@ -108,11 +108,11 @@ def spectral_density(
     points = max(points, int(np.ceil(2 * (high - low + 2 * margin) / sigma)) + 1)
     grid = np.linspace(low - margin, high + margin, points)
     bare = SpectralDensity(outliers, nodes, weights, dim, grid, grid, grid, sigma)
-    values, stderr = np.empty(points), np.empty(points)
-    for index, position in enumerate(grid):
-        values[index], stderr[index] = _expectation(
-            bare, _gaussian(position - outliers, sigma), _gaussian(position - nodes, sigma)
-        )
+    parts = [
+        _expectation(bare, _gaussian(x - outliers, sigma), _gaussian(x[..., None] - nodes, sigma))
+        for x in np.split(grid[:, None], range(_CHUNK, points, _CHUNK))
+    ]
+    values, stderr = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return SpectralDensity(outliers, nodes, weights, dim, grid, values, stderr, sigma)
 
 
@@ -201,22 +201,31 @@ def density_of(
 
 def _expectation(
     density: SpectralDensity, at_outliers: np.ndarray, at_nodes: np.ndarray
-) -> tuple[float, float]:
-    """Return the mean of a function over the spectrum, and its standard error."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return means of functions over the spectrum, and their standard errors.
+
+    Args:
+        density: Its masses.
+        at_outliers: Values of the functions at the outliers, shape `(…, c)`.
+        at_nodes: Values at the nodes, shape `(…, probes, m)`.
+    """
     n, c, probes = density.dim, len(density.outliers), len(density.nodes)
     weights = density.weights
-    mean = at_outliers.sum() / n + float((weights * at_nodes).sum(1).mean())
+    mean = at_outliers.sum(-1) / n + (weights * at_nodes).sum((-2, -1)) / probes
     if n == c:
-        return mean, 0.0
+        return mean, np.zeros_like(mean)
     # The rest of the spectrum, as a distribution. A random probe may hardly see an eigenvalue; no
     # node weighs less than one eigenvalue does, and the error estimate counts it at least so.
     mass = np.where(weights > 0, np.maximum(weights, 1 / n), 0.0)
     mass = mass / mass.sum()
-    first, second = float((mass * at_nodes).sum()), float((mass * at_nodes**2).sum())
-    variance = 2 / (n - c + 2) * max(second - first**2, 0.0) / probes
-    return mean, float((1 - c / n) * np.sqrt(variance))
+    first, second = (mass * at_nodes).sum((-2, -1)), (mass * at_nodes**2).sum((-2, -1))
+    variance = 2 / (n - c + 2) * np.maximum(second - first**2, 0.0) / probes
+    return mean, (1 - c / n) * np.sqrt(variance)
 
 
 def _gaussian(x: np.ndarray, sigma: float) -> np.ndarray:
     kernel: np.ndarray = np.exp(-0.5 * (x / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
     return kernel
+
+
+_CHUNK = 1024  # grid points smoothed at once

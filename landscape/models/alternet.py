@@ -5,7 +5,7 @@ sum: `shortcut + branch(preact(x))`. The shortcut is `x` itself or, where the sh
 projection of `preact(x)` without norm. An MSA block is the same block with windowed attention in
 place of the 3x3 convolution(s).
 
-Build-up rule (sec. 4.1): convolution blocks are replaced by MSA blocks alternately, from the end of
+Build-up rule (sec. 4): convolution blocks are replaced by MSA blocks alternately, from the end of
 each stage. A stage of `n` blocks with `m` MSAs is `[C] * (n - 2 m) + [C, A] * m`: a stage never
 starts with an MSA, and no MSA follows another. Heads double with the channels.
 
@@ -15,9 +15,9 @@ starts with an MSA, and no MSA follows another. Heads double with the channels.
 | `alternet34` | basic | 3, 4, 6, 4 | 0, 1, 3, 2 | 3, 6, 12, 24 |
 | `alternet50` | bottleneck | 3, 4, 6, 4 | 0, 1, 3, 2 | 3, 6, 12, 24 |
 
-The counts are those of the authors' released networks; heads have 64 channels each. Every count is
-the largest that the rule allows, but for the first stage, which has none. The last stage has
-four blocks instead of a ResNet's three, so that it holds two `[C, A]` pairs.
+All counts are those of the networks that the authors released; heads have 64 channels each. The
+first stage has no MSA, and the last has four blocks instead of a ResNet's three, which makes two
+pairs `[C, A]`.
 """
 
 from typing import TypedDict, Unpack
@@ -32,6 +32,7 @@ from landscape.models.layers import (
     check_sizes,
     drop_path_rates,
     init_conv_net,
+    init_transformer,
     split_by_stage,
 )
 from landscape.models.resnet import Stem, conv1x1, conv3x3, make_stem
@@ -152,7 +153,12 @@ class AlterNet(nn.Module):
         stem: Stem = "cifar",
         drop_path: float = 0.0,
     ) -> None:
-        check_sizes(depths=min(depths), heads=min(heads), head_dim=head_dim, window=window)
+        check_sizes(
+            depths=min(depths, default=0),
+            heads=min(heads, default=0),
+            head_dim=head_dim,
+            window=window,
+        )
         check_sizes(width=width, num_classes=num_classes)
         if not len(depths) == len(msas) == len(heads):
             raise ValueError(
@@ -194,7 +200,11 @@ class AlterNet(nn.Module):
         self.image_multiple = (
             1 if last_msa_stage is None else stem_stride * 2**last_msa_stage * window
         )
-        _init_alternet(self)
+        init_conv_net(self)
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                projections = (module.query, module.key_value, module.project)
+                init_transformer(*projections, module.position_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits `(n, num_classes)` of images `(n, in_channels, h, w)`.
@@ -240,13 +250,3 @@ def alternet50(**sizes: Unpack[AlterNetSizes]) -> AlterNet:
     """Return Alter-ResNet-50 (Park & Kim, 2022, Fig. 11); `sizes` as in `AlterNet`."""
     defaults = AlterNetSizes(depths=(3, 4, 6, 4), msas=(0, 1, 3, 2))
     return AlterNet(PreActBottleneck, **(defaults | sizes))
-
-
-def _init_alternet(model: AlterNet, std: float = 0.02) -> None:
-    """Initialise convolutions as a ResNet's, attention as a ViT's."""
-    init_conv_net(model)
-    for module in model.modules():
-        if isinstance(module, WindowAttention):
-            for conv in (module.query, module.key_value, module.project):
-                nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
-            nn.init.trunc_normal_(module.position_bias, std=std, a=-2 * std, b=2 * std)

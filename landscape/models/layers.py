@@ -1,6 +1,5 @@
 """What several families share: stochastic depth, windowed attention, initial weights."""
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -111,7 +110,7 @@ def chain(**modules: nn.Module) -> nn.Sequential:
 
 
 def drop_path_rates(last: float, num_blocks: int) -> list[float]:
-    """Return one rate a block, rising linearly from 0 to `last` (Huang et al., 2016, sec. 3)."""
+    """Return one rate a block, rising linearly from 0 to `last` (after Huang et al., eq. 4)."""
     _check_rate("drop_path", last)
     return [last * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
 
@@ -125,34 +124,28 @@ def split_by_stage(values: Sequence[float], depths: Sequence[int]) -> list[list[
 def init_conv_net(model: nn.Module) -> None:
     """Initialise in place as ResNets are: Kaiming normal convolutions (He et al., 2015, eq. 14).
 
-    Convolutions: normal of variance `2 / fan_out`, biases 0. Norms: weight 1, bias 0. Linear
-    layers keep PyTorch's default.
+    Their variance is `2 / fan_out`. Norms and linear layers keep PyTorch's default.
 
     Args:
-        model: Module whose sub-modules are visited.
+        model: Module whose convolutions are visited.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
 
 
-def init_transformer(model: nn.Module, std: float = 0.02) -> None:
-    """Initialise in place as ViTs are: linear layers truncated normal, biases 0 (DeiT, timm).
+def init_transformer(*items: Tensor | nn.Linear | nn.Conv2d) -> None:
+    """Initialise in place as DeiT and timm do: truncated normal of deviation 0.02, biases 0.
+
+    As there, the truncation is at -2 and 2, a hundred deviations away: a normal in practice.
 
     Args:
-        model: Module whose `nn.Linear` layers are visited; norms and convolutions stay as they are.
-        std: Standard deviation before truncation at two of them.
+        *items: Parameters, or linear layers and convolutions with their biases.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    for item in items:
+        nn.init.trunc_normal_(item if isinstance(item, Tensor) else item.weight, std=0.02)
+        if not isinstance(item, Tensor) and item.bias is not None:
+            nn.init.zeros_(item.bias)
 
 
 def check_sizes(**sizes: int) -> None:
@@ -173,7 +166,7 @@ def check_side(name: str, side: int, multiple: int) -> int:
         ValueError: If the pieces do not fit, naming the sizes nearby that do.
     """
     if side % multiple or side < multiple:
-        low = multiple * max(math.floor(side / multiple), 1)
+        low = multiple * max(side // multiple, 1)
         raise ValueError(
             f"{name} must be a multiple of {multiple}, got {side}; "
             f"pad or resize the images, e.g. to {low} or {low + multiple}."

@@ -107,7 +107,7 @@ class Published:
     only_with: str = ""  # the rules apply only to checkpoints that have this key
 
 
-def load_reference_checkpoint(source: str | Path | Mapping[str, Any], name: str, /) -> nn.Module:
+def load_reference_checkpoint(source: str | Path | Mapping[str, Any], name: str) -> nn.Module:
     """Return the published model `name` with the weights of `source`, in eval mode on the CPU.
 
     Args:

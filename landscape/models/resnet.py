@@ -111,7 +111,7 @@ class ResNet(nn.Module):
         stem: Stem = "cifar",
         drop_path: float = 0.0,
     ) -> None:
-        check_sizes(depths=min(depths), width=width, num_classes=num_classes)
+        check_sizes(depths=min(depths, default=0), width=width, num_classes=num_classes)
         super().__init__()
         self.stem = make_stem(in_channels, width, stem, norm=True)
         stages: list[nn.Module] = []

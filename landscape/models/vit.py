@@ -9,7 +9,7 @@ learned and added. Every block is two residual modules, each with its norm first
 and the head reads the class token (`pool="cls"`) or the mean over the patches (`pool="gap"`).
 
 With `window=k` a patch attends only to the k x k patches around it: the convolutional MSA with
-which Park & Kim (2022, arXiv 2202.06709, Fig. 4) show that locality helps. The class token still
+which Park & Kim (2022, arXiv 2202.06709) study what locality does. The class token still
 sees, and is seen by, every token. At the border there are fewer neighbours, not zero tokens.
 
 | constructor | patch | dim | depth | heads | parameters (32x32, 10 classes) |
@@ -154,10 +154,10 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, norm_eps)
         self.head = nn.Linear(dim, num_classes)
 
-        init_transformer(self)
-        for tokens in (self.cls_token, self.pos_embed):
-            if tokens is not None:
-                nn.init.trunc_normal_(tokens, std=0.02)
+        init_transformer(*(layer for layer in self.modules() if isinstance(layer, nn.Linear)))
+        init_transformer(self.pos_embed)
+        if self.cls_token is not None:
+            init_transformer(self.cls_token)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits `(n, num_classes)` of images `(n, in_channels, image_size, image_size)`.

@@ -141,6 +141,7 @@ def test_vit_refuses_sizes_that_do_not_fit(sizes, message):
     ("name", "sizes", "message"),
     [
         ("resnet20", {"in_channels": 0}, "`in_channels` must be at least 1, got 0"),
+        ("resnet20", {"depths": ()}, "`depths` must be at least 1, got 0"),
         ("resnet20", {"stem": "tiny"}, "`stem` must be one of 'cifar', 'imagenet', got 'tiny'"),
         ("resnet20", {"drop_path": -0.1}, "`drop_path` must be at least 0 and below 1, got -0.1"),
         ("alternet18", {"msas": (0, 1, 1)}, "one entry per stage, got 4, 3 and 4 entries"),
@@ -158,7 +159,12 @@ def test_images_of_another_size_are_refused_before_any_work():
         small("vit_nano")(torch.zeros(1, 3, 31, 32))
     with pytest.raises(ValueError, match="image width must be a multiple of 32, got 48"):
         small("alternet18")(torch.zeros(1, 3, 32, 48))
+    with pytest.raises(ValueError, match="image height must be a multiple of 64, got 32"):
+        small("alternet18", stem="imagenet", window=2)(torch.zeros(1, 3, 32, 64))
+    large = small("alternet18", stem="imagenet", window=2)
+    assert large(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
     assert small("alternet18", window=2)(torch.zeros(1, 3, 32, 48)).shape == (1, 10)
+    assert small("alternet18", msas=(0,) * 4)(torch.zeros(1, 3, 33, 45)).shape == (1, 10)
     assert small("resnet20")(torch.zeros(1, 3, 31, 45)).shape == (1, 10)
 
 
@@ -170,6 +176,53 @@ def test_create_model_names_the_nearest_models_and_sizes():
         create_model("resnet20", widht=8)
     with pytest.raises(ValueError, match="`block` must be a size"):
         create_model("resnet20", block=nn.Linear)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "alternet18"])
+def test_convolutions_start_kaiming_normal(name):
+    model = create_model(name, width=32)
+    convs = [
+        m for k, m in model.named_modules() if isinstance(m, nn.Conv2d) and "attention" not in k
+    ]
+    fan_out = [conv.out_channels * conv.kernel_size[0] ** 2 for conv in convs]
+    scaled = [conv.weight * (n / 2) ** 0.5 for conv, n in zip(convs, fan_out, strict=True)]
+    values = torch.cat([weight.flatten() for weight in scaled])
+    assert values.mean().item() == pytest.approx(0, abs=0.02)
+    assert values.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_attention_starts_normal_with_deviation_002():
+    vit = create_model("vit_micro")
+    alternet = create_model("alternet18", width=32)
+    linear = [m for m in vit.modules() if isinstance(m, nn.Linear)]
+    weights = [vit.pos_embed, vit.cls_token, *(m.weight for m in linear)]
+    for key, parameter in alternet.named_parameters():
+        if "attention" in key and not key.endswith("project.bias"):
+            weights.append(parameter)
+    for weight in weights:
+        assert weight.std().item() == pytest.approx(0.02, rel=0.25)
+    assert not any(m.bias.any() for m in linear if m.bias is not None)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vit_nano", "alternet18"])
+def test_a_stack_of_models_runs_under_vmap(name):
+    sizes = {"drop_path": 0.5} | ({"window": 3} if name == "vit_nano" else {})
+    members = [create_model(name, **(SMALL[name] | sizes)).eval() for _ in range(3)]
+    params, buffers = torch.func.stack_module_state(members)
+    x = images()
+
+    def forward(p, b):
+        return torch.func.functional_call(members[0], (p, b), (x,))
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        stacked = torch.vmap(forward)(params, buffers)
+        separate = torch.stack([member(x) for member in members])
+        torch.testing.assert_close(stacked, separate)
+        for module in members[0].modules():
+            module.train(isinstance(module, models.layers.DropPath))
+        dropped = torch.vmap(forward, randomness="different")(params, buffers)
+    assert dropped.shape == stacked.shape
+    assert not torch.allclose(dropped, stacked)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "vit_nano", "alternet18"])

@@ -209,3 +209,12 @@ def test_without_timm_the_error_says_what_to_install(name, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'pip install "landscape-probes\[models\]"'):
         load_reference_checkpoint({}, name)
+
+
+def test_a_torchvision_for_another_torch_counts_as_absent(monkeypatch):
+    def broken(module):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    with pytest.raises(ImportError, match=r"torchvision::nms does not exist\); pip install"):
+        load_reference_checkpoint({}, "swin_ti")

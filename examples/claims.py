@@ -1,0 +1,57 @@
+"""Claims of the paper next to what was measured: a table that says where they disagree."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number with its interval.
+
+    Attributes:
+        value: The number.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the form `smaller < larger`.
+
+    Attributes:
+        text: The claim, in the paper's terms.
+        quantity: What was measured.
+        smaller: Name and number of the side that should be smaller.
+        larger: Name and number of the side that should be larger.
+    """
+
+    text: str
+    quantity: str
+    smaller: tuple[str, Measured]
+    larger: tuple[str, Measured]
+
+    @property
+    def verdict(self) -> str:
+        """Compare the intervals: agrees, disagrees, or undecided where they overlap."""
+        if self.smaller[1].high < self.larger[1].low:
+            return "agrees"
+        if self.smaller[1].low > self.larger[1].high:
+            return "disagrees"
+        return "undecided"
+
+
+def format_table(claims: list[Claim]) -> str:
+    """Return the claims as a Markdown table."""
+    rows = ["| claim of the paper | measured | | | here |", "|---|---|---|---|---|"]
+    for claim in claims:
+        sides = sorted((claim.smaller, claim.larger), key=lambda side: side[0])
+        cells = " | ".join(f"{name} {measured}" for name, measured in sides)
+        rows.append(f"| {claim.text} | {claim.quantity} | {cells} | {claim.verdict} |")
+    return "\n".join(rows)
