@@ -31,16 +31,37 @@ class PointRecord:
         done: Index to the values of that point.
     """
 
-    def __init__(self, done: dict[int, list[float]], descriptor: int | None) -> None:
+    def __init__(
+        self, path: Path | None, header: Mapping[str, Any], done: dict[int, list[float]]
+    ) -> None:
+        """Start with the points that are done.
+
+        Args:
+            path: The file, made with the first point; `None` keeps them in memory only.
+            header: First line of a new file.
+            done: Points that it holds.
+        """
         self.done = done
-        self._descriptor = descriptor
+        self._path, self._header = path, header
+        self._descriptor: int | None = None
 
     def add(self, index: int, values: Sequence[float]) -> None:
         """Keep one point; it is on the disk when this returns."""
         self.done[index] = list(values)
+        if self._path is None:
+            return
+        if self._descriptor is None:
+            if not self._path.exists():
+                write_atomically(self._path, _line(self._header))
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        os.write(self._descriptor, _line({"index": index, "values": list(values)}))
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
         if self._descriptor is not None:
-            os.write(self._descriptor, _line({"index": index, "values": list(values)}))
-            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 @contextmanager
@@ -64,23 +85,18 @@ def open_record(
     Raises:
         ValueError: If the file holds something else, or points of something else.
     """
-    if path is None:
-        yield PointRecord({}, None)
-        return
-    path = Path(path)
+    path = None if path is None else Path(path)
     header = {"format": _FORMAT, "fingerprint": dict(fingerprint)}
     done: dict[int, list[float]] = {}
-    if path.exists():
+    if path is not None and path.exists():
         done, good_bytes = _read(path, header, num_points, num_values)
         if good_bytes < path.stat().st_size:
             os.truncate(path, good_bytes)
-    else:
-        write_atomically(path, _line(header))
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    record = PointRecord(path, header, done)
     try:
-        yield PointRecord(done, descriptor)
+        yield record
     finally:
-        os.close(descriptor)
+        record.close()
 
 
 def fingerprint(

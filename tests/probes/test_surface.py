@@ -693,6 +693,15 @@ def test_the_same_data_in_other_batches_go_on(tmp_path):
     assert again.provenance.num_forwards == 1
 
 
+def test_a_call_that_fails_at_once_leaves_no_file(tmp_path):
+    path, data = tmp_path / "points", [(torch.ones(4, 3), torch.ones(4))]
+    arguments = {"objective": Objective(loss=lambda o, t: F.mse_loss(o[:, 0], t)), "resume": path}
+    with pytest.raises(ValueError, match="`metrics` must be"):
+        loss_line(nn.Linear(3, 1), data, points=2, **arguments)
+    assert not path.exists()
+    assert loss_line(nn.Linear(3, 1), data, points=2, metrics="loss", **arguments).x[1] == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"my notes\n", b"\x89PNG\r\n\x1a\n", b'{"a": 1}\n'])
 def test_a_foreign_file_is_refused_and_kept(content, tmp_path):
     path = tmp_path / "notes"
