@@ -212,3 +212,19 @@ class _Map(nn.Module):
 
 def _map_loss(outputs, targets):
     return outputs.square().mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_not_changed_and_dropout_is_off(kind):
+    batches = make_batches((7, 3))
+    body = make_model("conv")
+    model = nn.Sequential(nn.Dropout(0.5), body, nn.Dropout(0.5)).train()
+    operator = KINDS[kind](model, batches)
+    v = torch.linspace(-1, 1, operator.dim, dtype=torch.float64)
+    product = operator @ v
+    assert torch.equal(v, torch.linspace(-1, 1, operator.dim, dtype=torch.float64))
+    assert torch.equal(product, operator @ v)
+    torch.testing.assert_close(product, KINDS[kind](body, batches) @ v)
+    torch.testing.assert_close(
+        operator @ torch.stack([v, 2 * v], 1), product[:, None] * torch.tensor([1, 2])
+    )
