@@ -5,14 +5,15 @@ Functions compute, show, save and style nothing. For the look of a paper draw in
 """
 
 from landscape.plot import interactive, style
+from landscape.plot.density import half_density
 from landscape.plot.figures import figure1, figure1a, figure1b, figure1c
 from landscape.plot.hessian import (
-    half_density,
     hessian_max_spectrum,
     hessian_spectrum,
     spectral_density,
 )
-from landscape.plot.surface import loss_line, loss_surface, shared_limits
+from landscape.plot.scale import shared_limits
+from landscape.plot.surface import loss_line, loss_surface
 from landscape.plot.trajectory import polar_trajectory, trajectory
 
 __all__ = [

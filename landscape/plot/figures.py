@@ -5,32 +5,26 @@ Every function returns a `matplotlib.figure.Figure` that no global state knows o
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 
 from landscape.plot import style
+from landscape.plot.density import finite_eigenvalues
 from landscape.plot.hessian import (
     MAX_LABEL,
     Half,
-    finite_eigenvalues,
     hessian_max_spectrum,
     limit_eigenvalues,
+    room_for_legend,
 )
-from landscape.plot.surface import (
-    LABELS,
-    Quantity,
-    color_bar,
-    loss_surface,
-    make_norm,
-    shared_limits,
-)
+from landscape.plot.scale import LABELS, Quantity, color_bar, make_norm, shared_limits
+from landscape.plot.surface import loss_surface
 from landscape.plot.trajectory import polar_trajectory
 
 if TYPE_CHECKING:
@@ -146,10 +140,10 @@ def _draw_surfaces(figure: Figure | SubFigure, results: "Surfaces") -> None:
     count = len(results)
     scale = _shared_scale(results, "loss")
     for column, (name, result) in enumerate(results.items()):
-        place = (column / count, 0.44, 1 / count, 0.5)
+        place = (column / count, 0.44, 0.96 / count, 0.5)
         ax: Any = figure.add_axes(place, projection="3d")
         loss_surface(result, ax=ax, **scale)
-        _trim_surface3d(ax)
+        _trim_surface3d(ax, zoom=min(1.08, 2.4 / count))
         figure.text((column + 0.5) / count, 0.99, name, ha="center", va="top", size=9)
     for block, quantity in enumerate(_TERMS):
         _draw_contours(figure, results, quantity, block)
@@ -170,8 +164,9 @@ def _draw_contours(
         ax.set_xlabel("$a$", labelpad=0)
         ax.set_ylabel("" if block or column else "$b$", labelpad=0)
         ax.tick_params(labelleft=not (block or column))
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(MaxNLocator(4, prune="both"))
+        ax.set_aspect("equal")
+        for axis in (ax.xaxis, ax.yaxis):  # ticks as there is room for their labels
+            axis.set_major_locator(MaxNLocator(4 if count < 3 else 2, prune="both"))
         for note in ax.findobj(lambda artist: artist.get_gid() == "note"):
             note.remove()  # the 3D panel says what the crosses are
     bar = figure.add_axes((left, 0.105, right - left, 0.02))
@@ -185,11 +180,11 @@ def _shared_scale(results: "Surfaces", quantity: Quantity) -> dict[str, Any]:
     return {"vmin": low, "vmax": high, "log": log}
 
 
-def _trim_surface3d(ax: Any) -> None:
+def _trim_surface3d(ax: Any, zoom: float) -> None:
     """Move labels and ticks of 3D axes close to the box, for a panel of a few inches."""
     ax.view_init(elev=22, azim=-60)
-    ax.set_box_aspect((1, 1, 0.7), zoom=1.08)
-    ax.set(xlabel="$a$", ylabel="$b$")
+    ax.set_box_aspect((1, 1, 0.7), zoom=zoom)
+    ax.set(xlabel="$a$", ylabel="$b$", zlabel="Loss (nats)")  # in full at its colour bar
     for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
         axis.set_tick_params(pad=-3)
         axis.labelpad = -9
@@ -197,12 +192,15 @@ def _trim_surface3d(ax: Any) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
     ax.yaxis.set_major_locator(MaxNLocator(4, prune="both"))
     ax.zaxis.labelpad = -6
+    ax.zaxis.label.set_size(7)
 
 
 def _draw_trajectories(figure: Figure | SubFigure, results: "Trajectories") -> None:
-    ax = figure.add_axes((0.1, 0.2, 0.8, 0.7), projection="polar")
+    ax: Any = figure.add_axes((0.1, 0.2, 0.8, 0.7), projection="polar")
     for name, result in results.items():
         polar_trajectory(result, ax=ax, label=name)
+    if ax.get_thetamax() > 90:  # a half disc has labels on both sides
+        ax.set_position((0.17, 0.2, 0.66, 0.7))
     ax.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 5, 10]))
 
 
@@ -231,12 +229,13 @@ def _draw_spectra(figure: Figure | SubFigure, results: "Spectra") -> None:
 
 def _trim_spectrum(ax: Axes, half: Half) -> None:
     """Give the legend room above the densities and drop the arbitrary vertical scale."""
-    lines = len(ax.get_legend_handles_labels()[1])
-    ax.set(ylim=(0, ax.get_ylim()[1] * (1 + 0.5 * lines)), yticks=[], xlabel="", ylabel="")
+    room_for_legend(ax, line_height=0.5)
+    ax.set(yticks=[], xlabel="", ylabel="")
     ax.spines["left"].set_visible(half == "positive")
     ax.spines["right"].set_visible(half == "negative")
-    for text in cast(Legend, ax.get_legend()).get_texts():
-        text.set_fontsize(style.NOTE_SIZE)
+    side = "upper left" if half == "negative" else "upper right"
+    legend: dict[str, Any] = {"loc": side, "fontsize": style.NOTE_SIZE, "labelspacing": 0.3}
+    ax.legend(**legend)
 
 
 def _spread_far(results: Iterable["HessianMaxSpectrum"]) -> bool:

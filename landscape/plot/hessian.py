@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import NDArray
 
 from landscape._checks import check_choice
 from landscape.plot import style
+from landscape.plot.density import finite_eigenvalues, half_density
 
 if TYPE_CHECKING:
     from landscape.linalg.eigen import Eigenpairs
@@ -20,8 +20,6 @@ Half = Literal["both", "negative", "positive"]
 
 LABEL = r"Hessian eigenvalue $\lambda$ (nats)"
 MAX_LABEL = r"Hessian max eigenvalue $\lambda$ (nats)"
-FEWEST = 8
-"""Fewest values that get a density; fewer are drawn as a rug alone. A heuristic."""
 
 
 def hessian_max_spectrum(
@@ -67,51 +65,10 @@ def hessian_max_spectrum(
     if half == "both":
         ax.axvline(0, color=style.MUTED, lw=0.6, zorder=0)
     limit_eigenvalues(ax, named.values(), half, log=log)
-    ax.set_ylim(bottom=0)
     ax.set(xlabel=MAX_LABEL, ylabel="Density per decade" if log else "Density (1/nats)")
+    room_for_legend(ax)
     ax.legend(loc="upper left" if half == "negative" else "upper right")
     return ax
-
-
-def half_density(
-    result: "HessianMaxSpectrum", sign: Literal[-1, 1], *, log: bool = False
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Return the kernel density of the eigenvalues of one sign.
-
-    Gaussian kernels of Silverman's bandwidth h = 0.9·min(s, IQR/1.34)·n^(-1/5) (Silverman, 1986,
-    eq. 3.31) over the n values of that sign, reflected at 0 so that no mass crosses it. The area
-    is the share of that sign among all finite eigenvalues: the NEP for `sign=-1`.
-
-    Args:
-        result: The spectrum.
-        sign: -1 for the negative half, 1 for the positive.
-        log: Whether kernels, bandwidth and density are those of log10|λ|.
-
-    Returns:
-        Eigenvalues `(g,)` in ascending order, density `(g,)` per nat (`log`: per decade) and
-        bandwidth; empty arrays and 0 where there are fewer than `FEWEST` values of that sign, or
-        no spread among them.
-    """
-    everything = finite_eigenvalues(result)
-    values = np.abs(everything[np.sign(everything) == sign])
-    values = np.log10(values) if log else values
-    empty = np.empty(0)
-    if values.size < FEWEST:
-        return empty, empty, 0.0
-    spread = min(values.std(ddof=1), np.subtract(*np.percentile(values, [75, 25])) / 1.34)
-    h = 0.9 * (spread or values.std(ddof=1)) * values.size**-0.2
-    if not h > 1e-12 * np.abs(values).max():
-        return empty, empty, 0.0
-    low, high = values.min() - 5 * h, values.max() + 5 * h
-    low, mirrored = (low, empty) if log else (max(0.0, low), -values[values < 5 * h])
-    grid = np.linspace(low, high, int(np.clip(4 * (high - low) / h, 200, 20_000)))
-    density = np.zeros_like(grid)
-    for center in np.concatenate([values, mirrored]):
-        near = slice(*np.searchsorted(grid, [center - 6 * h, center + 6 * h]))
-        density[near] += np.exp(-0.5 * ((grid[near] - center) / h) ** 2)
-    density /= h * np.sqrt(2 * np.pi) * everything.size
-    grid = 10**grid if log else grid
-    return (grid, density, h) if sign > 0 else (-grid[::-1], density[::-1], h)
 
 
 def limit_eigenvalues(
@@ -138,10 +95,19 @@ def limit_eigenvalues(
     ax.set_xlim(0 if half == "positive" else low, 0 if half == "negative" else high)
 
 
-def finite_eigenvalues(result: "HessianMaxSpectrum") -> NDArray[np.float64]:
-    """Return the finite eigenvalues of all mini-batches, `(n,)`."""
-    values = np.ravel(result.eigenvalues)
-    return np.asarray(values[np.isfinite(values)], dtype=np.float64)
+def room_for_legend(ax: Axes, line_height: float = 0.07) -> None:
+    """Set the density axis from 0 to the largest density and the lines of the legend above it.
+
+    Args:
+        ax: The axes.
+        line_height: Room for one line of the legend, in units of the largest density.
+    """
+    densities = [np.asarray(line.get_ydata()) for line in ax.lines if line.get_gid() == "density"]
+    peak = max((density.max(initial=0.0) for density in densities), default=0.0)
+    lines = sum(1 + label.count("\n") for label in ax.get_legend_handles_labels()[1])
+    ax.set_ylim(0, peak * (1.05 + line_height * lines) or 1.0)
+    if peak == 0:
+        ax.set(yticks=[], ylabel="")  # a rug has no scale
 
 
 def spectral_density(result: "SpectralDensity", *, ax: Axes | None = None, **line: Any) -> Axes:
@@ -227,28 +193,29 @@ def _draw_half(
     line: dict[str, Any],
 ) -> None:
     grid, density, _ = half_density(result, sign, log=log)
-    ax.plot(grid, density, **line)
+    ax.plot(grid, density, gid="density", **line)
     ax.fill_between(grid, density, color=line["color"], alpha=0.15, lw=0)
     values = finite_eigenvalues(result)
     values = values[np.sign(values) == sign]
     height = np.full(values.shape, 0.02 + 0.05 * row)
-    rug = {"color": line["color"], "ms": 3, "mew": 0.4, "alpha": 0.7, "gid": "rug"}
+    size = 3 if grid.size else 6  # alone, it is all there is to see
+    rug = {"color": line["color"], "ms": size, "mew": 0.4, "alpha": 0.7, "gid": "rug"}
     ax.plot(values, height, "|", transform=ax.get_xaxis_transform(), **rug)
 
 
 def _legend_entry(name: str, result: "HessianMaxSpectrum", half: str) -> str:
     values = finite_eigenvalues(result)
-    parts = []
-    if half != "positive":
-        parts.append(f"NEP {_estimate(result.nep, result.nep_interval)}")
-    if half != "negative":
-        parts.append(f"APE {_estimate(result.ape, result.ape_interval)}")
-    signs = {"both": values.size, "negative": (values < 0).sum(), "positive": (values > 0).sum()}
-    parts.append(f"n = {signs[half]}")
+    shown = {"both": values.size, "negative": (values < 0).sum(), "positive": (values > 0).sum()}
+    counts = f"n = {shown[half]}"
     missing = int((~np.asarray(result.converged, dtype=bool)).sum())
     if missing:
-        parts.append(f"{missing} not converged")
-    return (f"{name}: " if name else "") + ", ".join(parts)
+        counts += f", {missing} not converged"
+    nep = f"NEP {_estimate(result.nep, result.nep_interval)}"
+    ape = f"APE {_estimate(result.ape, result.ape_interval)}"
+    name = f"{name}: " if name else ""
+    if half == "both":
+        return f"{name}{counts}\n{nep}\n{ape}"
+    return f"{name}{nep if half == 'negative' else ape}, {counts}"
 
 
 def _estimate(value: float, interval: tuple[float, float]) -> str:

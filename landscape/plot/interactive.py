@@ -7,10 +7,20 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from matplotlib.colors import LogNorm
 
 from landscape.plot import style
-from landscape.plot.hessian import MAX_LABEL, finite_eigenvalues, half_density
-from landscape.plot.surface import LABELS, Quantity, finite_values, shared_limits
+from landscape.plot.density import finite_eigenvalues, half_density
+from landscape.plot.hessian import MAX_LABEL
+from landscape.plot.scale import (
+    LABELS,
+    Quantity,
+    finite_values,
+    make_norm,
+    nice_ticks,
+    norm_ends,
+    shared_limits,
+)
 from landscape.plot.trajectory import known_angles
 
 if TYPE_CHECKING:
@@ -31,6 +41,7 @@ def loss_surface(
 ) -> "Figure":
     """Draw surfaces side by side in 3D with one scale of height and colour.
 
+    A quantity whose largest value is over ten times its smallest has a logarithmic scale.
     Buttons switch between quantities; hovering shows the coordinates and the value. Points that
     are not finite are holes, counted in the titles.
 
@@ -54,12 +65,15 @@ def loss_surface(
     scenes = [[{"type": "surface"}] * len(named)]
     figure = make_subplots(1, len(named), specs=scenes, subplot_titles=titles)
     for quantity in quantities:
+        norm = make_norm(*shared_limits(named.values(), quantity))
         for column, result in enumerate(named.values(), start=1):
+            heights = finite_values(result, quantity).filled(np.nan).T  # plotly's rows are y
             hover = f"a = %{{x:.3g}}<br>b = %{{y:.3g}}<br>{quantity} = %{{z:.4g}}<extra></extra>"
             surface = go.Surface(
                 x=result.x,
                 y=result.y,
-                z=finite_values(result, quantity).filled(np.nan).T,  # plotly's rows are y
+                z=heights,
+                surfacecolor=np.log10(heights) if isinstance(norm, LogNorm) else heights,
                 coloraxis="coloraxis",
                 hovertemplate=hover,
                 visible=quantity == quantities[0],
@@ -190,17 +204,22 @@ def _button(
     quantity: Quantity, quantities: tuple[Quantity, ...], named: "Mapping[str, LossSurface]"
 ) -> dict[str, Any]:
     """Return the button that shows `quantity` on its common scale."""
-    low, high = shared_limits(named.values(), quantity)
-    shown = [each == quantity for each in quantities for _ in named]
+    norm = make_norm(*shared_limits(named.values(), quantity))
+    log, ticks = isinstance(norm, LogNorm), nice_ticks(norm)
+    low, high = np.log10(norm_ends(norm)) if log else norm_ends(norm)
     layout: dict[str, Any] = {
         "coloraxis.cmin": low,
         "coloraxis.cmax": high,
         "coloraxis.colorbar.title.text": LABELS[quantity],
+        "coloraxis.colorbar.tickvals": np.log10(ticks) if log else ticks,
+        "coloraxis.colorbar.ticktext": [f"{tick:g}" for tick in ticks],
     }
     for column in range(1, len(named) + 1):
         scene = "scene" if column == 1 else f"scene{column}"
-        layout[f"{scene}.zaxis.range"] = [low, high]
+        layout[f"{scene}.zaxis.type"] = "log" if log else "linear"
+        layout[f"{scene}.zaxis.range"] = [low, high]  # plotly wants log10 of them for "log"
         layout[f"{scene}.zaxis.title.text"] = LABELS[quantity]
+    shown = [each == quantity for each in quantities for _ in named]
     return {"label": quantity, "method": "update", "args": [{"visible": shown}, layout]}
 
 

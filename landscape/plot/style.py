@@ -29,7 +29,7 @@ _FAMILIES = {  # prefixes of the name in lower case without separators -> colour
     ("swin",): "#CC79A7",
     ("pit",): "#E69F00",
 }
-_OTHERS = ("#56B4E9", "#000000", "#999999")
+_OTHERS = ("#333333", "#56B4E9", "#999999")
 _LINES = ("-", "--", ":", "-.")
 
 

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.projections.polar import PolarAxes
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from landscape.plot import style
@@ -50,12 +51,11 @@ def polar_trajectory(
         ax.plot(0, 0, "s", ms=4, label=r"$w_\mathrm{opt}$", gid="w_opt", **mark)
     ax.plot(angle, radius, **{"marker": "o", "ms": 2, **_labelled(label), **line})
     widest, farthest = np.nanmax(angle, initial=0.0), np.nanmax(radius, initial=1.0)
-    ax.set_thetamin(0)
-    ax.set_thetamax(180 if widest > np.pi / 2 else 90 if fresh else ax.get_thetamax())
+    wide = bool(widest > np.pi / 2) or (not fresh and ax.get_thetamax() > 90)
+    ax.set_thetalim(0, np.pi if wide else np.pi / 2)
     ax.set_rmin(0)
     ax.set_rmax(max(1.05 * farthest, 0 if fresh else ax.get_rmax()))
-    ax.set_xlabel(POLAR_LABEL, labelpad=12)  # below the labels of the radius
-    ax.legend(loc="upper right", bbox_to_anchor=(1.15, 1.15))
+    _label(ax, wide)
     return cast(Axes, ax)
 
 
@@ -88,8 +88,8 @@ def trajectory(
     ax = ax if ax is not None else plt.subplots()[1]
     (drawn,) = ax.plot(*coordinates.T, **{"marker": "o", "ms": 2, **_labelled(label), **line})
     color = drawn.get_color()
-    ax.plot(*coordinates[0], "*", ms=6, color=color, mec="w", mew=0.4, gid="w_init", zorder=3)
-    ax.plot(*coordinates[-1], "s", ms=4, color=color, mec="w", mew=0.4, gid="w_opt", zorder=3)
+    ax.plot(*coordinates[0], "*", ms=6, color=color, mec="k", mew=0.4, gid="w_init", zorder=3)
+    ax.plot(*coordinates[-1], "s", ms=4, color=color, mec="k", mew=0.4, gid="w_opt", zorder=3)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
     return ax
 
@@ -100,6 +100,21 @@ def known_angles(result: "PolarTrajectory") -> NDArray[np.float64]:
     for t in np.flatnonzero(np.asarray(result.radius) == 0):
         angle[t] = angle[t - 1] if t else 0.0
     return angle
+
+
+def _label(ax: PolarAxes, wide: bool) -> None:
+    """Put label and legend around the sector: it is a quarter or a half disc in a square."""
+    scale = ax.figure.dpi_scale_trans
+    edge = 0.25 if wide else 0.0
+    below_ticks = ax.transAxes + ScaledTranslation(0, -18 / 72, scale)
+    below_label = ax.transAxes + ScaledTranslation(0, -32 / 72, scale)
+    ax.set_xlabel(POLAR_LABEL, va="top")
+    ax.xaxis.set_label_coords(0.5, edge, transform=below_ticks)
+    legend: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.15, 1.15)}
+    if wide:
+        legend = {"loc": "upper center", "bbox_to_anchor": (0.5, edge), "ncols": 3}
+        legend |= {"bbox_transform": below_label, "columnspacing": 1}
+    ax.legend(**legend)
 
 
 def _labelled(label: str | None) -> dict[str, str]:

@@ -1,0 +1,138 @@
+"""Values, scales and colour bars that several drawings of a loss share."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import FigureBase
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
+
+from landscape._checks import check_choice
+from landscape.plot import style
+
+if TYPE_CHECKING:
+    from landscape.probes.surface import LossLine, LossSurface
+
+Quantity = Literal["loss", "nll", "l2", "accuracy", "ece"]
+LABELS: dict[str, str] = {
+    "loss": "Loss: NLL + L2 (nats)",
+    "nll": "NLL (nats)",
+    "l2": "L2 term (nats)",
+    "accuracy": "Accuracy (fraction)",
+    "ece": "ECE (fraction)",
+}
+
+
+def shared_limits(
+    results: Iterable["LossSurface | LossLine"], quantity: Quantity = "loss"
+) -> tuple[float, float]:
+    """Return the smallest and the largest finite value over `results`, for `vmin` and `vmax`.
+
+    Args:
+        results: Surfaces or lines to draw on one scale.
+        quantity: What will be drawn.
+
+    Returns:
+        The two limits; 0 and 1 where no value is finite.
+    """
+    values = np.concatenate([finite_values(result, quantity).compressed() for result in results])
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+
+
+def finite_values(
+    result: "LossSurface | LossLine", quantity: Quantity, *, log: bool = False
+) -> np.ma.MaskedArray:
+    """Return the values of a quantity with what is not finite masked.
+
+    Args:
+        result: The surface or line.
+        quantity: What to read.
+        log: Whether it will be drawn on a logarithmic scale.
+
+    Returns:
+        Masked array of the shape of the result.
+
+    Raises:
+        ValueError: If `quantity` was not evaluated, or `log` meets values that are not positive.
+    """
+    evaluated = [name for name in LABELS if getattr(result, name) is not None]
+    check_choice("quantity", quantity, evaluated)
+    values = np.ma.masked_invalid(getattr(result, quantity))
+    if log and values.count() and values.min() <= 0:
+        raise ValueError(
+            f"`log` must be False for values that are not positive, got a smallest {quantity} "
+            f"of {values.min():g}."
+        )
+    return values
+
+
+def color_bar(figure: FigureBase, norm: Normalize, label: str, **place: Any) -> None:
+    """Add a colour bar with plainly written ticks, logarithmic where `norm` is.
+
+    Args:
+        figure: The figure of the axes.
+        norm: Scale of the colours.
+        label: Quantity and unit.
+        **place: Passed to `Figure.colorbar`; `cmap` names the colour map.
+    """
+    bar = figure.colorbar(ScalarMappable(norm, place.pop("cmap", style.SEQUENTIAL)), **place)
+    bar.set_label(label)
+    if isinstance(norm, LogNorm):
+        bar.set_label(log_label(label))
+    ticks = nice_ticks(norm)
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    bar.minorticks_off()
+
+
+def make_norm(low: float, high: float, *, log: bool | None = None) -> Normalize:
+    """Return the scale from `low` to `high`, a little more where they are equal.
+
+    Args:
+        low: Lower end.
+        high: Upper end.
+        log: Whether it is logarithmic; by default where `high` is over ten times a positive
+            `low`, a heuristic.
+
+    Returns:
+        The scale.
+
+    Raises:
+        ValueError: If `low` is above `high`, or not positive on a logarithmic scale.
+    """
+    if low > high:
+        raise ValueError(f"`vmin` must be at most `vmax`, got {low:g} and {high:g}.")
+    if log and low <= 0:
+        raise ValueError(f"`vmin` must be positive on a logarithmic scale, got {low:g}.")
+    if low == high:  # a constant surface
+        low, high = low - 0.01 * abs(low or 1.0), high + 0.01 * abs(high or 1.0)
+    log = 0 < 10 * low < high if log is None else log
+    return LogNorm(low, high) if log else Normalize(low, high)
+
+
+def nice_ticks(norm: Normalize) -> list[float]:
+    """Return ticks within `norm`; on a logarithmic scale 1, 2, 5 times powers of ten.
+
+    Args:
+        norm: The scale.
+
+    Returns:
+        At least two ticks, in ascending order.
+    """
+    low, high = norm_ends(norm)
+    locator: Locator = MaxNLocator(4)
+    if isinstance(norm, LogNorm):  # over many decades powers of ten alone
+        locator = LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,))
+    ticks = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
+    return ticks if len(ticks) > 1 else [low, high]
+
+
+def norm_ends(norm: Normalize) -> tuple[float, float]:
+    """Return the lower and the upper end of a scale that has both."""
+    return cast(float, norm.vmin), cast(float, norm.vmax)
+
+
+def log_label(label: str) -> str:
+    """Return `label` with a word on its logarithmic scale beside the unit."""
+    return label.replace(")", ", log scale)")

@@ -1,0 +1,177 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from scipy.stats import gaussian_kde
+
+from landscape import plot
+from landscape.plot.density import FEWEST, finite_eigenvalues
+from tests.plot.cases import density, full_spectrum, max_spectrum, random_spectrum
+
+
+def by_gid(ax, gid):
+    return [line for line in ax.lines if line.get_gid() == gid]
+
+
+def area(grid, values, log=False):
+    return np.trapezoid(values, np.log10(np.abs(grid)) * np.sign(grid) if log else grid)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("negative", [0.1, 0.5, 0.9])
+def test_areas_are_nep_and_its_complement(log, negative):
+    result = random_spectrum(negative=negative)
+    below = plot.half_density(result, -1, log=log)
+    above = plot.half_density(result, 1, log=log)
+    assert area(*below[:2], log) == pytest.approx(result.nep, rel=1e-3)
+    assert area(*above[:2], log) == pytest.approx(1 - result.nep, rel=1e-3)
+    assert below[0].max() <= 0 <= above[0].min()
+    assert (np.diff(below[0]) > 0).all()
+
+
+def test_area_is_exact_beside_zero_and_with_heavy_tails():
+    rng = np.random.default_rng(0)
+    result = max_spectrum(rng.standard_cauchy((60, 5)))  # mass at 0, values of hundreds
+    for sign, share in ((-1, result.nep), (1, 1 - result.nep)):
+        grid, values, _ = plot.half_density(result, sign)
+        assert area(grid, values) == pytest.approx(share, rel=1e-3)
+
+
+def test_density_equals_scipy_with_the_bandwidth_of_silverman():
+    result = random_spectrum(negative=0)
+    grid, values, h = plot.half_density(result, 1)
+    data = result.eigenvalues.ravel()
+    q75, q25 = np.percentile(data, [75, 25])
+    assert h == pytest.approx(0.9 * min(data.std(ddof=1), (q75 - q25) / 1.34) * data.size**-0.2)
+    kde = gaussian_kde(data, bw_method=h / data.std(ddof=1))
+    expected = kde(grid) + kde(-grid)
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6 * expected.max())
+
+
+def test_zero_and_non_finite_eigenvalues_belong_to_no_half():
+    values = np.r_[np.zeros(10), np.full(5, np.nan), np.linspace(1, 2, 30), -np.linspace(1, 2, 10)]
+    result = max_spectrum(values[:, None])
+    assert finite_eigenvalues(result).size == 50
+    assert area(*plot.half_density(result, 1)[:2]) == pytest.approx(30 / 50, rel=1e-3)
+    assert area(*plot.half_density(result, -1)[:2]) == pytest.approx(10 / 50, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "values", [np.linspace(1, 2, FEWEST - 1), np.full(30, 2.0), np.empty(0)], ids=len
+)
+def test_few_or_equal_values_have_a_rug_and_no_density(values):
+    result = max_spectrum(values[:, None])
+    grid, drawn, h = plot.half_density(result, 1)
+    assert (grid.size, drawn.size, h) == (0, 0, 0)
+    ax = plot.hessian_max_spectrum(result, half="positive")
+    ax.figure.canvas.draw()
+    np.testing.assert_array_equal(by_gid(ax, "rug")[0].get_xdata(), values)
+    assert f"n = {values.size}" in ax.get_legend_handles_labels()[1][0]
+    assert ax.get_yticks().size == 0
+    assert not ax.get_ylabel()
+
+
+def test_drawn_density_and_rug_are_those_of_the_result():
+    results = {"ResNet": random_spectrum(0), "ViT": random_spectrum(1, negative=0.5)}
+    ax = plot.hessian_max_spectrum(results, half="negative")
+    curves, rugs = by_gid(ax, "density"), by_gid(ax, "rug")
+    for (name, result), curve, rug in zip(results.items(), curves, rugs, strict=True):
+        grid, values, _ = plot.half_density(result, -1)
+        np.testing.assert_array_equal(curve.get_xdata(), grid)
+        np.testing.assert_array_equal(curve.get_ydata(), values)
+        eigenvalues = result.eigenvalues[result.eigenvalues < 0]
+        np.testing.assert_array_equal(np.sort(rug.get_xdata()), np.sort(eigenvalues))
+        color = plot.style.family_color(name)
+        assert curve.get_color() == rug.get_color() == color
+    heights = {rug.get_ydata()[0] for rug in rugs}
+    assert len(heights) == 2  # rugs do not hide each other
+
+
+@pytest.mark.parametrize("half", ["negative", "positive", "both"])
+@pytest.mark.parametrize("log", [False, True])
+def test_limits_hold_every_eigenvalue_and_zero(half, log):
+    results = {"ResNet": random_spectrum(0, scale=300), "ViT": random_spectrum(1, scale=3)}
+    ax = plot.hessian_max_spectrum(results, half=half, log=log)
+    low, high = ax.get_xlim()
+    values = np.concatenate([result.eigenvalues.ravel() for result in results.values()])
+    assert low == 0 if half == "positive" else low < values.min()
+    assert high == 0 if half == "negative" else high > values.max()
+    assert ax.get_xscale() == ("symlog" if log else "linear")
+    assert ax.get_xlabel() == r"Hessian max eigenvalue $\lambda$ (nats)"
+    assert ax.get_ylabel() == ("Density per decade" if log else "Density (1/nats)")
+    assert ax.get_ylim()[1] > max(line.get_ydata().max() for line in by_gid(ax, "density"))
+
+
+def test_legend_gives_estimates_with_intervals_and_counts():
+    result = max_spectrum(np.r_[[-4.0, -2.0], np.full(8, 20.0)][:, None])
+    entries = {
+        half: plot.hessian_max_spectrum({"ViT": result}, half=half).get_legend_handles_labels()[1]
+        for half in ("negative", "positive", "both")
+    }
+    assert entries["negative"] == ["ViT: NEP 0.2 [0.1, 0.3], n = 2"]
+    assert entries["positive"] == ["ViT: APE 20 [18, 22], n = 8"]
+    assert entries["both"] == ["ViT: n = 10\nNEP 0.2 [0.1, 0.3]\nAPE 20 [18, 22]"]
+
+
+def test_legend_says_what_has_not_converged_and_what_does_not_exist():
+    result = max_spectrum([[-4.0], [-2.0]], converged=False)
+    ax = plot.hessian_max_spectrum(result, half="positive")
+    assert ax.get_legend_handles_labels()[1] == ["APE – [–, –], n = 0, 2 not converged"]
+
+
+def test_several_spectra_without_a_negative_eigenvalue_draw():
+    results = {"ResNet": random_spectrum(negative=0), "ViT": random_spectrum(1, k=1, negative=0)}
+    for log in (False, True):
+        ax = plot.hessian_max_spectrum(results, half="negative", log=log)
+        ax.figure.canvas.draw()
+        assert all(line.get_xdata().size == 0 for line in by_gid(ax, "rug"))
+        assert ax.get_legend_handles_labels()[1][0] == "ResNet: NEP 0 [0, 0.1], n = 0"
+
+
+def test_spectrum_errors():
+    with pytest.raises(ValueError, match="`half` must be one of 'both', 'negative', 'positive'"):
+        plot.hessian_max_spectrum(random_spectrum(), half="left")
+    with pytest.raises(ValueError, match="`results` must hold at least one spectrum"):
+        plot.hessian_max_spectrum({})
+
+
+def test_spectral_density_is_drawn_down_to_a_single_eigenvalue():
+    result = density(dim=50, sigma=0.3)
+    ax = plot.spectral_density(result)
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), result.grid)
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), result.values)
+    single = 1 / (50 * 0.3 * np.sqrt(2 * np.pi))
+    assert ax.get_yscale() == "log"
+    assert ax.get_ylim()[0] == pytest.approx(single / 10)
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(1.2 * result.values.max())
+    assert ax.get_xlabel() == r"Hessian eigenvalue $\lambda$ (nats)"
+    assert ax.get_ylabel() == "Density (1/nats)"
+
+
+@pytest.mark.parametrize("with_density", [True, False])
+def test_edges_have_their_residuals_and_unconverged_ones_are_hollow(with_density):
+    result = full_spectrum(with_density)
+    ax = plot.hessian_spectrum(result)
+    drawn = {bars.get_label(): bars for bars in ax.containers}
+    assert set(drawn) == {"2 largest", "1 smallest", "1 smallest, not converged"}
+    np.testing.assert_array_equal(drawn["2 largest"].lines[0].get_xdata(), [4.0, 3.5])
+    (segments,) = drawn["2 largest"].lines[2]
+    ends = np.array([segment[:, 0] for segment in segments.get_segments()])
+    np.testing.assert_allclose(ends, [[3.96, 4.04], [3.465, 3.535]])
+    assert drawn["1 smallest, not converged"].lines[0].get_markerfacecolor() == "none"
+    assert r"trace 20 $\pm$ 1.5" in ax.get_legend_handles_labels()[1]
+    ax.figure.canvas.draw()
+
+
+def test_results_draw_themselves():
+    assert random_spectrum().plot(half="positive").get_xlim()[0] == 0
+    assert density().plot().get_yscale() == "log"
+    assert full_spectrum().plot().get_legend() is not None
+
+
+def test_given_axes_are_used():
+    figure, axes = plt.subplots(1, 3)
+    assert plot.hessian_max_spectrum(random_spectrum(), ax=axes[0]) is axes[0]
+    assert plot.spectral_density(density(), ax=axes[1]) is axes[1]
+    assert plot.hessian_spectrum(full_spectrum(), ax=axes[2]) is axes[2]
+    assert plt.get_fignums() == [figure.number]
