@@ -49,7 +49,6 @@ PACKAGES = (
     "curvlinops-for-pytorch",
     "hessian-eigenthings",
 )
-CORE = ("landscape", "landscape, certify=False", "PyHessian", "kept graph + eigsh")
 
 
 @dataclass(frozen=True)
@@ -63,25 +62,54 @@ class Preset:
     densities: tuple[tuple[int, int], ...]  # (steps, probes) of W4
     minibatches: int
     minibatch: int
-    peers: tuple[str, ...] | None  # eigenvalue solvers beyond W1 and W2; None for all
-    rounds: dict[str, int]
+    peers: dict[str, tuple[str, ...]]  # workload -> its solvers; all where it is not named
+    rounds: dict[str, int]  # workload -> turns of each solver; 1 where it is not named
 
 
 FULL_SIZES: dict[str, dict[str, int]] = {"resnet20": {}, "vit_micro": {}}
 QUICK_SIZES = {"resnet20": {"width": 4}, "vit_nano": {"dim": 24, "depth": 2, "heads": 3}}
+ALL = tuple(solvers.EIGENVALUES)
+OURS = ("landscape", "landscape, certify=False")
+CORE = (*OURS, "PyHessian", "kept graph + eigsh")
 PRESETS = {
-    "quick": Preset(8, 10, QUICK_SIZES, 2, ((12, 1),), 2, 4, None, {}),
-    "default": Preset(64, 200, FULL_SIZES, 2, ((80, 1),), 2, 16, CORE, {"W1": 2, "W2": 2}),
+    "quick": Preset(
+        batch=8,
+        steps=10,
+        sizes=QUICK_SIZES,
+        several=2,
+        densities=((12, 1),),
+        minibatches=2,
+        minibatch=4,
+        peers={"W1": ALL, "W2": ALL, "W3": CORE, "W5": CORE},
+        rounds={},
+    ),
+    "default": Preset(
+        batch=64,
+        steps=200,
+        sizes=FULL_SIZES,
+        several=2,
+        densities=((80, 1),),
+        minibatches=2,
+        minibatch=16,
+        peers={
+            "W1": CORE,
+            "W2": CORE,
+            "W3": (*OURS, "kept graph + eigsh"),
+            "W4": ("landscape", "PyHessian"),
+            "W5": CORE,
+        },
+        rounds={"W1": 2, "W2": 2},
+    ),
     "full": Preset(
-        64,
-        200,
-        FULL_SIZES,
-        8,
-        ((80, 1), (64, 4)),
-        10,
-        16,
-        None,
-        {"W1": 4, "W2": 4, "W3": 2, "W4": 2, "W5": 2},
+        batch=64,
+        steps=200,
+        sizes=FULL_SIZES,
+        several=8,
+        densities=((80, 1), (64, 4)),
+        minibatches=10,
+        minibatch=16,
+        peers={},
+        rounds={"W1": 3, "W2": 3, "W5": 2},
     ),
 }
 
@@ -90,6 +118,13 @@ def gradient(model: nn.Module, batches: list[Batch]) -> None:
     """One gradient of each batch: the unit of cost."""
     for x, y in batches:
         torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+
+
+def warm_up(model: nn.Module, batches: list[Batch]) -> None:
+    """One product, so that the first contender does not pay for what is done once a process."""
+    operator = solvers.plain_operator(model, batches[:1])
+    operator.matvec(np.ones(operator.shape[0], dtype=operator.dtype))
+    gradient(model, batches)
 
 
 def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -132,7 +167,6 @@ def take_turns(
     outcomes: dict[str, list[Any]] = {name: [] for name in contenders}
     errors: dict[str, str] = {}
     turns = [(seed, name) for seed in range(rounds) for name in contenders]
-    unit()
     for seed, name in tqdm(turns, desc=label, leave=False):
         if name in errors:
             continue
@@ -141,8 +175,7 @@ def take_turns(
         try:
             spent, outcome = seconds_of(lambda: contenders[name](seed))  # noqa: B023
         except Exception as error:  # a peer that fails is a row of the table
-            message = next(iter(str(error).splitlines()), "")
-            errors[name] = f"{type(error).__name__}: {message}"[:160]
+            errors[name] = f"{type(error).__name__}: {str(error).partition('. ')[0]}"[:160]
             continue
         after = [seconds_of(unit)[0] for _ in range(2)]
         ratios[name].append(spent / float(np.median(before + after)))
@@ -152,14 +185,10 @@ def take_turns(
         yield name, ratios[name], seconds[name], outcomes[name], errors.get(name)
 
 
-def chosen(preset: Preset, workload: str) -> dict[str, solvers.Solve]:
-    """Return the eigenvalue solvers of a workload, those that are installed."""
-    every = preset.peers is None or workload in ("W1", "W2")
-    return {
-        name: solve
-        for name, solve in solvers.EIGENVALUES.items()
-        if (every or name in (preset.peers or ())) and solvers.missing(name) is None
-    }
+def chosen(preset: Preset, workload: str, every: dict[str, Any]) -> dict[str, Any]:
+    """Return the solvers of a workload, those that are installed."""
+    names = preset.peers.get(workload, tuple(every))
+    return {n: every[n] for n in every if n in names and solvers.missing(n) is None}
 
 
 def eigenvalue_rows(
@@ -172,7 +201,9 @@ def eigenvalue_rows(
     def run(solve: solvers.Solve) -> Callable[[int], solvers.Outcome]:
         return lambda seed: solve(model, batches, K, seed)
 
-    contenders = {n: run(solve) for n, solve in chosen(preset, workload).items()}
+    contenders = {
+        n: run(solve) for n, solve in chosen(preset, workload, solvers.EIGENVALUES).items()
+    }
     rows = []
     for solver, ratios, seconds, outcomes, error in take_turns(
         contenders,
@@ -209,7 +240,8 @@ def minibatch_rows(preset: Preset, name: str) -> list[dict[str, Any]]:
     def run_native(certify: bool) -> Callable[[int], list[solvers.Outcome]]:
         return lambda seed: solvers.native_each(certify)(model, data, K, seed)
 
-    contenders = {n: run(solve) for n, solve in chosen(preset, "W5").items()}
+    warm_up(model, data)
+    contenders = {n: run(solve) for n, solve in chosen(preset, "W5", solvers.EIGENVALUES).items()}
     contenders["landscape"] = run_native(certify=True)
     contenders["landscape, certify=False"] = run_native(certify=False)
     rows = []
@@ -253,12 +285,12 @@ def density_rows(preset: Preset) -> list[dict[str, Any]]:
     ) -> Callable[[int], solvers.Density]:
         return lambda seed: estimate(model, data, steps, probes, seed)
 
+    warm_up(model, data)
     rows = []
     for steps, probes in preset.densities:
         contenders = {
             n: run(estimate, steps, probes)
-            for n, estimate in solvers.DENSITIES.items()
-            if solvers.missing(n) is None
+            for n, estimate in chosen(preset, "W4", solvers.DENSITIES).items()
         }
         for solver, ratios, seconds, outcomes, error in take_turns(
             contenders,
@@ -356,12 +388,14 @@ def main() -> None:
     size.add_argument("--full", action="store_true", help="the whole table")
     parser.add_argument("--only", default="W1,W2,W3,W4,W5", help="workloads, comma-separated")
     parser.add_argument("--rounds", type=int, help="turns of each solver")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="folder of the results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     name = "quick" if arguments.quick else "full" if arguments.full else "default"
     preset, only = PRESETS[name], arguments.only.split(",")
+    if unknown := set(only) - {"W1", "W2", "W3", "W4", "W5"}:
+        parser.error(f"--only takes W1 to W5, got {', '.join(sorted(unknown))}")
     if arguments.rounds:
         preset.rounds.update(dict.fromkeys(("W1", "W2", "W3", "W4", "W5"), arguments.rounds))
     output = arguments.output or (RESULTS if name != "quick" else RESULTS / "quick")
