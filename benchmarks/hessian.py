@@ -44,7 +44,6 @@ PACKAGES = (
     "torch",
     "numpy",
     "scipy",
-    "landscape-probes",
     "PyHessian",
     "curvlinops-for-pytorch",
     "hessian-eigenthings",
@@ -358,7 +357,7 @@ def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
         "",
         f"{described['cpu']}, {described['cores']} cores, {described['threads']} thread(s); "
         f"{described['began']} to {described['ended']}; preset `{described['preset']}`.",
-        f"Python {described['python']}, {versions}.",
+        f"Commit {described['commit']}, Python {described['python']}, {versions}.",
         "",
         "Cost in gradients on the same data (median of the turns), Hessian-vector products over "
         f"all of the data, how many of the {K} largest by magnitude are right to {RIGHT:g} (mean "
