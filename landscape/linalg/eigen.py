@@ -327,7 +327,7 @@ def _basis_size(dim: int, max_iter: int, max_basis: int | None) -> tuple[int, to
     needed = min(max_iter, dim)
     if room >= needed:
         return needed, torch.float64
-    return min(needed, 2 * room - 4), torch.float32
+    return min(needed, 2 * room - 8), torch.float32  # 8: work vectors
 
 
 def _same(values: np.ndarray, known: np.ndarray | None, tol: float) -> bool:

@@ -124,7 +124,8 @@ def hessian_spectrum(
         vectors: Return the eigenvectors too.
         memory: What the operator may keep between products (`HessianOperator`).
         generator: Source of the start vectors; seed 0 by default.
-        engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion.
+        engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion
+            (`landscape.probes.pyhessian_engine` says what it can do).
         progress: Show a bar.
 
     Returns:
@@ -138,11 +139,21 @@ def hessian_spectrum(
     generator = _check(k, num_probes, engine, generator)
     seed = generator.initial_seed()
     operator = HessianOperator(model, data, objective, memory=memory)
+    k = min(k, operator.dim)
     if engine == "pyhessian":
         from landscape.probes import pyhessian_engine
 
-        return pyhessian_engine.spectrum(operator, k, density, tol, max_iter, num_probes, generator)
-    k = min(k, operator.dim)
+        return pyhessian_engine.spectrum(
+            operator,
+            k,
+            density=density,
+            tol=tol,
+            max_iter=max_iter,
+            num_probes=num_probes,
+            vectors=vectors,
+            generator=generator,
+            began=began,
+        )
     search = EigenSearch(
         operator,
         {"largest": (k, "LA"), "smallest": (k, "SA")},
@@ -176,7 +187,8 @@ def hessian_spectrum(
             seed=seed,
             seconds=time.perf_counter() - began,
             num_hvps=search.num_matvecs,
-            settings={"k": k, "tol": tol, "num_probes": num_probes, "certify": certify}
+            settings={"engine": engine, "k": k, "tol": tol}
+            | {"num_probes": num_probes, "certify": certify}
             | {"kept_batches": operator.num_kept, "num_batches": operator.frozen.num_batches},
         ),
     )
@@ -213,7 +225,8 @@ def hessian_max_spectrum(
         num_bootstrap: Resamplings of mini-batches for the intervals.
         memory: What may be kept of a mini-batch's graph between products.
         generator: Source of the start vectors and resamplings; seed 0 by default.
-        engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion.
+        engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion
+            (`landscape.probes.pyhessian_engine` says what it can do).
         progress: Show a bar.
 
     Returns:
@@ -230,14 +243,17 @@ def hessian_max_spectrum(
     if k > frozen.space.dim:
         raise ValueError(f"`k` must be at most the dimension {frozen.space.dim}, got {k}.")
     _check_finite(frozen)
+    if engine == "pyhessian":
+        from landscape.probes import pyhessian_engine
     rows: list[Eigenpairs] = []
     total = frozen.num_batches
     for batch in track(frozen.batches, "Hessian max spectrum", progress, total=total):
         operator = HessianOperator.of(frozen.of_batch(batch), memory=memory)
         if engine == "pyhessian":
-            from landscape.probes import pyhessian_engine
-
-            rows.append(pyhessian_engine.top_eigenpairs(operator, k, tol, max_iter, generator))
+            found = pyhessian_engine.top_eigenpairs(
+                operator, k, tol=tol, max_iter=max_iter, generator=generator
+            )
+            rows.append(found)
             continue
         search = EigenSearch(
             operator,
@@ -252,7 +268,10 @@ def hessian_max_spectrum(
     eigenvalues = np.stack([row.values for row in rows])
     converged = np.stack([row.converged for row in rows])
     num_hvps = sum(row.num_matvecs for row in rows)
-    warn_unconverged([converged], num_hvps, tol)
+    if engine == "pyhessian":
+        pyhessian_engine.warn_unconverged([converged], num_hvps, tol)
+    else:
+        warn_unconverged([converged], num_hvps, tol)
     nep_interval, ape_interval = _bootstrap(eigenvalues, num_bootstrap, generator)
     return HessianMaxSpectrum(
         eigenvalues=eigenvalues,

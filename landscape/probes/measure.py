@@ -26,41 +26,32 @@ class PointMeter:
     Attributes:
         columns: Names of the values that `measure` returns.
         passes: Forward passes over the data that one measurement takes.
-        first_loss: Loss of the first batch at the model's own weights.
     """
 
     def __init__(
         self, frozen: FrozenObjective, metrics: Sequence[str], l2: L2, batch_norm: BatchNorm
     ) -> None:
-        """Try the metrics on the first batch.
+        """Choose what to measure.
 
         Args:
             frozen: The objective on its model and data.
             metrics: Any of "accuracy" and "ece".
             l2: Definition of the L2 term, see `landscape.probes.surface`.
             batch_norm: Whether running statistics stay as found.
-
-        Raises:
-            ValueError: If the targets do not allow a metric.
         """
         self._frozen, self._metrics, self._l2 = frozen, metrics, l2
         self._recalibrate = batch_norm == "recalibrate"
         self.columns = ("nll", "nll_stderr", "l2", *metrics)
         self.passes = 2 if self._recalibrate else 1
-        with torch.no_grad():
-            batch = next(iter(frozen.batches))
-            state = {**frozen.space.fixed, **frozen.space.values}
-            loss, logits = self._loss_and_logits(state, batch)
-            if logits is not None:
-                for meter in self._meters():
-                    meter.add(logits, batch)
-        self.first_loss = float(loss)
 
     def measure(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the values of `columns` as a float64 vector on the device.
 
         Args:
             parameters: Every parameter of the model by name.
+
+        Raises:
+            ValueError: If the targets do not allow a metric, at the first batch.
         """
         frozen = self._frozen
         loss, device = frozen.objective.loss, frozen.space.device

@@ -115,7 +115,7 @@ def pca_directions(
         for _ in range(num)
     ]
     for name, start, piece in trail.displacements(origin):
-        components = mixes.T @ (piece - piece.mean(0)).cpu()
+        components = mixes.T @ piece.cpu()  # the mixes sum to 0, so no mean has to be taken off
         for vector, component in zip(flat, components, strict=True):
             vector[name][start : start + len(component)] = component
     return Directions(

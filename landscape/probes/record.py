@@ -7,7 +7,6 @@ follows it, is dropped and computed again.
 
 import hashlib
 import json
-import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,22 +31,43 @@ class PointRecord:
         done: Index to the values of that point.
     """
 
-    def __init__(self, done: dict[int, list[float]], descriptor: int | None) -> None:
+    def __init__(
+        self, path: Path | None, header: Mapping[str, Any], done: dict[int, list[float]]
+    ) -> None:
+        """Start with the points that are done.
+
+        Args:
+            path: The file, made with the first point; `None` keeps them in memory only.
+            header: First line of a new file.
+            done: Points that it holds.
+        """
         self.done = done
-        self._descriptor = descriptor
+        self._path, self._header = path, header
+        self._descriptor: int | None = None
 
     def add(self, index: int, values: Sequence[float]) -> None:
         """Keep one point; it is on the disk when this returns."""
         self.done[index] = list(values)
+        if self._path is None:
+            return
+        if self._descriptor is None:
+            if not self._path.exists():
+                write_atomically(self._path, _line(self._header))
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        os.write(self._descriptor, _line({"index": index, "values": list(values)}))
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
         if self._descriptor is not None:
-            os.write(self._descriptor, _line({"index": index, "values": list(values)}))
-            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 @contextmanager
 def open_record(
     path: str | os.PathLike[str] | None,
-    fingerprint: Mapping[str, str | float],
+    fingerprint: Mapping[str, str],
     num_points: int,
     num_values: int,
 ) -> Iterator[PointRecord]:
@@ -55,8 +75,7 @@ def open_record(
 
     Args:
         path: The file, which may not exist yet; `None` keeps the points in memory only.
-        fingerprint: What the points belong to, by name: texts that must be equal, and numbers that
-            must be nearly equal (another machine rounds differently).
+        fingerprint: What the points belong to, as texts by name.
         num_points: Number of points of the surface.
         num_values: Number of values at each.
 
@@ -66,34 +85,30 @@ def open_record(
     Raises:
         ValueError: If the file holds something else, or points of something else.
     """
-    if path is None:
-        yield PointRecord({}, None)
-        return
-    path = Path(path)
+    path = None if path is None else Path(path)
     header = {"format": _FORMAT, "fingerprint": dict(fingerprint)}
     done: dict[int, list[float]] = {}
-    if path.exists():
+    if path is not None and path.exists():
         done, good_bytes = _read(path, header, num_points, num_values)
         if good_bytes < path.stat().st_size:
             os.truncate(path, good_bytes)
-    else:
-        write_atomically(path, _line(header))
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    record = PointRecord(path, header, done)
     try:
-        yield PointRecord(done, descriptor)
+        yield record
     finally:
-        os.close(descriptor)
+        record.close()
 
 
 def fingerprint(
-    frozen: FrozenObjective, directions: Iterable[Mapping[str, Tensor]], loss: float, **other: str
-) -> dict[str, str | float]:
-    """Return what the value of a surface depends on, as digests by name.
+    frozen: FrozenObjective, directions: Iterable[Mapping[str, Tensor]], **other: str
+) -> dict[str, str]:
+    """Return what the values of a surface depend on, as digests by name.
+
+    The data may be cut into other batches. Two losses of one name look the same here.
 
     Args:
         frozen: The objective on its model and data; they are read once.
-        directions: Directions that are walked along.
-        loss: Loss of the first batch at the centre, which tells two functions of one name apart.
+        directions: Directions of the surface.
         **other: Further settings.
     """
     model, space = frozen.model, frozen.space
@@ -103,14 +118,13 @@ def fingerprint(
         for key, value in [*inputs.items(), ("targets", batch.targets)]:
             data.setdefault(key, hashlib.sha256()).update(_bytes(value))
     state = {**space.values, **space.fixed, **space.buffers}
-    settings = frozen.objective.loss
-    weights = settings.state_dict() if isinstance(settings, nn.Module) else {}
+    loss = frozen.objective.loss
+    weights = loss.state_dict() if isinstance(loss, nn.Module) else {}
     return {
         "model": f"{type(model).__name__} {_digest(state)}",
         "directions": " ".join(_digest(d) for d in directions),
         "data": " ".join(f"{key} {digest.hexdigest()}" for key, digest in data.items()),
         "objective": f"{frozen.objective.describe()} {_digest(weights)}",
-        "loss": loss,
         **other,
     }
 
@@ -127,10 +141,10 @@ def _read(
             "which holds something else; pass another path."
         )
     ours, theirs = header["fingerprint"], found["fingerprint"]
-    other = [key for key in {**ours, **theirs} if not _same(ours.get(key), theirs.get(key))]
+    other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if other:
         raise ValueError(
-            f"`resume` must hold points of this surface, got points with another "
+            f"`resume` must hold points of this very surface, got points of another "
             f"{', '.join(other)} in {str(path)!r}; pass another path or remove the file."
         )
     done: dict[int, list[float]] = {}
@@ -146,12 +160,6 @@ def _read(
         done[point["index"]] = [float(v) for v in point["values"]]
         good += len(line)
     return done, good
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-3) or a == b or (math.isnan(a) and math.isnan(b))
-    return bool(a == b)
 
 
 def _line(content: Any) -> bytes:

@@ -14,26 +14,20 @@ objective's chosen parameters p, whether or not they move:
 """
 
 import os
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from landscape._checks import check_choice, check_generator
-from landscape._progress import track
 from landscape.objective import Objective
-from landscape.probes.directions import Directions, random_directions
+from landscape.probes.directions import Directions
 from landscape.probes.grid import Points, axes, axis, spans
-from landscape.probes.measure import L2, BatchNorm, PointMeter
-from landscape.probes.record import fingerprint, open_record
-from landscape.provenance import provenance
+from landscape.probes.measure import L2, BatchNorm
+from landscape.probes.scan import Metric, scan
 from landscape.results import Provenance, Result
-
-Metric = Literal["loss", "accuracy", "ece"]
 
 
 @dataclass(frozen=True)
@@ -142,8 +136,9 @@ def loss_surface(
         batch_norm: `"fixed"` keeps running statistics as found; `"recalibrate"` estimates them
             again at each point (not the surface of one function any more, and no longer
             independent of the batch size).
-        resume: File of finished points. If it exists, its points are not computed again; it must
-            belong to the same model, data, directions, objective and grid.
+        resume: File of finished points. If it exists, its points are not computed again (but for
+            one, as a check); it must belong to the same model, data, directions, objective and
+            grid.
         generator: Source of the default directions; `None` is a fresh one with seed 0.
         progress: Show a progress bar.
 
@@ -155,7 +150,7 @@ def loss_surface(
             file to resume from to another surface.
     """
     x, y = axes(span, points)
-    fields = _scan(
+    fields = scan(
         model,
         data,
         [(float(a), float(b)) for a in x for b in y],
@@ -215,7 +210,7 @@ def loss_line(
         ValueError: As in `loss_surface`.
     """
     x = axis(spans(span, 1)[0], points)
-    fields = _scan(
+    fields = scan(
         model,
         data,
         [(float(a),) for a in x],
@@ -229,117 +224,3 @@ def loss_line(
         progress=progress,
     )
     return LossLine(x=x, **fields)
-
-
-def _scan(
-    model: nn.Module,
-    data: Iterable[Any],
-    grid: list[tuple[float, ...]],
-    *,
-    directions: Directions | None,
-    objective: Objective,
-    metrics: Sequence[Metric],
-    l2: L2,
-    batch_norm: BatchNorm,
-    resume: str | os.PathLike[str] | None,
-    generator: torch.Generator | None,
-    progress: bool,
-) -> dict[str, Any]:
-    """Return the fields that lines and surfaces share, in the order of the grid."""
-    started = time.perf_counter()
-    extra = _extra_metrics(metrics)
-    check_choice("l2", l2, ("squared", "norms"))
-    check_choice("batch_norm", batch_norm, ("fixed", "recalibrate"))
-    generator = check_generator(generator)
-    num = len(grid[0])
-    if directions is None:
-        directions = random_directions(
-            model, num=num, parameters=objective.parameters, generator=generator
-        )
-    _check_directions(directions, num)
-    vectors = directions.tensors(model)
-    frozen = objective.freeze(model, data)
-    meter = PointMeter(frozen, extra, l2, batch_norm)
-    settings: dict[str, Any] = {"metrics": extra, "l2": l2, "batch_norm": batch_norm}
-    marks: dict[str, str | float] = {}
-    if resume is not None:
-        texts = {name: repr(value) for name, value in settings.items()}
-        marks = fingerprint(frozen, vectors, meter.first_loss, grid=repr(grid), **texts)
-    start = {**frozen.space.fixed, **frozen.space.values}
-    with open_record(resume, marks, len(grid), len(meter.columns)) as record, torch.no_grad():
-        missing = [index for index in range(len(grid)) if index not in record.done]
-        for index in track(missing, "Loss surface" if num == 2 else "Loss line", progress):
-            record.add(index, meter.measure(displaced(start, grid[index], vectors)).tolist())
-        table = np.array([record.done[index] for index in range(len(grid))])
-    columns = {name: table[:, i] for i, name in enumerate(meter.columns)}
-    loss = columns["nll"] + columns["l2"]
-    return {
-        "nll": columns["nll"],
-        "nll_stderr": columns["nll_stderr"],
-        "l2": columns["l2"],
-        "loss": loss,
-        "accuracy": columns.get("accuracy"),
-        "ece": columns.get("ece"),
-        "num_nonfinite": int((~np.isfinite(loss)).sum()),
-        "directions": directions,
-        "provenance": provenance(
-            frozen,
-            seed=generator.initial_seed(),
-            seconds=time.perf_counter() - started,
-            num_forwards=float(meter.passes * len(missing)),
-            settings=settings,
-        ),
-    }
-
-
-def displaced(
-    start: Mapping[str, Tensor],
-    coordinates: Sequence[float],
-    vectors: Sequence[Mapping[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Return θ + Σ_k a_k d_k by name, rounded once to the precision of each parameter.
-
-    Args:
-        start: θ: every parameter of the model.
-        coordinates: The a_k.
-        vectors: The d_k, as `Directions.tensors` gives them.
-
-    Returns:
-        New tensors for the parameters that move, those of `start` for the others.
-    """
-    parameters = dict(start)
-    for name, value in start.items():
-        if name not in vectors[0]:
-            continue
-        moved = value.to(vectors[0][name].dtype)
-        for step, vector in zip(coordinates, vectors, strict=True):
-            moved = torch.add(moved, vector[name], alpha=float(step))
-        parameters[name] = moved.to(value.dtype)
-    return parameters
-
-
-def _extra_metrics(metrics: Sequence[Metric]) -> tuple[str, ...]:
-    """Return the metrics besides the loss, each once and in a fixed order."""
-    names: tuple[str, ...] = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    for name in names:
-        check_choice("metrics", name, ("loss", "accuracy", "ece"))
-    return tuple(name for name in ("accuracy", "ece") if name in names)
-
-
-def _check_directions(directions: Directions, num: int) -> None:
-    if not isinstance(directions, Directions):
-        raise TypeError(
-            f"`directions` must be Directions, got {type(directions).__name__}; make them with "
-            "`random_directions`, `eigen_directions`, `pca_directions` or `between`."
-        )
-    if len(directions) != num:
-        raise ValueError(
-            f"`directions` must hold {num}, got {len(directions)}; choose with "
-            f"`directions.select({', '.join(map(str, range(num)))})`, or make others."
-        )
-    norms = directions.norms
-    if not (np.isfinite(norms) & (norms > 0)).all():
-        raise ValueError(
-            f"`directions` must have finite lengths above 0, got {norms.tolist()}; a filter of "
-            "zeros gives a direction of zeros, so pass `normalization=None` or train first."
-        )

@@ -1,8 +1,26 @@
-"""Training core: images resident on the device, batched augmentation, and a plain training loop."""
+"""Training core: images resident on the device, batched augmentation, and a plain training loop.
 
+    data = load_images("fashion_mnist_mini", size=32, channels=3, shuffle=True)
+    transform = recipe(data.mean, data.std, data.num_classes)
+    result = fit(model, data, epochs=20, transform=transform, folder="runs/vit")
+
+The same `transform` makes the objective that was optimised, for every probe of the result:
+`Objective(weight_decay=0.05, transform=transform)`.
+"""
+
+from landscape.training.augment import (
+    Compose,
+    Denormalize,
+    HorizontalFlip,
+    Normalize,
+    RandomCrop,
+    RandomErasing,
+)
 from landscape.training.data import DeviceImages, denormalize, normalize
 from landscape.training.datasets import load_images
 from landscape.training.fit import fit
+from landscape.training.mixing import CutMix, LabelSmoothing, Mixup, OneOf, recipe
+from landscape.training.randaugment import RandAugment
 from landscape.training.run import FitResult
 from landscape.training.schedule import Schedule, WarmupCosine, adamw
 
@@ -12,6 +30,19 @@ __all__ = [
     "denormalize",
     "load_images",
     "normalize",
+    # transforms of a batch
+    "Compose",
+    "CutMix",
+    "Denormalize",
+    "HorizontalFlip",
+    "LabelSmoothing",
+    "Mixup",
+    "Normalize",
+    "OneOf",
+    "RandAugment",
+    "RandomCrop",
+    "RandomErasing",
+    "recipe",
     # training
     "FitResult",
     "Schedule",

@@ -23,6 +23,7 @@ from landscape.batches import Transform
 from landscape.training.seeding import stream
 
 _ORDER, _AUGMENT = 0, 1  # which random stream of an epoch
+_CHUNK = 1024  # samples prepared at a time: few operations each, yet all fits into the cache
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -37,7 +38,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         Tensor `(n, c, h, w)`.
     """
     shift, scale = _shift_and_scale(mean, std, images.device)
-    return torch.addcmul(shift, images.float(), scale)
+    return images.float().mul_(scale).add_(shift)
 
 
 def denormalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -83,7 +84,9 @@ class DeviceImages:
         batch_size: Samples a batch; the last batch may be smaller.
         shuffle: Whether each epoch has an order of its own.
         drop_last: Whether to leave out a smaller last batch.
-        augment: Applied to `(bytes, labels, generator)` of a batch before normalisation.
+        augment: Applied to `(bytes, labels, generator)` before normalisation; it sees several small
+            batches at once, so it must treat samples one by one. Mixup and cutmix belong into the
+            `transform` of `fit`.
         seed: Seed of order and augmentation.
     """
 
@@ -161,15 +164,20 @@ class DeviceImages:
             )
             order = permutation.to(self.device)
         generator = stream(self.seed, epoch, _AUGMENT)
-        for index in range(len(self)):
-            part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        end = len(self) * self.batch_size
+        step = self.batch_size * max(1, _CHUNK // self.batch_size)
+        for start in range(0, end, step):
+            part = slice(start, min(start + step, end))
             if order is None:
                 x, y = self.images[part], self.labels[part].clone()
             else:
-                x, y = self.images[order[part]], self.labels[order[part]]
+                x = self.images.index_select(0, order[part])
+                y = self.labels.index_select(0, order[part])
             if self.augment is not None:
                 x, y = self.augment(x, y, generator)
-            yield normalize(x, self.mean, self.std), y
+            for first in range(0, len(y), self.batch_size):
+                batch = slice(first, first + self.batch_size)
+                yield normalize(x[batch], self.mean, self.std), y[batch]
 
     def subset(
         self,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from landscape.training import DeviceImages, denormalize, normalize
+from landscape.training.seeding import stream_seed
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -64,6 +65,24 @@ def test_order_is_a_function_of_seed_and_epoch_and_covers_every_sample(data):
     assert all(sorted(order) == list(range(50)) for order in orders.values())
     again = gather(data.with_(seed=1).batches(2))[1].tolist()
     assert again == orders[1, 2]
+
+
+@pytest.mark.parametrize("augment", [None, lambda x, y, generator: (x, y)])
+def test_labels_stay_with_their_images(data, augment):
+    marked = data.labels.to(torch.uint8).view(-1, 1, 1, 1).expand_as(data.images)
+    data = data.with_(images=marked.contiguous(), shuffle=True, augment=augment)
+    for x, y in data.batches(4):
+        shown = denormalize(x, MEAN, STD)[:, 0, 0, 0]
+        assert torch.equal(shown.long(), y)
+    subset = data.subset(17)
+    assert torch.equal(subset.images[:, 0, 0, 0].long(), subset.labels)
+
+
+def test_streams_of_different_places_differ():
+    places = [(0,), (1,), (0, 0), (0, 1), (1, 0), (1, 0, 0), (5,), (5, 0)]
+    seeds = {stream_seed(seed, *place) for seed in (0, 1) for place in places}
+    assert len(seeds) == 2 * len(places)
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_order_does_not_depend_on_the_batch_size(data):

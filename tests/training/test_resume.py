@@ -192,11 +192,14 @@ def test_all_states_damaged_is_an_error(tmp_path):
 
 def test_finished_run_is_returned_without_training(tmp_path):
     whole = run(tmp_path)
+    log = (tmp_path / "log.csv").read_bytes()
+    (tmp_path / "log.csv").unlink()  # as after a kill between state and log
 
     def refuse(x, y, generator):
         raise AssertionError("trained again")
 
     assert_same(run(tmp_path, resume=True, transform=refuse), whole)
+    assert (tmp_path / "log.csv").read_bytes() == log
 
 
 def test_resume_where_nothing_is_starts_afresh(tmp_path):
@@ -219,8 +222,12 @@ def test_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         run(tmp_path / "parts", callback=stop_after(2))
     before = {path.name for path in (tmp_path / "parts").iterdir()}
 
+    replace = Path.replace
+
     def crash(self, target):
-        raise Stop
+        if target.suffix == ".pt":
+            raise Stop
+        return replace(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", crash)

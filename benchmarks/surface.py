@@ -1,0 +1,228 @@
+"""What a loss surface costs beside the forward passes it needs, and whether its values are right.
+
+A surface of ResNet-20 (16/32/64 channels) and of a ViT (patch 4, dimension 96, depth 6), after some
+training steps on Fashion-MNIST padded to 32×32×3, over a plane of two filter-normalised directions.
+The unit is `points × plain forward`: the model called on the same batches of 128, nothing else, as
+many times as there are points. Beside `landscape.loss_surface`, the same plane is evaluated by
+loss-landscapes (`planar_interpolation`) where it is installed; its metric is the mean loss over all
+batches in evaluation mode without gradients, written for it here. Everything runs in turn
+(forward, ours, theirs, forward, ours, theirs, …); ratios of CPU time are taken in each round, and
+their medians reported. Ours includes its set-up and checks, two more batches: a sixteenth at 16
+points of two batches, nothing at 441. Errors are against a plain loop in float64 over fresh copies
+of the model, relative, and as a share of the range of the surface.
+
+    python benchmarks/surface.py [--rounds 3] [--points 4] [--images 256] [--threads 1]
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from landscape import loss_surface, random_directions
+from landscape.models import resnet20, vit_micro
+from landscape.probes.directions import Directions
+from landscape.training import load_images
+
+Batches = list[tuple[Tensor, Tensor]]
+
+OUTPUT = Path(__file__).parent / "results" / "surface.json"
+BATCH_SIZE = 128
+
+
+def trained(model: nn.Module, steps: int) -> nn.Module:
+    """Return the model after some steps of AdamW at a batch size of 64."""
+    data = load_images("fashion_mnist_mini", size=32, channels=3, batch_size=64, shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _, (x, y) in zip(range(steps), data, strict=False):
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(x), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def shifted(model: nn.Module, directions: Directions, a: float, b: float) -> nn.Module:
+    """Return a copy of the model at θ + a d₁ + b d₂."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in moved.named_parameters():
+            for step, vector in zip((a, b), directions.vectors, strict=True):
+                if name in vector:
+                    p.add_(torch.from_numpy(vector[name]).to(p.dtype), alpha=step)
+    return moved
+
+
+def mean_loss(forward: Callable[[Tensor], Tensor], batches: Batches) -> float:
+    """Return the mean loss over all samples."""
+    with torch.no_grad():
+        sums = [F.cross_entropy(forward(x), y, reduction="sum") for x, y in batches]
+    return float(torch.stack(sums).sum()) / sum(len(y) for _, y in batches)
+
+
+def plain_loop(
+    model: nn.Module, directions: Directions, batches: Batches, coordinates: np.ndarray
+) -> np.ndarray:
+    """Return the surface in float64, a fresh copy of the model at each point."""
+    exact = copy.deepcopy(model).double()
+    doubles = [(x.double(), y) for x, y in batches]
+    return np.array(
+        [
+            [mean_loss(shifted(exact, directions, a, b), doubles) for b in coordinates]
+            for a in coordinates
+        ]
+    )
+
+
+def loss_landscapes_surface(
+    model: nn.Module, directions: Directions, batches: Batches, steps: int
+) -> np.ndarray:
+    """Return the surface by loss-landscapes, at the coordinates −1 + 2 i / steps."""
+    from loss_landscapes import planar_interpolation
+    from loss_landscapes.metrics.metric import Metric
+
+    class MeanLoss(Metric):
+        def __call__(self, model_wrapper: Any) -> float:
+            return mean_loss(model_wrapper.forward, batches)
+
+    corners = [shifted(model, directions, a, b) for a, b in [(-1, -1), (1, -1), (-1, 1)]]
+    return np.asarray(planar_interpolation(*corners, MeanLoss(), steps))
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the CPU seconds that some work takes, over all threads, and what it returns."""
+    started = time.process_time()
+    result = work()
+    return time.process_time() - started, result
+
+
+def compare(model: nn.Module, batches: Batches, steps: int, rounds: int) -> dict[str, Any]:
+    """Return the costs and the errors of each way on one model."""
+    directions = random_directions(model)
+    coordinates = -1 + 2 * np.arange(steps) / steps
+
+    def forward() -> None:
+        with torch.no_grad():
+            for _ in range(steps**2):
+                for x, _ in batches:
+                    model(x)
+
+    def ours() -> np.ndarray:
+        points = (coordinates, coordinates)
+        return loss_surface(model, batches, directions=directions, points=points).nll
+
+    ways: dict[str, Callable[[], Any]] = {"forward": forward, "landscape": ours}
+    if "loss-landscapes" in installed():
+        ways["loss-landscapes"] = lambda: loss_landscapes_surface(model, directions, batches, steps)
+    exact = plain_loop(model, directions, batches, coordinates)
+    model(batches[0][0])  # warm up
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    values: dict[str, np.ndarray] = {}
+    for _ in range(rounds):
+        for name, work in ways.items():
+            took, values[name] = seconds(work)
+            times[name].append(took)
+    rows = {}
+    for name in ways:
+        ratios = [t / unit for t, unit in zip(times[name], times["forward"], strict=True)]
+        rows[name] = {
+            "cpu_seconds": round(median(times[name]), 3),
+            "forwards_per_point": round(median(ratios), 3),
+            "all_rounds": [round(ratio, 3) for ratio in ratios],
+        }
+        if name != "forward":
+            error = np.abs(values[name] - exact) / np.abs(exact)
+            rows[name]["largest_relative_error"] = float(f"{error.max():.2g}")
+            rows[name]["median_relative_error"] = float(f"{np.median(error):.2g}")
+            share = np.abs(values[name] - exact).max() / np.ptp(exact)
+            rows[name]["largest_error_over_range"] = float(f"{share:.2g}")
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss_range": [round(float(exact.min()), 4), round(float(exact.max()), 4)],
+        "ways": rows,
+    }
+
+
+def installed() -> dict[str, str]:
+    """Return the versions of the packages that the numbers depend on."""
+    versions = {}
+    for name in ("torch", "numpy", "loss-landscapes"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def machine() -> dict[str, Any]:
+    """Return the machine, with its load before the start."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **installed(),
+    }
+
+
+def main() -> None:
+    """Measure both models, print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--points", type=int, default=4, help="points along an axis")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=30, help="training steps before")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    where = machine()
+    images = load_images("fashion_mnist_mini", size=32, channels=3, batch_size=BATCH_SIZE)
+    batches = list(images.subset(arguments.images))
+    models = {"ResNet-20": resnet20(num_classes=10), "ViT": vit_micro(num_classes=10)}
+    results = {
+        name: compare(trained(model, arguments.steps), batches, arguments.points, arguments.rounds)
+        for name, model in models.items()
+    }
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    print(
+        f"{'model':10s} {'way':16s} {'CPU s':>8s} {'forwards/point':>15s} {'max error':>10s} "
+        f"{'of range':>9s}"
+    )
+    for name, result in results.items():
+        for way, row in result["ways"].items():
+            error = row.get("largest_relative_error", "")
+            share = row.get("largest_error_over_range", "")
+            print(
+                f"{name:10s} {way:16s} {row['cpu_seconds']:8.2f} {row['forwards_per_point']:15.3f} "
+                f"{error!s:>10s} {share!s:>9s}"
+            )
+    setting = {
+        "points": arguments.points**2,
+        "images": arguments.images,
+        "batch_size": BATCH_SIZE,
+        "rounds": arguments.rounds,
+        "training_steps": arguments.steps,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": where, "setting": setting, "models": results}
+    arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

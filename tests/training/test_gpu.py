@@ -1,0 +1,53 @@
+"""The training core on a CUDA device: same draws as on the CPU, no state left behind."""
+
+import pytest
+import torch
+from torch import nn
+
+from landscape.training import RandAugment, fit, load_images, recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def data():
+    data = load_images("fashion_mnist_mini", size=32, channels=3, batch_size=64, shuffle=True)
+    return data.subset(256)
+
+
+def test_batches_and_augmentation_equal_those_of_the_cpu(data):
+    data = data.with_(augment=RandAugment())
+    for (x, y), (x_gpu, y_gpu) in zip(data.batches(3), data.to("cuda").batches(3), strict=True):
+        assert x_gpu.is_cuda
+        assert torch.equal(y, y_gpu.cpu())
+        # one grey level at most, and rarely: rounding differs between devices
+        difference = (x - x_gpu.cpu()).abs()
+        assert difference.max() < 1.01 / 255 / min(data.std)
+        assert (difference > 1e-4).double().mean() < 0.01
+
+
+def test_recipe_draws_the_same_mixture_on_both_devices(data):
+    transform = recipe(data.mean, data.std, data.num_classes, erasing=0.25)
+    for (x, y), (x_gpu, y_gpu) in zip(data, data.to("cuda"), strict=True):
+        _, target = transform(x, y, torch.Generator().manual_seed(0))
+        _, on_gpu = transform(x_gpu, y_gpu, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(target, on_gpu.cpu())
+
+
+def test_fit_in_bfloat16_learns_and_leaves_the_random_states_alone(data):
+    data = data.to("cuda")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(7200, 10)
+        ).cuda()
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    result = fit(model, data, epochs=8, optimizer=optimizer)
+    assert result.train_loss[-1] < result.train_loss[0]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(torch.cuda.get_rng_state(), states[1])
+    assert model[0].weight.dtype == torch.float32
