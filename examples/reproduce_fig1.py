@@ -251,7 +251,7 @@ def draw(surfaces: Surfaces, trajectories: Trajectories, spectra: Spectra, out: 
 
     out.mkdir(parents=True, exist_ok=True)
     figure = plot.figure1(surfaces, trajectories, spectra)
-    figure.savefig(out / "fig1.png", dpi=200)
+    figure.savefig(out / "fig1.png", dpi=180)
     figure.savefig(out / "fig1.pdf")
     html = plot.interactive.loss_surface(surfaces)
     html.write_html(out / "fig1a.html", include_plotlyjs="cdn")

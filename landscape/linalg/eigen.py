@@ -260,12 +260,16 @@ class EigenSearch:
         return bounds
 
     def _all_within(self, tol: float) -> bool:
-        errors = error_estimates(self._ritz)
+        """Whether every wanted pair has converged, and no other could still displace one."""
+        values, errors = self._ritz.values, error_estimates(self._ritz)
+        within = errors <= self._tolerances(values, tol)
         for k, which in self._wanted.values():
-            chosen = select(self._ritz.values, k, which)
-            if len(chosen) < k:
+            chosen = select(values, k, which)
+            if len(chosen) < k or not within[chosen].all():
                 return False
-            if not (errors[chosen] <= self._tolerances(self._ritz.values[chosen], tol)).all():
+            reach = rank(values, which) + errors
+            reach[chosen] = -np.inf
+            if (~within & (reach > rank(values[chosen], which).min())).any():
                 return False
         return True
 
@@ -286,13 +290,15 @@ def warn_unconverged(converged: list[np.ndarray], num_matvecs: float, tol: float
         )
 
 
+def rank(values: np.ndarray, which: str) -> np.ndarray:
+    """Return numbers that are larger the sooner a value is wanted."""
+    ranks: np.ndarray = np.abs(values) if which == "LM" else values if which == "LA" else -values
+    return ranks
+
+
 def select(values: np.ndarray, k: int, which: str) -> np.ndarray:
-    """Return the indices of the `k` wanted among ascending values, in the order of the result."""
-    if which == "LA":
-        return np.arange(len(values))[::-1][:k]
-    if which == "SA":
-        return np.arange(len(values))[:k]
-    return np.argsort(-np.abs(values), kind="stable")[:k]
+    """Return the indices of the `k` wanted values, in the order of the result."""
+    return np.argsort(-rank(values, which), kind="stable")[:k]
 
 
 def error_estimates(ritz: RitzPairs) -> np.ndarray:

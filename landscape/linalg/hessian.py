@@ -189,7 +189,7 @@ class _GradientGraph:
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # the tensor itself would hold its own graph for ever
 
         with (
             torch.enable_grad(),

@@ -1,5 +1,7 @@
 import gc
+import resource
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,11 +179,32 @@ def test_a_dropped_operator_frees_its_graphs():
     try:
         operator = HessianOperator(model, batches)
         operator @ torch.ones(operator.dim)
-        gradient = weakref.ref(operator._graphs[0].gradient[0])
+        graphs = [weakref.ref(graph.gradient[0]) for graph in operator._graphs]
+        assert len(graphs) == 2
         del operator
-        assert gradient() is None
+        assert [graph() for graph in graphs] == [None, None]
     finally:
         gc.enable()
+
+
+def test_memory_does_not_grow_with_the_number_of_operators():
+    """What autograd saved for one batch is freed: its bytes would show within 60 operators."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1024, 256), nn.Tanh(), nn.Linear(256, 3))
+    x = torch.randn(512, 1024, generator=generator)
+    batches = [(x, torch.randint(3, (512,), generator=generator))]
+
+    def resident():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    for _ in range(5):
+        HessianOperator(model, batches)
+    before = resident()
+    for _ in range(60):
+        num_bytes = HessianOperator(model, batches)._graphs[0].num_bytes
+    assert num_bytes > 2e6
+    assert resident() - before < 10 * num_bytes
 
 
 def test_bad_input_is_refused():
