@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from landscape import MatrixOperator, SymmetricOperator, top_eigenpairs
-from landscape.linalg.krylov import KrylovSpace
+from landscape.linalg.eigen import EigenSearch
+from landscape.linalg.krylov import KrylovSpace, RitzPairs
 from tests.oracles import planted
 
 BULK = (0.1 * np.random.RandomState(0).randn(290)).tolist()
@@ -117,6 +118,26 @@ def test_a_start_vector_may_be_given():
     pairs = top_eigenpairs(operator, 1, start=torch.from_numpy(vectors[0]), certify=False)
     assert pairs.num_matvecs == 1
     np.testing.assert_allclose(pairs.values, [10])
+
+
+@pytest.mark.parametrize(
+    ("which", "values", "hidden"),
+    [("LM", [-26.0, 27.3, 60.0], 0), ("LA", [-9.0, 25.0, 27.3, 60.0], 1), ("SA", [-6, -5, 3.0], 1)],
+)
+def test_a_pair_that_could_still_displace_a_wanted_one_holds_the_stop(which, values, hidden):
+    """−26 ± 2.7 may become −27.6, and then belongs to the two of largest magnitude."""
+    values = np.array(values, dtype=float)
+    k = {"LM": 2, "LA": 2, "SA": 1}[which]
+    search = EigenSearch(
+        planted(BULK), {"top": (k, which)}, tol=1e-3, max_iter=50, max_basis=None,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    for residual, done in ((1.0, False), (0.1, True)):
+        residuals = np.full(len(values), 1e-9)
+        # −26 is 53 from its neighbour, so its error estimate is 12² / 53; elsewhere it is r.
+        residuals[hidden] = (12.0 if which == "LM" else 3.0) * residual
+        search._ritz = RitzPairs(values, residuals, np.eye(len(values)))
+        assert search._all_within(1e-3) is done
 
 
 class Faulty(SymmetricOperator):
