@@ -1,5 +1,6 @@
 """Claims of the paper next to what was measured: a table that says where they disagree."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -9,7 +10,7 @@ class Measured:
 
     Attributes:
         value: The number.
-        low: Lower end of its 95 % interval.
+        low: Lower end of its 95 % interval; NaN where there is none, which decides nothing.
         high: Upper end.
     """
 
@@ -18,6 +19,8 @@ class Measured:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.value:.4g}"
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 

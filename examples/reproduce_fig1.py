@@ -45,9 +45,9 @@ class Setting:
         ("ResNet", "resnet20", {"width": 8, "drop_path": 0.1}),
         ("ViT", "vit_nano", {"drop_path": 0.1}),
     )
-    epochs: int = 40  # warm-up included
+    epochs: int = 30  # warm-up included
     warmup_epochs: int = 2
-    hessian_epochs: tuple[int, ...] = (10, 20, 40)
+    hessian_epochs: tuple[int, ...] = (10, 20, 30)
     batch_size: int = 96
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -80,8 +80,11 @@ def main() -> None:
     args = parse_args()
     if args.draw:
         surfaces, trajectories, spectra = load(args.draw)
-        draw(surfaces, trajectories, spectra, args.out or args.draw.parent)
-        print(claims_table(surfaces, trajectories, spectra))
+        out = args.out or args.draw.parent
+        draw(surfaces, trajectories, spectra, out)
+        table = claims_table(surfaces, trajectories, spectra)
+        (out / "fig1_claims.md").write_text(table + "\n")
+        print(table)
         return
     preset = "quick" if args.quick else args.preset
     setting = PRESETS[preset]
@@ -247,12 +250,15 @@ def load(folder: Path) -> tuple[Surfaces, Trajectories, Spectra]:
 
 def draw(surfaces: Surfaces, trajectories: Trajectories, spectra: Spectra, out: Path) -> None:
     """Write the figure from results alone."""
+    import matplotlib as mpl
+
     from landscape import plot
 
     out.mkdir(parents=True, exist_ok=True)
     figure = plot.figure1(surfaces, trajectories, spectra)
-    figure.savefig(out / "fig1.png", dpi=180)
-    figure.savefig(out / "fig1.pdf")
+    with mpl.rc_context(plot.style.rc()):  # fonts embedded as TrueType
+        figure.savefig(out / "fig1.png", dpi=160)
+        figure.savefig(out / "fig1.pdf")
     html = plot.interactive.loss_surface(surfaces)
     html.write_html(out / "fig1a.html", include_plotlyjs="cdn")
 
