@@ -210,7 +210,8 @@ def _legend_entry(name: str, result: "HessianMaxSpectrum", half: str) -> str:
     missing = int((~np.asarray(result.converged, dtype=bool)).sum())
     if missing:
         counts += f", {missing} not converged"
-    nep = f"NEP {_estimate(result.nep, result.nep_interval)}"
+    low, high = (round(bound, 2) for bound in result.nep_interval)  # a share: two decimals
+    nep = f"NEP {_estimate(round(result.nep, 2), (low, high))}"
     ape = f"APE {_estimate(result.ape, result.ape_interval)}"
     name = f"{name}: " if name else ""
     if half == "both":
