@@ -5,7 +5,7 @@
 Every random number of an epoch is a function of `(seed, epoch)`: the order and augmentation of
 `DeviceImages`, the draws of `transform`, and PyTorch's global stream, from which dropout and
 stochastic depth draw (it is forked around each epoch and left as found). So a run that was killed
-and resumed equals the uninterrupted one bit for bit on a CPU.
+and resumed equals the uninterrupted one bit for bit on a CPU with the same number of threads.
 """
 
 from __future__ import annotations

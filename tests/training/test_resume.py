@@ -154,7 +154,9 @@ def test_stopped_several_times(tmp_path):
 
 def test_killed_process(tmp_path):
     """A real SIGKILL, sent by the process to itself within the fourth epoch."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Sums over threads round by their number: the killed run has as many as this process.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **threads}
     process = subprocess.run(
         [sys.executable, __file__, str(tmp_path / "parts")], env=environment, timeout=60
     )
