@@ -179,12 +179,12 @@ def channels_last_format(model: nn.Module, wanted: bool) -> Iterator[None]:
         weight.is_contiguous(memory_format=torch.channels_last) for weight in weights
     )
     if wanted:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     try:
         yield
     finally:
         if wanted:
-            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, unused-ignore]
 
 
 def is_convolutional(model: nn.Module) -> bool:
