@@ -89,19 +89,6 @@ class CurvatureOperator(SymmetricOperator):
                 losses.append(self.frozen.data_term(self.frozen.space.values, batch))
         check_finite_losses(losses)
 
-    def _matmat(self, vectors: Tensor) -> Tensor:
-        out = self._weight_decay * vectors  # the Hessian of (λ/2)‖θ‖² is λI
-        with math_attention():
-            for batch in self.frozen.batches:
-                for column in range(vectors.shape[1]):
-                    product = self._batch_product(batch, vectors[:, column])
-                    out[:, column].add_(product, alpha=batch.weight)
-        return out
-
-    @abstractmethod
-    def _batch_product(self, batch: PreparedBatch, v: Tensor) -> Tensor:
-        """Return the product of the batch's own matrix, without weight decay, with `v`."""
-
 
 class HessianOperator(CurvatureOperator):
     """The Hessian, by double backward.
@@ -166,11 +153,6 @@ class HessianOperator(CurvatureOperator):
                     out[:, column].add_(space.flatten(product), alpha=graph.weight)
         return out
 
-    def _batch_product(self, batch: PreparedBatch, v: Tensor) -> Tensor:
-        space = self.frozen.space
-        graph = _GradientGraph(self.frozen, self._leaves, batch)
-        return space.flatten(graph.product(list(space.unflatten(v).values())))
-
 
 class _GradientGraph:
     """The gradient of one batch's mean loss, with the graph to differentiate it again."""
@@ -227,6 +209,15 @@ class _OutputCurvature(CurvatureOperator):
     J v is taken by reverse mode twice: Jᵀu is linear in u, and its derivative along v is J v. So
     every model that has a Hessian has these matrices, whatever its forward-mode support.
     """
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        out = self._weight_decay * vectors  # the Hessian of (λ/2)‖θ‖² is λI
+        with math_attention():
+            for batch in self.frozen.batches:
+                for column in range(vectors.shape[1]):
+                    product = self._batch_product(batch, vectors[:, column])
+                    out[:, column].add_(product, alpha=batch.weight)
+        return out
 
     def _batch_product(self, batch: PreparedBatch, v: Tensor) -> Tensor:
         space = self.frozen.space
