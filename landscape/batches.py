@@ -6,12 +6,13 @@ again at each pass, and a fingerprint of every batch tells when they are not the
 shuffling loader).
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from landscape._checks import check_data
 
@@ -78,7 +79,7 @@ class FrozenBatches:
             ValueError: If the data hold no sample, or none that counts.
         """
         check_data(data)
-        self._data, self._device, self._dtype = data, device, dtype
+        self._data, self._placement = data, Placement(device, dtype)
         self._transform, self._seed = transform, seed
         self._kept: list[_Drawn] | None = []
         self._prints: list[Tensor] = []
@@ -153,12 +154,12 @@ class FrozenBatches:
 
     def _prepare(self, raw: Any, index: int) -> "_Drawn":
         inputs, targets = split_batch(raw, index)
-        inputs, targets = self._place(inputs), self._place(targets)
+        inputs, targets = self._placement.place(inputs), self._placement.place(targets)
         size = _size(inputs, targets)
         if self._transform is not None:
             generator = torch.Generator().manual_seed(_mix(self._seed, index))
             inputs, targets = self._transform(inputs, targets, generator)
-            inputs, targets = self._place(inputs), self._place(targets)
+            inputs, targets = self._placement.place(inputs), self._placement.place(targets)
             if _size(inputs, targets) != size:
                 raise ValueError(
                     f"`transform` must keep the number of samples, got {size} -> "
@@ -166,16 +167,70 @@ class FrozenBatches:
                 )
         return inputs, targets, size
 
-    def _place(self, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: self._place(v) for k, v in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        dtype = self._dtype if value.is_floating_point() else value.dtype
-        return value.to(self._device, dtype)
-
 
 _Drawn = tuple[Any, Any, int]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and precision of a model: where its inputs go.
+
+    Attributes:
+        device: Device of its parameters.
+        dtype: Precision of its floating-point parameters.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Placement":
+        """Read them off the first floating-point parameter or buffer; float32 on CPU without."""
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if tensor.is_floating_point():
+                return cls(tensor.device, tensor.dtype)
+        return cls(torch.device("cpu"), torch.float32)
+
+    def place(self, value: Any) -> Any:
+        """Return tensors (in mappings too) on the device, floating-point ones in the precision."""
+        if isinstance(value, Mapping):
+            return {k: self.place(v) for k, v in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        dtype = self.dtype if value.is_floating_point() else value.dtype
+        return value.to(self.device, dtype)
+
+
+def stream_batches(model: nn.Module, data: Iterable[Any]) -> "Iterator[_Drawn]":
+    """Return one pass over the data as `(inputs, targets, size)` on the model's device.
+
+    For probes that need no second pass; nothing is kept.
+
+    Args:
+        model: Whose device and precision the batches take.
+        data: Re-iterable of batches, each `(x, y)` or a mapping.
+
+    Returns:
+        Iterator of `(inputs, targets, size)`. It raises a ValueError at its end if there was no
+        sample.
+
+    Raises:
+        TypeError: If `data` cannot be iterated over twice.
+    """
+    check_data(data)
+    return _stream(Placement.of(model), data)
+
+
+def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
+    total = 0
+    for index, raw in enumerate(data):
+        inputs, targets = (placement.place(part) for part in split_batch(raw, index))
+        size = _size(inputs, targets)
+        total += size
+        if size:
+            yield inputs, targets, size
+    if not total:
+        raise ValueError("`data` must yield at least one sample, got none; is it empty?")
 
 
 def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
