@@ -5,7 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import nn
 
+from landscape.batches import Placement
 from landscape.objective import FrozenObjective
 from landscape.results import Provenance
 
@@ -29,8 +31,6 @@ def provenance(
         num_forwards: Forward passes over all of the data.
         settings: Other arguments of the probe.
     """
-    device = frozen.space.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return Provenance(
         landscape=_version(),
         torch=torch.__version__,
@@ -38,11 +38,46 @@ def provenance(
         num_parameters=frozen.space.dim,
         objective=frozen.objective.describe(),
         num_samples=frozen.num_samples,
-        device=f"{device} ({name})" if name else str(device),
+        device=_device_name(frozen.space.device),
         dtype=str(frozen.space.dtype).removeprefix("torch."),
         seed=seed,
         seconds=seconds,
         num_hvps=num_hvps,
+        num_forwards=num_forwards,
+        settings=settings or {},
+    )
+
+
+def forward_provenance(
+    model: nn.Module,
+    *,
+    num_samples: int,
+    seed: int | None = None,
+    seconds: float = 0.0,
+    num_forwards: float = 0.0,
+    settings: dict[str, Any] | None = None,
+) -> Provenance:
+    """Return the provenance of a probe that takes forward passes and no objective.
+
+    Args:
+        model: The model that was probed.
+        num_samples: Number of samples in the data.
+        seed: Initial seed of the probe's generator.
+        seconds: Wall time.
+        num_forwards: Forward passes over all of the data.
+        settings: Other arguments of the probe.
+    """
+    placement = Placement.of(model)
+    return Provenance(
+        landscape=_version(),
+        torch=torch.__version__,
+        model=type(model).__name__,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_samples=num_samples,
+        device=_device_name(placement.device),
+        dtype=str(placement.dtype).removeprefix("torch."),
+        seed=seed,
+        seconds=seconds,
         num_forwards=num_forwards,
         settings=settings or {},
     )
@@ -74,6 +109,11 @@ def weights_provenance(
         seconds=seconds,
         settings=settings or {},
     )
+
+
+def _device_name(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return f"{device} ({name})" if name else str(device)
 
 
 @functools.cache
