@@ -1,5 +1,6 @@
 """Probes of loss landscapes and feature maps for any PyTorch vision model."""
 
+from landscape.blocks import Block, Blocks
 from landscape.linalg.eigen import Eigenpairs, top_eigenpairs
 from landscape.linalg.hessian import (
     EmpiricalFisherOperator,
@@ -55,6 +56,9 @@ __all__ = [
     "polar_trajectory",
     "project_trajectory",
     "random_directions",
+    # representations
+    "Block",
+    "Blocks",
     # results
     "Directions",
     "Eigenpairs",
