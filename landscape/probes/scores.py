@@ -1,0 +1,248 @@
+"""How right a model is about each sample, and means of that over all samples.
+
+With p the softmax of the outputs, a sample of label y has the negative log-likelihood −log p_y (in
+nats), and is right where its largest output is that of y. With soft targets t the former is
+−Σ_k t_k log p_k, and the label is the largest entry of t.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from landscape._progress import track
+from landscape.batches import LABEL_KEYS, Inputs, stream_batches
+from landscape.objective import as_logits
+from landscape.probes.metrics import hits
+from landscape.restore import eval_mode
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model in this context: its modes and buffers are put back afterwards."""
+    modules = list(model.modules())
+    buffers = [dict(module._buffers) for module in modules]
+    values = [(b, b.clone()) for each in buffers for b in each.values() if b is not None]
+    try:
+        with eval_mode(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, each in zip(modules, buffers, strict=True):
+                module._buffers.update(each)
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+def stream(
+    model: nn.Module, data: Iterable[Any], description: str, progress: bool
+) -> Iterator[tuple[Any, Any, int]]:
+    """Return `stream_batches(model, data)` behind a progress bar."""
+    total = operator.length_hint(data) or None
+    return iter(track(stream_batches(model, data), description, progress, total))
+
+
+def predict(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Return the outputs of a model for one batch as one tensor."""
+    return as_logits(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the outputs for a batch are compared with.
+
+    Attributes:
+        labels: `(n,)`: class of each sample.
+        soft: `(n, classes)`: its target probabilities, or `None` for the label alone.
+    """
+
+    labels: Tensor
+    soft: Tensor | None
+
+    def nll(self, logits: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each sample in nats, `(n,)` in float64."""
+        # In float64 its gradient is right, too, where a probability rounds to 1 in float32.
+        log_p = logits.double().log_softmax(1)
+        if self.soft is None:
+            return -log_p.gather(1, self.labels[:, None])[:, 0]
+        return -(self.soft.double() * log_p).sum(1)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return `(n, 2)` in float64: NLL, and 1 where the prediction is right."""
+        return torch.stack([self.nll(logits), hits(logits, self.labels, ignore=-1)[0]], dim=1)
+
+
+class Watch:
+    """Largest values over batches, checked after the first batch and at the end.
+
+    So that the host need not wait for the device in between.
+    """
+
+    def __init__(self, check: Callable[[Sequence[float]], None]) -> None:
+        """Set what `check` is told: the largest values up to now."""
+        self._check = check
+        self._largest: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Add the values `(k,)` of one batch."""
+        if self._largest is None:
+            self._largest = values
+            self.finish()
+        self._largest = torch.maximum(self._largest, values)
+
+    def finish(self) -> None:
+        """Check all that was added."""
+        if self._largest is not None:
+            self._check(self._largest.tolist())
+
+
+class Truths:
+    """Reads the targets of batches, and refuses those that are no classes of the model.
+
+    Attributes:
+        num_classes: Number of outputs of the model.
+    """
+
+    def __init__(self) -> None:
+        self.num_classes = 0
+        self._watch = Watch(self._check)
+
+    def read(self, logits: Tensor, targets: Tensor | None) -> Truth:
+        """Return the truth of one batch; labels out of range are refused in `finish` at last.
+
+        Args:
+            logits: Outputs `(n, classes)`.
+            targets: Labels `(n,)` or probabilities `(n, classes)`.
+
+        Raises:
+            ValueError: If outputs or targets have another shape.
+        """
+        if logits.dim() != 2 or logits.shape[1] < 2:
+            raise ValueError(
+                "`model` must return one output for each of two or more classes, (n, classes), "
+                f"got shape {tuple(logits.shape)}; wrap the model."
+            )
+        if targets is None:
+            raise ValueError(
+                "`data` must hold class labels, got no targets; pass (x, y), or a mapping with "
+                f"one of {LABEL_KEYS}."
+            )
+        soft = targets.is_floating_point()
+        if targets.shape != (logits.shape if soft else logits.shape[:1]):
+            raise ValueError(
+                "`data` must hold integer labels (n,) or target probabilities (n, classes), got "
+                f"{targets.dtype} {tuple(targets.shape)} for outputs {tuple(logits.shape)}."
+            )
+        self.num_classes = logits.shape[1]
+        labels = targets.argmax(1) if soft else targets.long()
+        lowest, highest = labels.aminmax()
+        off = (targets.double().sum(1) - 1).abs().amax() if soft else lowest.new_zeros(())
+        negative = -targets.amin() if soft else lowest.new_zeros(())
+        self._watch.add(torch.stack([t.double() for t in (-lowest, highest, off, negative)]))
+        return Truth(labels.clamp(0, self.num_classes - 1), targets if soft else None)
+
+    def finish(self) -> None:
+        """Refuse the data if a label was no class of the model, or soft targets no probabilities.
+
+        Raises:
+            ValueError: If so.
+        """
+        self._watch.finish()
+
+    def _check(self, largest: Sequence[float]) -> None:
+        lowest, highest, off, negative = 0.0 - largest[0], *largest[1:]
+        if lowest < 0 or highest >= self.num_classes:
+            raise ValueError(
+                f"`data` must have labels in 0 … {self.num_classes - 1} for the "
+                f"{self.num_classes} outputs of `model`, got labels from {lowest:.0f} to "
+                f"{highest:.0f}; leave out samples without a label."
+            )
+        if not (off <= 1e-2 and negative <= 0):
+            raise ValueError(
+                "`data` must have soft targets that are probabilities, got entries as low as "
+                f"{-negative:.3g} and sums that differ from 1 by up to {off:.3g}."
+            )
+
+
+class Moments:
+    """Mean over samples and its standard error, merged batch by batch in float64 on the device.
+
+    Sums of squares are taken about the means (Chan, Golub & LeVeque, 1983), so equal
+    values have no error at all. NaN and infinite values make the mean what they are.
+
+    Attributes:
+        count: Number of samples.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._total = self._squares = torch.empty(0)
+
+    def add(self, values: Tensor) -> None:
+        """Add the values `(n, k)` of one batch."""
+        values, n = values.double(), len(values)
+        total = values.sum(0)
+        squares = (values - total / n).square().sum(0)
+        if self.count:
+            step = total / n - self._total / self.count
+            squares = squares + self._squares + step**2 * (n * self.count / (n + self.count))
+            total = total + self._total
+        self.count, self._total, self._squares = self.count + n, total, squares
+
+    def result(self) -> Tensor:
+        """Return `(2, k)`: means, and √(s²/n) of the unbiased s² (NaN for a single sample)."""
+        spread = self._squares / (self.count - 1) if self.count > 1 else self._squares * torch.nan
+        return torch.stack([self._total / self.count, (spread / self.count).sqrt()])
+
+
+class PairedScores:
+    """NLL and accuracy under several conditions, against the same samples left clean."""
+
+    def __init__(self, num_conditions: int) -> None:
+        """Set the number of conditions."""
+        self._clean = Moments()
+        self._changed = [Moments() for _ in range(num_conditions)]
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self._clean.count
+
+    def add_clean(self, clean: Tensor) -> None:
+        """Add the scores `(n, 2)` of a clean batch."""
+        self._clean.add(clean)
+
+    def add(self, condition: int, scores: Tensor, clean: Tensor) -> None:
+        """Add the scores `(n, 2)` of a batch under one condition, with its clean ones."""
+        self._changed[condition].add(torch.cat([scores, scores - clean], dim=1))
+
+    def fields(self) -> dict[str, Any]:
+        """Return means and standard errors by the names that results give them; one transfer."""
+        clean = torch.cat([self._clean.result(), self._clean.result() * 0], dim=1)
+        rows = torch.stack([clean, *(each.result() for each in self._changed)]).cpu().numpy()
+        fields: dict[str, Any] = {}
+        for column, name in enumerate(("nll", "accuracy", "delta_nll", "delta_accuracy")):
+            for kind, suffix in enumerate(("", "_stderr")):
+                values = rows[:, kind, column]
+                fields[name + suffix] = values[1:].copy()
+                if column < 2:
+                    fields[f"clean_{name}{suffix}"] = float(values[0])
+        return fields
+
+
+def increasing(name: str, values: Sequence[float]) -> np.ndarray:
+    """Return the values of the conditions as an array `(k,)`.
+
+    Raises:
+        ValueError: If they are none, not finite, negative, or do not increase.
+    """
+    array = np.array(values, dtype=np.float64)
+    good = array.ndim == 1 and array.size > 0 and bool(np.isfinite(array).all())
+    if not good or array[0] < 0 or not (np.diff(array) > 0).all():
+        raise ValueError(f"`{name}` must be numbers from 0 upwards that increase, got {values!r}.")
+    return array
