@@ -5,12 +5,13 @@ it, the grid of its tokens from the map that they came from, and the tokens that
 map (class, distillation, register) from the concatenation that put them there.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from landscape.tracing import Trace
+from landscape.tracing import Step, Trace
 
 _LAST = frozenset({"layer_norm", "linear", "rms_norm"})
 _SECOND = frozenset(
@@ -81,25 +82,37 @@ def layout_of(trace: Trace, value: int) -> Layout:
 
 def _channel_axis(trace: Trace, value: int) -> int:
     """Return 1 or -1: where the channels are for the first layer that takes or made the value."""
-    steps = trace.steps
+    steps, shape = trace.steps, trace.steps[value].shape
     frontier = {value}
     for step in range(value + 1, min(len(steps), value + 60)):
-        if not frontier & set(steps[step].inputs):
-            continue
-        name = steps[step].name
-        if name in _LAST or name in _SECOND:
-            return -1 if name in _LAST else 1
-        if steps[step].shape == steps[value].shape and name not in _PERMUTING:
-            frontier.add(step)
-    while value >= 0:
-        name, shape = steps[value].name, steps[value].shape
-        if name in _LAST or name in _SECOND:
-            return -1 if name in _LAST else 1
-        before = [i for i in steps[value].inputs if i >= 0 and steps[i].shape == shape]
-        if not before or name in _PERMUTING:
-            break
+        if frontier & set(steps[step].inputs):
+            axis = _axis_of_layer(steps[step])
+            if axis:
+                return axis
+            if _keeps_channels(steps[step], shape):
+                frontier.add(step)
+    while True:
+        axis = _axis_of_layer(steps[value])
+        if axis:
+            return axis
+        before = [i for i in steps[value].inputs if i >= 0 and _keeps_channels(steps[i], shape)]
+        if not before or steps[value].name in _PERMUTING:
+            return 1 if len(shape or ()) == 4 else -1
         value = max(before)
-    return 1 if len(steps[max(value, 0)].shape or ()) == 4 else -1
+
+
+def _axis_of_layer(step: Step) -> int:
+    """Return the axis of the channels of a layer, 0 if it does not tell."""
+    return -1 if step.name in _LAST else 1 if step.name in _SECOND else 0
+
+
+def _keeps_channels(step: Step, shape: tuple[int, ...] | None) -> bool:
+    """Whether a step has the same shape, or the same last axis and size: tokens and their map."""
+    if step.shape == shape:
+        return step.name not in _PERMUTING
+    if step.shape is None or shape is None or step.name in _PERMUTING:
+        return False
+    return step.shape[-1] == shape[-1] and math.prod(step.shape) == math.prod(shape)
 
 
 def _token_grid(trace: Trace, value: int, tokens: int) -> tuple[tuple[int, int] | None, int]:

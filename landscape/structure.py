@@ -7,6 +7,7 @@ built, whatever its classes are called: a transformer block has two such sums, o
 attention and one behind the MLP. What the branch computes says of which kind the unit is.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -217,7 +218,7 @@ class _Graph:
                 or step.shape is None
                 or step.name in ADDITIONS | WEIGHTED | POOLING
                 or not (inside or step.name in ACTIVATIONS)
-                or _size(step.shape) != _size(self.steps[s].shape)
+                or math.prod(step.shape) != math.prod(self.steps[s].shape or ())
             ):
                 break
             s = t
@@ -291,10 +292,3 @@ def _kernel(step: Step) -> int:
     if step.name not in CONVOLUTIONS or len(step.sizes) < 2:
         return 0
     return max(step.sizes[1][2:], default=0)
-
-
-def _size(shape: tuple[int, ...] | None) -> int:
-    size = 1
-    for side in shape or ():
-        size *= side
-    return size

@@ -181,11 +181,10 @@ class _Recorder(TorchFunctionMode):
             if id(module) not in names:
                 return
             returned, given = _tensors(output), _tensors(args)
-            if returned and not any(id(t) in self.values for t in returned):
-                inputs = [
-                    (self.values[id(t)], i) for i, t in enumerate(given) if id(t) in self.values
-                ]
-                self._add("opaque", None, inputs, (), output)
+            inputs = [(self.values[id(t)], i) for i, t in enumerate(given) if id(t) in self.values]
+            if inputs and returned and not any(id(t) in self.values for t in returned):
+                with torch._C.DisableTorchFunction():  # what is read of a tensor is no call
+                    self._add("opaque", None, inputs, (), output)
             span = self.trace.spans[self._stack.pop()]
             span.end = len(self.trace.steps)
             known = [self.values[id(t)] for t in returned if id(t) in self.values]

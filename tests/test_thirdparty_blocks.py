@@ -1,0 +1,191 @@
+"""Blocks of models we did not write: found by structure, captured where plain hooks find them."""
+
+import numpy as np
+import pytest
+import torch
+
+from landscape.blocks import Blocks
+from landscape.probes.lesion import lesion_study
+from tests.cases import assert_untouched, snapshot
+from tests.test_thirdparty import zoo
+
+pytestmark = pytest.mark.thirdparty
+
+
+def timm_model(name, **sizes):
+    return zoo("timm").create_model(name, num_classes=10, **sizes)
+
+
+def torchvision_model(name, **sizes):
+    zoo("torchvision")
+    import torchvision.models
+
+    return getattr(torchvision.models, name)(num_classes=10, **sizes)
+
+
+def hugging_face_model(name, **sizes):
+    transformers = zoo("transformers")
+    config = getattr(transformers, f"{name}Config")(num_labels=10, **sizes)
+    return getattr(transformers, f"{name}ForImageClassification")(config)
+
+
+TRANSFORMER = {"img_size": 32, "patch_size": 8}
+WINDOWS = {"img_size": 32, "patch_size": 2, "window_size": 4}
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+
+# model: how to build it, side of its images, and the number of blocks of each kind
+ZOO = {
+    "timm vit": (timm_model, ("vit_tiny_patch16_224",), TRANSFORMER, 32, {"msa": 12, "mlp": 12}),
+    "timm deit": (
+        *(timm_model, ("deit_tiny_distilled_patch16_224",)),
+        *(TRANSFORMER, 32, {"msa": 12, "mlp": 12}),
+    ),
+    "timm registers": (
+        *(timm_model, ("vit_small_patch14_reg4_dinov2",)),
+        *({"img_size": 28, "patch_size": 7, "depth": 2}, 28, {"msa": 2, "mlp": 2}),
+    ),
+    "timm swin": (
+        *(timm_model, ("swin_tiny_patch4_window7_224",)),
+        *(WINDOWS | {"depths": (2, 2, 2)}, 32, {"msa": 6, "mlp": 6, "pool": 2}),
+    ),
+    "timm swinv2": (
+        *(timm_model, ("swinv2_tiny_window8_256",)),
+        *(WINDOWS | {"depths": (2, 2)}, 32, {"msa": 4, "mlp": 4, "pool": 1}),
+    ),
+    "timm pit": (timm_model, ("pit_ti_224",), {}, 224, {"msa": 12, "mlp": 12, "pool": 2}),
+    "timm convnext": (timm_model, ("convnext_atto",), {}, 64, {"conv": 12, "pool": 3}),
+    "timm mixer": (timm_model, ("mixer_s32_224",), {}, 224, {"mlp": 16}),
+    "timm resnet": (timm_model, ("resnet26",), {}, 64, {"conv": 8}),
+    "timm mobilenet": (timm_model, ("mobilenetv3_small_100",), {}, 96, {"conv": 10}),
+    "torchvision resnet": (torchvision_model, ("resnet18",), {}, 64, {"conv": 8}),
+    "torchvision vit": (
+        *(torchvision_model, ("vit_b_16",), {"image_size": 32}, 32, {"msa": 12, "mlp": 12}),
+    ),
+    "torchvision swin": (
+        *(torchvision_model, ("swin_t",), {}, 64, {"msa": 12, "mlp": 12, "pool": 3}),
+    ),
+    "hugging face vit": (
+        *(hugging_face_model, ("ViT",)),
+        *(SMALL | {"image_size": 32, "patch_size": 8}, 32, {"msa": 12, "mlp": 12}),
+    ),
+    "hugging face swin": (
+        *(hugging_face_model, ("Swin",)),
+        {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
+        | {"window_size": 4},
+        *(32, {"msa": 4, "mlp": 4, "pool": 1}),
+    ),
+    "hugging face resnet": (
+        *(hugging_face_model, ("ResNet",)),
+        {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2]},
+        *(64, {"conv": 4}),
+    ),
+}
+
+
+@pytest.fixture(params=ZOO)
+def case(request):
+    make, names, sizes, side, expected = ZOO[request.param]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make(*names, **sizes)
+    return request.param, model, side, expected
+
+
+def images(side, count=2):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def test_kinds_and_maps(case):
+    name, model, side, expected = case
+    model.train()
+    before = snapshot(model)
+    blocks = Blocks(model, example=images(side))
+    features = blocks.capture(images(side))
+    assert_untouched(model, before)
+    counts = {kind: blocks.kinds.count(kind) for kind in set(blocks.kinds)}
+    assert counts == {"stem": 1, "head": 1} | expected, name
+    for block in list(blocks)[:-1]:
+        feature = features[block.name]
+        assert block.is_map, block
+        assert feature.shape == (2, block.channels, *block.grid)
+        assert feature.std() > 0
+    pools = expected.get("pool", sum(block.subsamples for block in blocks))
+    assert sum(block.subsamples for block in blocks) == pools
+    assert features["head"].shape == (2, 10)
+
+
+def inputs_of(model, x, path):
+    """What a module is given in evaluation mode."""
+    kept = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda m, a: kept.append(a[0]))
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return kept[0].clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "msa", "norm", "prefix"),
+    [
+        ("timm vit", "blocks.3.attn", "blocks.3.norm2", 1),
+        ("timm deit", "blocks.3.attn", "blocks.3.norm2", 2),
+        ("timm registers", "blocks.1.attn", "blocks.1.norm2", 5),
+        ("timm pit", "transformers.1.blocks.2.attn", "transformers.1.blocks.2.norm2", 1),
+        ("timm swin", "layers.1.blocks.1.attn", "layers.1.blocks.1.norm2", 0),
+        (
+            "torchvision vit",
+            "encoder.layers.encoder_layer_2.self_attention",
+            "encoder.layers.encoder_layer_2.ln_2",
+            1,
+        ),
+        ("torchvision swin", "features.3.1.attn", "features.3.1.norm2", 0),
+    ],
+)
+def test_an_msa_is_taken_after_its_sum(name, msa, norm, prefix):
+    make, names, sizes, side, _ = ZOO[name]
+    model = make(*names, **sizes)
+    blocks = Blocks(model, example=images(side))
+    feature = blocks.capture(images(side))[msa]
+    expected = inputs_of(model, images(side), norm)  # the next norm is given the sum
+    if expected.dim() == 3:
+        expected = expected[:, prefix:].transpose(1, 2)
+        assert expected.shape[2] == blocks[msa].grid[0] * blocks[msa].grid[1]
+        expected = expected.unflatten(2, blocks[msa].grid)
+    else:
+        expected = expected.movedim(-1, 1)
+    torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm swin", "timm convnext", "torchvision resnet",
+                                  "torchvision vit", "hugging face swin"])  # fmt: skip
+def test_lesions(name):
+    make, names, sizes, side, _ = ZOO[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make(*names, **sizes)
+    x = images(side, 4)
+    study = lesion_study(model, [(x, torch.tensor([0, 1, 2, 3]))])
+    assert study.provenance.settings["shared_prefix"]
+    blocks = Blocks(model, example=x)
+    with torch.no_grad():
+        for u in (0, len(study.names) // 2, -1):
+            with blocks.lesion(study.names[u], study.parts[u]):
+                logits = model.eval()(x)
+            logits = getattr(logits, "logits", logits)
+            nll = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 3]))
+            np.testing.assert_allclose(study.nll[u], float(nll), rtol=1e-4)
+
+
+def test_heads_of_a_fused_attention():
+    """In torchvision one function does a whole attention: the head leaves its projection."""
+    make, names, sizes, side, _ = ZOO["torchvision vit"]
+    model = make(*names, **sizes).eval()
+    blocks = Blocks(model, example=images(side))
+    name = "encoder.layers.encoder_layer_2.self_attention"
+    with torch.no_grad(), blocks.lesion(name, 3):
+        lesioned = model(images(side))
+    weight = model.get_submodule(name).out_proj.weight
+    with torch.no_grad():
+        weight.unflatten(1, (12, -1))[:, 3] = 0
+        torch.testing.assert_close(lesioned, model(images(side)))
