@@ -135,7 +135,7 @@ def reliability_diagram(
         low, high = wilson_interval(y, result.bin_count)
         bars = np.clip([y - low, high - y], 0, None)
         ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
-    ax.set(xlim=(0, 1), ylim=(0, 1.03 + 0.08 * len(named)), yticks=np.linspace(0, 1, 6))
+    ax.set(xlim=(0, 1), ylim=(0, 1.04 + 0.11 * len(named)), yticks=np.linspace(0, 1, 6))
     ax.set(xlabel=CONFIDENCE_LABEL, ylabel=RELIABILITY_LABEL)
     setting = "noise: the ECE of a calibrated model" + (f", {common}" if common else "")
     _note(ax, [], setting)

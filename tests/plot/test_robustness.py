@@ -180,6 +180,17 @@ def test_legend_of_the_curves_lies_above_them(accuracy):
     assert max(top.max() for top in tops) < floor
 
 
+def test_legend_of_the_reliability_diagram_lies_above_an_accuracy_of_one():
+    results = {"ResNet": evaluation(), "ViT": evaluation(samples=9)}
+    with mpl.rc_context(style.rc()):
+        figure, ax = plt.subplots(figsize=style.figure_size(1), layout="constrained")
+        reliability_diagram(results, ax=ax)
+        figure.canvas.draw()
+    floor = min(text.get_window_extent().y0 for text in ax.get_legend().get_texts())
+    assert ax.transData.transform((0, 1))[1] < floor
+    assert ax.get_yticks()[-1] == 1
+
+
 # --- against attacks ---
 
 
