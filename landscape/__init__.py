@@ -1,5 +1,6 @@
 """Probes of loss landscapes and feature maps for any PyTorch vision model."""
 
+from landscape.blocks import Block, Blocks
 from landscape.linalg.eigen import Eigenpairs, top_eigenpairs
 from landscape.linalg.hessian import (
     EmpiricalFisherOperator,
@@ -20,6 +21,7 @@ from landscape.probes.hessian import (
     hessian_spectrum,
     hessian_trace,
 )
+from landscape.probes.lesion import LesionStudy, lesion_study
 from landscape.probes.planes import between, eigen_directions, pca_directions
 from landscape.probes.surface import LossLine, LossSurface, loss_line, loss_surface
 from landscape.probes.trajectory import (
@@ -55,11 +57,16 @@ __all__ = [
     "polar_trajectory",
     "project_trajectory",
     "random_directions",
+    # representations
+    "Block",
+    "Blocks",
+    "lesion_study",
     # results
     "Directions",
     "Eigenpairs",
     "HessianMaxSpectrum",
     "HessianSpectrum",
+    "LesionStudy",
     "LossLine",
     "LossSurface",
     "PolarTrajectory",

@@ -1,0 +1,405 @@
+"""Ordered, named, typed view of any vision model: what its blocks are and what they compute.
+
+    blocks = Blocks(model)
+    for block in blocks:
+        print(block.name, block.kind, block.depth)
+    features = blocks.capture(images)  # name -> (n, c, h, w)
+    with blocks.lesion("blocks.3.attn"):
+        logits = model(images)  # as if that block were the identity
+
+Blocks are found in the dataflow of one forward pass (`landscape.structure`), not by the names of
+classes: every residual sum ends a block, so a transformer has one behind each attention and one
+behind each MLP, after its residual addition as in Park & Kim (2022). A block is observed or
+removed at the very call that computes it, counted from the start of the pass: the model is never
+copied or rewritten, and carries no hook.
+"""
+
+import fnmatch
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from landscape._checks import nearest
+from landscape.batches import Placement
+from landscape.layout import Layout, layout_of
+from landscape.lesions import Irremovable, Part, removal
+from landscape.likely_images import images_of, likely_images
+from landscape.objective import as_logits
+from landscape.passes import ControlledPass, Handler
+from landscape.restore import eval_mode
+from landscape.structure import Kind, Unit, find_units, named_units
+from landscape.tracing import Trace, call, record
+
+Choose = str | Sequence[str]
+Visitor = Callable[["Block", Tensor], None]
+
+_TRACED = 3  # samples in the traced batch: a size that no other axis is likely to have
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a model.
+
+    Attributes:
+        name: Unique name: the module that is the block, or that computes its branch.
+        kind: `"stem"`, `"conv"`, `"msa"`, `"mlp"`, `"pool"`, `"head"` or `"other"`.
+        depth: Relative depth, 0 for the first block and 1 for the last map.
+        stage: Number of blocks up to this one that made the map smaller, the stem aside.
+        subsamples: Whether its map is smaller than that of the block before.
+        is_map: Whether its output is a map (n, c, h, w); that of the head is (n, classes).
+        grid: Rows and columns of its map, `None` without one.
+        channels: Channels of its output.
+    """
+
+    name: str
+    kind: Kind
+    depth: float
+    stage: int
+    subsamples: bool
+    is_map: bool
+    grid: tuple[int, int] | None
+    channels: int
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What is known of the passes with inputs of one shape: where each block is."""
+
+    trace: Trace
+    units: tuple[Unit, ...]
+    layouts: tuple[Layout, ...]
+
+
+class Blocks:
+    """The blocks of a model in the order in which they are computed.
+
+    Args:
+        model: Any module; traced in evaluation mode by one forward pass of three samples.
+        choose: Names or glob patterns of modules whose outputs are taken instead of the residual
+            blocks that are found by themselves.
+        example: A batch of inputs (tensor, or mapping of keyword arguments) of the size that the
+            model takes; random images of the size that the model states, or else of a common
+            size, by default.
+
+    Raises:
+        ValueError: If no block is found, a pattern matches nothing, or no example fits the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, choose: Choose | None = None, *, example: Any = None
+    ) -> None:
+        compiled = getattr(model, "_orig_mod", None)
+        self.model: nn.Module = model if compiled is None else compiled
+        self._choose = None if choose is None else _matching(self.model, choose)
+        self._traces: dict[Any, Traced] = {}
+        traced = self._first_trace() if example is None else self.traced(example)
+        self._blocks = _describe(traced)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the blocks."""
+        return tuple(block.name for block in self._blocks)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Kinds of the blocks."""
+        return tuple(block.kind for block in self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._blocks)
+
+    def __getitem__(self, name: str) -> Block:
+        return self._blocks[self.index(name)]
+
+    def __repr__(self) -> str:
+        rows = [
+            f"  {b.name}: {b.kind}, {b.channels}"
+            + (f" x {b.grid[0]} x {b.grid[1]}" if b.grid else "")
+            for b in self._blocks
+        ]
+        return "\n".join([f"Blocks of {type(self.model).__name__}", *rows])
+
+    def index(self, name: str) -> int:
+        """Return the position of a block.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        if name not in self.names:
+            raise ValueError(
+                f"`name` must be one of the {len(self)} blocks, got {name!r}; the nearest are "
+                f"{nearest(name, self.names)}."
+            )
+        return self.names.index(name)
+
+    def visit(self, inputs: Any, visitor: Visitor) -> Tensor:
+        """Run the model once and show every block's output as it appears.
+
+        Only the output at hand is kept, whatever the number of blocks. Gradients flow unless the
+        caller disables them.
+
+        Args:
+            inputs: A batch for the model: a tensor, or a mapping of keyword arguments.
+            visitor: Called as `visitor(block, feature)` with `feature (n, c, h, w)`, a view that
+                later layers may overwrite, or `(n, features)` where `block.is_map` is false.
+
+        Returns:
+            The logits.
+
+        Raises:
+            ValueError: If the model makes other calls than in its trace.
+        """
+        traced, n = self.traced(inputs), _num_samples(inputs)
+        handlers: dict[int, Handler] = {}
+        for block, unit, layout in zip(self._blocks, traced.units, traced.layouts, strict=True):
+            show = functools.partial(_show, block, layout, n, visitor)
+            handlers[traced.trace.steps[unit.value].ordinal or 0] = show
+        with eval_mode(self.model), ControlledPass(handlers):
+            return as_logits(call(self.model, inputs))
+
+    def capture(self, inputs: Any) -> dict[str, Tensor]:
+        """Return every block's output by name, each a copy `(n, c, h, w)`, from one forward pass.
+
+        Args:
+            inputs: A batch for the model.
+        """
+        features: dict[str, Tensor] = {}
+
+        def keep(block: Block, feature: Tensor) -> None:
+            features[block.name] = feature.clone()
+
+        with torch.no_grad():
+            self.visit(inputs, keep)
+        return features
+
+    @contextmanager
+    def lesion(self, name: str, part: Part = "branch") -> Iterator[None]:
+        """Remove a part of one block from every call of the model inside the context.
+
+        Args:
+            name: The block.
+            part: `"branch"`, its residual branch, so that the skip alone passes; `"conv"`, its
+                last convolution over space, which then returns its input; or the index of an
+                attention head, whose output is then zero.
+
+        Raises:
+            ValueError: If there is no such block, or nothing can stand in for that part of it.
+        """
+        position = self.index(name)
+        self._removal(self._first, position, part)  # errors before any pass
+        active: list[ExitStack] = []
+
+        tracing = False
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal tracing
+            if tracing:  # images of a new size: this is the pass that traces them
+                return
+            tracing = True
+            try:
+                traced = self.traced(args[0] if args else kwargs)
+            finally:
+                tracing = False
+            ordinal, handler = self._removal(traced, position, part)
+            active.append(ExitStack())
+            active[-1].enter_context(ControlledPass({ordinal: handler}))
+
+        def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if active and not tracing:
+                active.pop().close()
+
+        handles = [
+            self.model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
+            self.model.register_forward_hook(end, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def traced(self, inputs: Any) -> Traced:
+        """Return the trace of passes with inputs of this shape, made at the first of them."""
+        known = self._traces.get(_shape_key(inputs))
+        return known or self._remember(inputs, self._record(inputs))
+
+    def _record(self, inputs: Any) -> Trace:
+        placement = Placement.of(self.model)
+        example = _resized(placement.place(inputs), _TRACED)
+        with eval_mode(self.model), _own_randomness(placement.device):
+            return record(self.model, example, as_logits)
+
+    def _remember(self, inputs: Any, trace: Trace) -> Traced:
+        """Find the blocks in a trace, and check that they are those of the first one."""
+        units = find_units(trace) if self._choose is None else named_units(trace, self._choose)
+        if not units:
+            modules = [name for name, _ in self.model.named_modules() if name]
+            raise ValueError(
+                f"`model` must have residual blocks, found none in a {type(self.model).__name__}; "
+                f"name its blocks, as in Blocks(model, [{nearest('features.0', modules)}])."
+            )
+        names = tuple(unit.name for unit in units)
+        if self._traces and names != self.names:
+            raise ValueError(
+                f"`inputs` must have a size at which the model has the {len(self)} blocks of its "
+                f"first example, got {len(names)} blocks; make Blocks(model, example=inputs)."
+            )
+        layouts = tuple(layout_of(trace, unit.value) for unit in units)
+        traced = Traced(trace, tuple(units), layouts)
+        self._traces[_shape_key(inputs)] = traced
+        return traced
+
+    @property
+    def _first(self) -> Traced:
+        return next(iter(self._traces.values()))
+
+    def _removal(self, traced: Traced, position: int, part: Part) -> tuple[int, Handler]:
+        try:
+            return removal(traced.trace, traced.units[position], part)
+        except Irremovable as reason:
+            raise ValueError(
+                f"`name` and `part` must be something that can be removed, got {part!r} of "
+                f"{self.names[position]!r}, but {reason}."
+            ) from None
+
+    def _first_trace(self) -> Traced:
+        """Trace random images of the first size that the model accepts."""
+        reasons = []
+        for example in likely_images(self.model):
+            try:
+                trace = self._record(example)
+            except Exception as error:  # whatever a model raises at images of another size
+                reasons.append(f"{tuple(example.shape[1:])}: {error}".splitlines()[0])
+                continue
+            return self._remember(example, trace)
+        raise ValueError(
+            f"`example` must be given for a {type(self.model).__name__}, no common image size fits "
+            f"({'; '.join(reasons[:2])}); pass Blocks(model, example=images)."
+        )
+
+
+def blocks_of(model: nn.Module, blocks: Blocks | None, example: Any) -> Blocks:
+    """Return `blocks`, or those found with a batch where they are `None`.
+
+    Args:
+        model: The model that is probed.
+        blocks: What the user gave.
+        example: First batch of inputs.
+
+    Raises:
+        ValueError: If `blocks` are those of another model.
+    """
+    if blocks is None:
+        return Blocks(model, example=example)
+    if blocks.model is not getattr(model, "_orig_mod", model):
+        raise ValueError(
+            "`blocks` must be those of the model that is probed, got those of another "
+            f"{type(blocks.model).__name__}; pass Blocks(model)."
+        )
+    return blocks
+
+
+def _show(
+    block: Block,
+    layout: Layout,
+    n: int,
+    visitor: Visitor,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Make a call and show its output: a handler of `ControlledPass` with its first arguments."""
+    out = func(*args, **kwargs)
+    value = next((t for t in tree_leaves(out) if isinstance(t, Tensor)), None)
+    if value is None or not layout.fits(value.shape, n):
+        raise _changed(block.name, torch.Size() if value is None else value.shape, layout.shape)
+    visitor(block, layout.apply(value, n))
+    return out
+
+
+def _describe(traced: Traced) -> tuple[Block, ...]:
+    """Return the blocks of a trace."""
+    body = sum(unit.kind != "head" for unit in traced.units)
+    blocks: list[Block] = []
+    area = stage = 0
+    for position, (unit, layout) in enumerate(zip(traced.units, traced.layouts, strict=True)):
+        here = 0 if layout.grid is None else layout.grid[0] * layout.grid[1]
+        smaller = 0 < here < area
+        stage += smaller
+        area = here or area
+        blocks.append(
+            Block(
+                name=unit.name,
+                kind=unit.kind,
+                depth=min(position / max(body - 1, 1), 1.0),
+                stage=stage,
+                subsamples=smaller,
+                is_map=here > 1,
+                grid=layout.grid if here > 1 else None,
+                channels=layout.shape[layout.channels],
+            )
+        )
+    return tuple(blocks)
+
+
+def _matching(model: nn.Module, choose: Choose) -> list[str]:
+    """Return the names of the modules that match, in the order of the model."""
+    patterns = [choose] if isinstance(choose, str) else list(choose)
+    names = [name for name, _ in model.named_modules() if name]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise ValueError(
+                f"`choose` must match names of modules, got {pattern!r}, which matches none; the "
+                f"nearest are {nearest(pattern, names)}."
+            )
+        chosen.update(found)
+    if not chosen:
+        raise ValueError("`choose` must hold at least one name or pattern, got none.")
+    return [name for name in names if name in chosen]
+
+
+def _num_samples(inputs: Any) -> int:
+    return len(images_of(inputs))
+
+
+def _shape_key(inputs: Any) -> tuple[Any, ...]:
+    """Return what the sequence of calls may depend on: shapes without the number of samples."""
+    named = inputs.items() if isinstance(inputs, Mapping) else [("", inputs)]
+    return tuple((k, tuple(t.shape[1:])) for k, t in named if isinstance(t, Tensor))
+
+
+def _resized(inputs: Any, count: int) -> Any:
+    """Return `count` samples of a batch, repeated where it has fewer."""
+    size = _num_samples(inputs)
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
+            return value
+        return value[torch.arange(count, device=value.device) % size]
+
+    return {k: take(v) for k, v in inputs.items()} if isinstance(inputs, Mapping) else take(inputs)
+
+
+def _changed(name: str, got: torch.Size, traced: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"`model` must make the same calls for every batch, got {tuple(got)} at block {name!r} "
+        f"instead of {traced} but for the batch size; does its control flow depend on the data?"
+    )
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Leave the global random state as it is."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

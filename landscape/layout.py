@@ -1,0 +1,153 @@
+"""Feature maps in one form: channels-first maps, channels-last maps and tokens to (n, c, h, w).
+
+How a value is laid out is read off the trace: the axis of its channels from the layers that take
+it, the grid of its tokens from the map that they came from, and the tokens that are no part of the
+map (class, distillation, register) from the concatenation that put them there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from landscape.tracing import Trace
+
+_LAST = frozenset({"layer_norm", "linear", "rms_norm"})
+_SECOND = frozenset(
+    {"conv1d", "conv2d", "batch_norm", "group_norm", "instance_norm"}
+    | {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
+)
+_PERMUTING = frozenset({"permute", "transpose", "movedim", "swapaxes", "swapdims", "T", "get"})
+_JOINING = frozenset({"cat", "concat", "concatenate"})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a value becomes (n, c, h, w), or (n, features) where it is no map.
+
+    Attributes:
+        shape: Shape of the value in the traced batch.
+        batch: Axis of the samples.
+        channels: Axis of the channels.
+        grid: Rows and columns, `None` if the value is no map.
+        prefix: Tokens before those of the map.
+        num_samples: Samples in the traced batch.
+    """
+
+    shape: tuple[int, ...]
+    batch: int
+    channels: int
+    grid: tuple[int, int] | None
+    prefix: int
+    num_samples: int
+
+    def fits(self, shape: torch.Size, num_samples: int) -> bool:
+        """Whether a value of `num_samples` samples has the traced shape otherwise."""
+        if len(shape) != len(self.shape):
+            return False
+        return all(
+            a * num_samples == b * self.num_samples if axis == self.batch else a == b
+            for axis, (b, a) in enumerate(zip(shape, self.shape, strict=True))
+        )
+
+    def apply(self, value: Tensor, num_samples: int) -> Tensor:
+        """Return the value as (n, c, h, w), or (n, features) where it is no map."""
+        if self.grid is None:
+            value = value.movedim(self.batch, 0)
+            return value.reshape(num_samples, -1)
+        if (self.batch, self.channels) != (0, 1):
+            value = torch.movedim(value, (self.batch, self.channels), (0, 1))
+        if value.dim() == 4:
+            return value
+        h, w = self.grid
+        return value[:, :, self.prefix : self.prefix + h * w].reshape(*value.shape[:2], h, w)
+
+
+def layout_of(trace: Trace, value: int) -> Layout:
+    """Return the layout of a value of the trace."""
+    shape, n = trace.steps[value].shape or (), trace.num_samples
+    batch = 0 if not shape or shape[0] == n or n not in shape else shape.index(n)
+    if len(shape) == 4:
+        channels = 1 if _channel_axis(trace, value) == 1 else 3
+        grid = shape[2:] if channels == 1 else shape[1:3]
+        return Layout(shape, batch, channels, (grid[0], grid[1]), 0, n)
+    if len(shape) == 3:
+        channels = 1 if _channel_axis(trace, value) == 1 and batch == 0 else 2
+        tokens = shape[3 - batch - channels]
+        grid3, prefix = _token_grid(trace, value, tokens)
+        return Layout(shape, batch, channels, grid3, prefix, n)
+    return Layout(shape, batch, min(1, len(shape) - 1), None, 0, n)
+
+
+def _channel_axis(trace: Trace, value: int) -> int:
+    """Return 1 or -1: where the channels are for the first layer that takes or made the value."""
+    steps = trace.steps
+    frontier = {value}
+    for step in range(value + 1, min(len(steps), value + 60)):
+        if not frontier & set(steps[step].inputs):
+            continue
+        name = steps[step].name
+        if name in _LAST or name in _SECOND:
+            return -1 if name in _LAST else 1
+        if steps[step].shape == steps[value].shape and name not in _PERMUTING:
+            frontier.add(step)
+    while value >= 0:
+        name, shape = steps[value].name, steps[value].shape
+        if name in _LAST or name in _SECOND:
+            return -1 if name in _LAST else 1
+        before = [i for i in steps[value].inputs if i >= 0 and steps[i].shape == shape]
+        if not before or name in _PERMUTING:
+            break
+        value = max(before)
+    return 1 if len(steps[max(value, 0)].shape or ()) == 4 else -1
+
+
+def _token_grid(trace: Trace, value: int, tokens: int) -> tuple[tuple[int, int] | None, int]:
+    """Return rows and columns of a token sequence, and the number of tokens before its map."""
+    steps, todo, seen = trace.steps, [value], set()
+    wanted = {tokens: 0}  # length of a sequence -> tokens before it
+    while todo:
+        current = max(todo)
+        todo.remove(current)
+        if current < 0 or current in seen:
+            continue
+        seen.add(current)
+        step = steps[current]
+        grid = _grid_of(step.shape, trace.num_samples, wanted)
+        if grid is not None:
+            return grid, wanted[grid[0] * grid[1]]
+        if step.name in _JOINING and step.shape is not None and len(step.shape) == 3:
+            axis = (1 if step.dim is None else step.dim) % 3
+            length = step.shape[axis]
+            if length in wanted:
+                before = wanted[length]
+                for size in step.sizes:
+                    wanted.setdefault(size[axis], before)
+                    before += size[axis]
+        todo += step.inputs
+    return _grid_by_aspect(trace.input_shape, tokens)
+
+
+def _grid_of(
+    shape: tuple[int, ...] | None, num_samples: int, wanted: dict[int, int]
+) -> tuple[int, int] | None:
+    """Return the rows and columns of a map with one of the `wanted` numbers of positions."""
+    if shape is None or len(shape) != 4 or shape[0] != num_samples:
+        return None
+    for rows, columns in (shape[2:], shape[1:3]):
+        if rows * columns in wanted and min(rows, columns) > 1:
+            return rows, columns
+    return None
+
+
+def _grid_by_aspect(images: tuple[int, ...], tokens: int) -> tuple[tuple[int, int] | None, int]:
+    """Return the grid with the aspect of the images, behind as few other tokens as possible."""
+    if len(images) != 4:
+        return None, 0
+    height, width = images[2:]
+    for prefix in range(min(tokens, 9)):
+        for rows in range(2, tokens + 1):
+            columns, rest = divmod(tokens - prefix, rows)
+            if not rest and columns > 1 and rows * width == columns * height:
+                return (rows, columns), prefix
+    return None, 0

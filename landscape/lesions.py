@@ -1,0 +1,122 @@
+"""Ways to remove a part of a block, each a change of one call of the forward pass.
+
+- the residual branch: the sum returns its skip;
+- a convolution: it returns what it was given (Park & Kim, 2022, remove the 3x3 convolution of a
+  ResNet's bottleneck so);
+- an attention head: its output is zero.
+
+What cannot be removed says why (`Irremovable`): a block that changes the size of its map has no
+identity to be replaced by.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from landscape.passes import Handler
+from landscape.structure import ATTENTION, Unit
+from landscape.tracing import Step, Trace
+
+Part = Literal["branch", "conv"] | int
+"""`"branch"`, `"conv"`, or the index of an attention head."""
+
+
+class Irremovable(ValueError):
+    """A part that has no lesion, and the reason."""
+
+
+def removal(trace: Trace, unit: Unit, part: Part) -> tuple[int, Handler]:
+    """Return the ordinal of the call to change and what it does instead.
+
+    Args:
+        trace: A pass with inputs of the shape at hand.
+        unit: The block.
+        part: What of it to remove.
+
+    Returns:
+        Ordinal and handler, for `landscape.passes.ControlledPass`.
+
+    Raises:
+        Irremovable: If the block has no such part, or it has no lesion.
+    """
+    if part == "branch":
+        return _branch(trace, unit)
+    if part == "conv":
+        return _convolution(trace, unit)
+    return _head(trace, unit, part)
+
+
+def num_heads(trace: Trace, unit: Unit) -> int:
+    """Return the number of attention heads of a block; 0 if it has none that can be told apart."""
+    step = _attention(trace, unit)
+    return 0 if step is None else step.heads
+
+
+def _branch(trace: Trace, unit: Unit) -> tuple[int, Handler]:
+    if unit.kind == "pool":
+        raise Irremovable("it changes the size or the channels of the map")
+    if unit.addition is None:
+        raise Irremovable("it has no residual branch")
+    if unit.projected:
+        raise Irremovable("its skip is a projection: it changes the size or the channels")
+    skip, ordinal = unit.skip or 0, trace.steps[unit.addition].ordinal
+
+    def pass_skip(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        return tensors[skip].clone()  # a copy: what follows may write in place
+
+    return ordinal or 0, pass_skip
+
+
+def _convolution(trace: Trace, unit: Unit) -> tuple[int, Handler]:
+    spatial = [trace.steps[s] for s in unit.branch if _is_spatial(trace.steps[s])]
+    if not spatial:
+        raise Irremovable("it has no convolution over space")
+    kept = [step for step in spatial if step.shape == step.sizes[0]]
+    if not kept:
+        raise Irremovable("its convolution changes the size or the channels of the map")
+
+    def pass_input(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args[0] if args else kwargs["input"]
+        return given.clone()
+
+    return kept[-1].ordinal or 0, pass_input
+
+
+def _head(trace: Trace, unit: Unit, head: int) -> tuple[int, Handler]:
+    step = _attention(trace, unit)
+    if step is None or not step.heads:
+        raise Irremovable("it has no attention heads that can be told apart")
+    if not 0 <= head < step.heads:
+        raise Irremovable(f"it has {step.heads} heads, from 0 to {step.heads - 1}")
+
+    def without_head(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        keep = torch.ones(out.shape[-3], 1, 1, dtype=out.dtype, device=out.device)
+        keep[head] = 0
+        return out * keep
+
+    def without_projected_head(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        weight = args[_OUT_PROJECTION].clone()  # (dim, heads * head_dim)
+        weight.unflatten(1, (step.heads, -1))[:, head] = 0
+        args = (*args[:_OUT_PROJECTION], weight, *args[_OUT_PROJECTION + 1 :])
+        return func(*args, **kwargs)
+
+    whole = step.name == "multi_head_attention_forward"
+    return step.ordinal or 0, without_projected_head if whole else without_head
+
+
+_OUT_PROJECTION = 11
+"""Position of the output projection among the arguments of `F.multi_head_attention_forward`."""
+
+
+def _attention(trace: Trace, unit: Unit) -> Step | None:
+    """Return the call whose output has an axis of heads, `None` without one."""
+    steps = (trace.steps[s] for s in unit.branch)
+    return next((step for step in steps if step.name in ATTENTION and step.heads), None)
+
+
+def _is_spatial(step: Step) -> bool:
+    return step.name == "conv2d" and max(step.sizes[1][2:]) > 1

@@ -1,0 +1,59 @@
+"""Images of a size that a model is likely to accept, where nobody gave an example."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SIDES = (224, 32, 64, 256, 384, 28)
+
+
+def images_of(inputs: Any) -> Tensor:
+    """Return the images of a batch: its first floating-point tensor, else its first tensor.
+
+    Raises:
+        TypeError: If a batch holds no tensor.
+    """
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+    tensors = [v for v in values if isinstance(v, Tensor) and v.dim()]
+    if not tensors:
+        raise TypeError(
+            f"`inputs` must be a tensor or a mapping of tensors, got a {type(inputs).__name__}."
+        )
+    return next((t for t in tensors if t.is_floating_point()), tensors[0])
+
+
+def likely_images(model: nn.Module) -> Iterator[Tensor]:
+    """Yield batches of two random images, of the size that the model states, then common sizes."""
+    generator = torch.Generator().manual_seed(0)
+    channels = _num_channels(model)
+    stated = [size for size in map(_pair, _stated_sizes(model)) if size is not None]
+    for height, width in dict.fromkeys([*stated, *((side, side) for side in _SIDES)]):
+        yield torch.randn(2, channels, height, width, generator=generator)
+
+
+def _num_channels(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return int(getattr(getattr(model, "config", None), "num_channels", 3))
+
+
+def _stated_sizes(model: nn.Module) -> Iterator[Any]:
+    """Yield what models call their image size: ours and torchvision, timm, Hugging Face."""
+    yield getattr(model, "image_size", None)
+    yield getattr(getattr(model, "patch_embed", None), "img_size", None)
+    yield getattr(getattr(model, "config", None), "image_size", None)
+    for name in ("pretrained_cfg", "default_cfg"):
+        settings = getattr(model, name, None)
+        if isinstance(settings, Mapping) and settings.get("input_size"):
+            yield settings["input_size"][1:]
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(s, int) for s in size):
+        return size[0], size[1]
+    return None

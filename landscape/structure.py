@@ -1,0 +1,300 @@
+"""The residual blocks of a model, found in its trace.
+
+A value is a *cut* when everything that reaches the output passes through it. A residual unit is an
+addition whose sum is a cut and one of whose terms, the skip, is an ancestor of the other, the
+branch, or (a projection) the shorter way from the last cut. That is how every residual network is
+built, whatever its classes are called: a transformer block has two such sums, one behind the
+attention and one behind the MLP. What the branch computes says of which kind the unit is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from landscape.tracing import INPUT, Step, Trace
+
+Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head", "other"]
+
+ADDITIONS = frozenset({"add", "addcmul"})
+ACTIVATIONS = frozenset({"relu", "relu6", "gelu", "silu", "hardswish", "leaky_relu", "mish", "elu"})
+ATTENTION = frozenset(
+    {"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
+    | {"_native_multi_head_attention"}
+)
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+WEIGHTED = ATTENTION | CONVOLUTIONS | {"linear", "matmul", "opaque"}
+POOLING = frozenset(
+    {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
+    | {"lp_pool2d", "interpolate", "pixel_unshuffle"}
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One block of a traced model.
+
+    Attributes:
+        name: Name, unique in the model: that of the module that is the block where there is one.
+        kind: What it computes.
+        value: Its output, a step of the trace.
+        addition: The step that adds branch and skip; `None` where there is no residual sum.
+        skip: Position of the skip among the addition's tensor arguments.
+        projected: Whether the skip is a projection of the block's input, not the input itself.
+        branch: Steps of the branch, in order.
+        is_cut: Whether everything that follows depends on the output alone.
+    """
+
+    name: str
+    kind: Kind
+    value: int
+    addition: int | None = None
+    skip: int | None = None
+    projected: bool = False
+    branch: tuple[int, ...] = ()
+    is_cut: bool = True
+
+
+def find_units(trace: Trace) -> list[Unit]:
+    """Return stem, residual units, what lies between them, and head, in order.
+
+    Args:
+        trace: A forward pass.
+
+    Returns:
+        The units; stem and head alone where the model has no residual sum on its path.
+    """
+    graph = _Graph(trace)
+    residual = graph.residual_units()
+    if not residual:
+        return []
+    units = sorted([*residual, *_plain_siblings(graph, residual)], key=lambda unit: unit.value)
+    found: list[Unit] = []
+    entry = graph.entry(units[0])
+    if entry != INPUT:
+        found.append(Unit("stem", "stem", entry))
+    for unit in units:
+        between = graph.between(found[-1].value, graph.entry(unit)) if found else None
+        found += [unit] if between is None else [between, unit]
+    found.append(Unit("head", "head", trace.output))
+    return _uniquely_named(found)
+
+
+def named_units(trace: Trace, paths: list[str]) -> list[Unit]:
+    """Return the outputs of the named modules, in the order in which they are computed.
+
+    Args:
+        trace: A forward pass.
+        paths: Names of modules; one that runs twice counts twice.
+
+    Returns:
+        The units, of the kind that their inside says.
+
+    Raises:
+        ValueError: If a module does not run, or returns nothing that depends on the input.
+    """
+    graph = _Graph(trace)
+    found = []
+    for path in paths:
+        spans = [i for i, span in enumerate(trace.spans) if span.path == path]
+        outputs = [(i, trace.spans[i].output) for i in spans]
+        if not any(value is not None and value != INPUT for _, value in outputs):
+            raise ValueError(
+                f"`choose` must name modules that compute a feature map, but {path!r} "
+                f"{'returns none' if spans else 'does not run in the forward pass'}."
+            )
+        for span, value in outputs:
+            if value is not None and value != INPUT:
+                steps = tuple(
+                    s for s in range(trace.spans[span].first, trace.spans[span].end)
+                    if trace.steps[s].follows
+                )  # fmt: skip
+                known = graph.unit_with_output(value)
+                unit = Unit(path, graph.kind(steps), value) if known is None else known
+                found.append(replace(unit, name=path, is_cut=value in graph.cuts))
+    return _uniquely_named(sorted(found, key=lambda unit: unit.value))
+
+
+class _Graph:
+    """The dataflow of a trace, from the input to the logits."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.steps = trace, trace.steps
+        self._relevant = self._ancestors(trace.output, INPUT)
+        self.cuts = self._find_cuts()
+        self._is_cut = set(self.cuts)
+        self._units: list[Unit] | None = None
+
+    def residual_units(self) -> list[Unit]:
+        """Return every residual sum that is a cut."""
+        if self._units is None:
+            candidates = (self._residual(step) for step in self.cuts if step != INPUT)
+            found = [unit for unit in candidates if unit is not None]
+            self._units = [self._placed(unit, found) for unit in found]
+        return self._units
+
+    def unit_with_output(self, value: int) -> Unit | None:
+        """Return the residual unit whose output is `value`."""
+        return next((unit for unit in self.residual_units() if unit.value == value), None)
+
+    def entry(self, unit: Unit) -> int:
+        """Return the last cut before the unit's own module begins: its input."""
+        start = unit.branch[0] if unit.branch else unit.value
+        step = self.steps[unit.value if unit.addition is None else unit.addition]
+        if step.span > 0:
+            start = min(start, self.trace.spans[step.span].first)
+        return self._last_cut_before(start)
+
+    def between(self, last: int, entry: int) -> Unit | None:
+        """Return what changes the size of the map between two units, if anything does."""
+        if entry <= last:
+            return None
+        span = tuple(s for s in range(last + 1, entry + 1) if s in self._relevant)
+        if not any(self.steps[s].name in WEIGHTED | POOLING for s in span):
+            return None
+        return Unit(self._module_of(span) or "pool", "pool", entry)
+
+    def kind(self, branch: tuple[int, ...]) -> Kind:
+        """Return what a branch is: attention, else a convolution over space, else linear maps."""
+        names = {self.steps[s].name for s in branch}
+        if names & ATTENTION:
+            return "msa"
+        if any(_kernel(self.steps[s]) > 1 for s in branch):
+            return "conv"
+        return "mlp" if names & ({"linear"} | CONVOLUTIONS) else "other"
+
+    def _find_cuts(self) -> list[int]:
+        """Return the values through which every way from the input to the output passes."""
+        last_use = dict.fromkeys([INPUT, *self._relevant], INPUT)
+        for s in self._relevant:
+            for value in self.steps[s].inputs:
+                if value in last_use:
+                    last_use[value] = max(last_use[value], s)
+        cuts, open_until = [INPUT], last_use[INPUT]
+        for s in sorted(self._relevant):
+            if open_until <= s:  # no earlier value is used after this one was made
+                cuts.append(s)
+            open_until = max(open_until, last_use[s])
+        return cuts
+
+    def _residual(self, s: int) -> Unit | None:
+        """Return the residual unit whose sum is step `s`, if it is one."""
+        step = self.steps[s]
+        if step.name not in ADDITIONS or len(set(step.inputs)) != 2:
+            return None
+        if any(step.sizes[position] != step.shape for position in step.positions):
+            return None
+        cut = self._last_cut_before(s)
+        behind = [self._ancestors(value, cut) for value in step.inputs]
+        weights = [sum(self.steps[i].name in WEIGHTED for i in steps) for steps in behind]
+        first, second = step.inputs
+        projected = False
+        if first in behind[1] or first == cut:
+            skip = 0
+        elif second in behind[0] or second == cut:
+            skip = 1
+        elif weights[0] == weights[1]:
+            return None
+        else:
+            skip, projected = (0 if weights[0] < weights[1] else 1), True
+        branch = tuple(sorted(behind[1 - skip] - behind[skip] - {step.inputs[skip]}))
+        if not any(self.steps[i].name in WEIGHTED | POOLING for i in branch):
+            return None
+        value = self._end(s)
+        kind = self.kind(branch)
+        return Unit("", kind, value, s, step.positions[skip], projected, branch)
+
+    def _end(self, s: int) -> int:
+        """Return the block's output: the sum, or what its module makes of the sum alone."""
+        owner = self.steps[s].span
+        following = sorted(t for t in self._relevant if t > s)
+        for t in following:
+            step = self.steps[t]
+            inside = owner > 0 and self.trace.inside(t, owner)
+            if (
+                t not in self._is_cut
+                or step.shape is None
+                or step.name in ADDITIONS | WEIGHTED | POOLING
+                or not (inside or step.name in ACTIVATIONS)
+                or _size(step.shape) != _size(self.steps[s].shape)
+            ):
+                break
+            s = t
+        return s
+
+    def _placed(self, unit: Unit, units: list[Unit]) -> Unit:
+        """Name a unit by the module that it is, or else by the module that holds its branch."""
+        assert unit.addition is not None
+        owner = self.steps[unit.addition].span
+        alone = sum(self.steps[u.addition or 0].span == owner for u in units) == 1
+        if owner > 0 and alone and self.trace.spans[owner].output == unit.value:
+            return replace(unit, name=self.trace.spans[owner].path)
+        return replace(unit, name=self._module_of(unit.branch, owner))
+
+    def _module_of(self, steps: tuple[int, ...], owner: int = 0) -> str:
+        """Return the deepest module below `owner` that holds every weighted step."""
+        weighted = [s for s in steps if self.steps[s].name in WEIGHTED | POOLING] or list(steps)
+        paths = [self.trace.path(s).split(".") for s in weighted]
+        shared: list[str] = []
+        for parts in zip(*paths, strict=False):
+            if len(set(parts)) > 1:
+                break
+            shared.append(parts[0])
+        path = ".".join(shared)
+        if path == self.trace.spans[owner].path:  # several children: the last one's is the output
+            path = ".".join(paths[-1][: len(shared) + 1])
+        return path
+
+    def _last_cut_before(self, s: int) -> int:
+        return max((cut for cut in self.cuts if cut < s), default=INPUT)
+
+    def _ancestors(self, value: int, after: int) -> set[int]:
+        """Return `value` and what it depends on among the steps after the value `after`."""
+        found: set[int] = set()
+        todo = [value]
+        while todo:
+            current = todo.pop()
+            if current > after and current not in found:
+                found.add(current)
+                todo += self.steps[current].inputs
+        return found
+
+
+def _plain_siblings(graph: _Graph, units: list[Unit]) -> Iterator[Unit]:
+    """Yield blocks of the same classes that have no residual sum (they change the size)."""
+    trace, steps = graph.trace, graph.steps
+    owners = [steps[unit.addition].span for unit in units if unit.addition is not None]
+    kinds = {trace.spans[owner].kind for owner in owners if owner > 0}
+    kinds -= {nn.Module, nn.Sequential}
+    for index, span in enumerate(trace.spans):
+        if span.kind not in kinds or span.output is None or span.output not in graph.cuts:
+            continue
+        inside = tuple(s for s in range(span.first, span.end) if steps[s].follows)
+        if inside and not any(owner == index or trace.inside(u.addition or 0, index)
+                              for owner, u in zip(owners, units, strict=True)):  # fmt: skip
+            yield Unit(span.path, graph.kind(inside), span.output, branch=inside)
+
+
+def _uniquely_named(units: list[Unit]) -> list[Unit]:
+    """Number the further calls of one module: `block`, `block#2`."""
+    seen: dict[str, int] = {}
+    named = []
+    for unit in units:
+        seen[unit.name] = count = seen.get(unit.name, 0) + 1
+        named.append(unit if count == 1 else replace(unit, name=f"{unit.name}#{count}"))
+    return named
+
+
+def _kernel(step: Step) -> int:
+    """Return the largest side of a convolution's kernel, 0 for another step."""
+    if step.name not in CONVOLUTIONS or len(step.sizes) < 2:
+        return 0
+    return max(step.sizes[1][2:], default=0)
+
+
+def _size(shape: tuple[int, ...] | None) -> int:
+    size = 1
+    for side in shape or ():
+        size *= side
+    return size

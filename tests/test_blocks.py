@@ -1,0 +1,345 @@
+"""Blocks: found, captured and removed, against plain hooks and models changed by hand."""
+
+import copy
+import functools
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from landscape.blocks import Blocks
+from landscape.lesions import num_heads
+from landscape.models import alternet18, resnet20, vit_nano
+from tests.cases import assert_untouched, snapshot
+
+SMALL = {
+    "resnet": lambda: resnet20(width=4),
+    "vit": lambda: vit_nano(depth=2, image_size=16),
+    "gap": lambda: vit_nano(depth=2, image_size=16, pool="gap"),
+    "alternet": lambda: alternet18(width=8, heads=(1, 2, 2, 4), head_dim=4, window=2),
+}
+
+
+def build(make, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+@pytest.fixture(params=SMALL)
+def model(request):
+    return build(SMALL[request.param])
+
+
+@pytest.fixture
+def images(generator):
+    return torch.randn(4, 3, 16, 16, generator=generator)
+
+
+def hooked(model, x, path):
+    """The output of a module, by a plain hook on a copy."""
+    model, kept = copy.deepcopy(model).eval(), []
+    model.get_submodule(path).register_forward_hook(lambda m, a, out: kept.append(out.clone()))
+    with torch.no_grad():
+        model(x)
+    return kept[0]
+
+
+def test_blocks_of_our_models():
+    vit = Blocks(build(SMALL["vit"]))
+    body = [f"blocks.{i}.{kind}" for i in range(2) for kind in ("msa", "mlp")]
+    assert vit.names == ("stem", *body, "head")
+    assert vit.kinds == ("stem", "msa", "mlp", "msa", "mlp", "head")
+    assert [b.depth for b in vit] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert not any(b.subsamples for b in vit)
+    resnet = Blocks(build(SMALL["resnet"]))
+    stages = [f"stages.{i}.{j}" for i in range(3) for j in range(3)]
+    assert resnet.names == ("stem", *stages, "head")
+    assert [b.name for b in resnet if b.subsamples] == ["stages.1.0", "stages.2.0"]
+    assert [b.stage for b in resnet][:-1] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert resnet["stages.2.1"].channels == 16
+    alternet = Blocks(build(SMALL["alternet"]))
+    assert alternet.kinds == ("stem", *["conv"] * 2, *["conv", "msa"] * 3, "head")
+
+
+def test_captured_features_are_those_of_hooks(model, images):
+    blocks = Blocks(model, example=images)
+    features = blocks.capture(images)
+    assert tuple(features) == blocks.names
+    for block in list(blocks)[1:-1]:
+        expected = hooked(model, images, block.name)
+        if expected.dim() == 3:
+            tokens = expected[:, expected.shape[1] % 2 :]  # without a class token
+            expected = tokens.transpose(1, 2).unflatten(2, (4, 4))
+        torch.testing.assert_close(features[block.name], expected, rtol=1e-5, atol=1e-6)
+        assert features[block.name].shape[1:] == (block.channels, *block.grid)
+    with torch.no_grad():
+        torch.testing.assert_close(features["head"], model.eval()(images))
+
+
+def test_the_stem_is_what_the_first_block_takes(images):
+    model = build(SMALL["vit"])
+    tokens = model.patch_embed(images).flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
+    stem = Blocks(model).capture(images)["stem"]
+    torch.testing.assert_close(stem, tokens.transpose(1, 2).unflatten(2, (4, 4)).detach())
+
+
+class Grid(nn.Module):
+    """A transformer without a class of its own, in any of the usual layouts."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.layout, self.heads = layout, 2
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.registers = nn.Parameter(torch.randn(1, 3, 8))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 8))
+
+    def attend(self, x):
+        n, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, 4).permute(2, 0, 3, 1, 4)
+        weights = ((q @ k.transpose(-1, -2)) / 2).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(n, tokens, 8))
+
+    def forward(self, x):
+        x = self.embed(x)
+        if self.layout == "nhwc":
+            x = x.permute(0, 2, 3, 1)
+            x = x + self.attend(self.norms[0](x).flatten(1, 2)).view_as(x)
+            return (self.mlp(self.norms[1](x)) + x).mean((1, 2))
+        x = x.flatten(2).transpose(1, 2)
+        if self.layout == "registers":
+            x = torch.cat([self.registers.expand(len(x), -1, -1), x], 1)
+        if self.layout == "sequence first":
+            x = x.transpose(0, 1)
+            x = x + self.attend(self.norms[0](x).transpose(0, 1)).transpose(0, 1)
+            return (x + self.mlp(self.norms[1](x))).mean(0)
+        x = x + self.attend(self.norms[0](x))
+        x = x + self.mlp(self.norms[1](x))
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "tokens", "registers", "sequence first"])
+def test_layouts_become_maps(layout, generator):
+    model = build(lambda: Grid(layout))
+    images = torch.randn(5, 3, 8, 12, generator=generator)  # a map of 2 x 3, not square
+    blocks = Blocks(model, example=images)
+    assert blocks.kinds == ("stem", "msa", "mlp", "head")
+    features = blocks.capture(images)
+    embedded = model.embed(images).detach()
+    torch.testing.assert_close(features["stem"], embedded)
+    for name in blocks.names[1:-1]:
+        assert features[name].shape == (5, 8, 2, 3)
+    # The branch of the MLP acts at each position by itself: it tells where every position went.
+    before = features[blocks.names[1]].movedim(1, -1)
+    after = before + model.mlp(model.norms[1](before))
+    torch.testing.assert_close(features["mlp"].movedim(1, -1), after.detach())
+
+
+def test_names_and_globs(images):
+    model = build(SMALL["resnet"])
+    blocks = Blocks(model, ["stages.*.1", "stem.conv"], example=images)
+    assert blocks.names == ("stem.conv", "stages.0.1", "stages.1.1", "stages.2.1")
+    features = blocks.capture(images)
+    for name in blocks.names:
+        torch.testing.assert_close(features[name], hooked(model, images, name))
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(784, 2)
+    )
+    assert Blocks(plain, ["0", "1"], example=images).kinds == ("conv", "other")
+    captured = Blocks(plain, "0", example=images).capture(images)
+    torch.testing.assert_close(captured["0"], plain[0](images).detach())  # before the in-place ReLU
+
+
+def test_errors_name_what_is_near(images):
+    model = build(SMALL["resnet"])
+    with pytest.raises(ValueError, match=r"`choose` .*'stages.0.7'.*nearest are 'stages.0"):
+        Blocks(model, "stages.0.7", example=images)
+    with pytest.raises(ValueError, match="at least one name"):
+        Blocks(model, [], example=images)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with pytest.raises(ValueError, match="must have residual blocks, found none in a Sequential"):
+        Blocks(plain, example=images)
+    blocks = Blocks(model, example=images)
+    with pytest.raises(ValueError, match="one of the 11 blocks, got 'stages.0.5'; the nearest"):
+        blocks.index("stages.0.5")
+    with pytest.raises(ValueError, match="`example` must be given for a Sequential"):
+        Blocks(nn.Sequential(nn.Linear(7, 7)))
+    with pytest.raises(ValueError, match="'0.weight'"):
+        Blocks(nn.Sequential(nn.Linear(7, 7)), "0.weight", example=torch.ones(2, 7))
+    with pytest.raises(TypeError, match="`inputs` must be a tensor or a mapping"):
+        blocks.capture([1, 2])
+
+
+def test_a_module_that_does_not_run(images):
+    model = build(SMALL["resnet"])
+    model.spare = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'spare' does not run"):
+        Blocks(model, "spare", example=images)
+
+
+def test_control_flow_that_depends_on_the_data(images):
+    class Moody(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            if x.sum() > 0:
+                x = x.flatten(1).view_as(x)
+            return (x + self.conv(x)).mean((2, 3))
+
+    blocks = Blocks(build(Moody), example=-images.abs())
+    blocks.capture(-images.abs())
+    with pytest.raises(ValueError, match="same calls for every batch"):
+        blocks.capture(images.abs())
+
+
+def test_model_untouched_even_when_interrupted(model, images):
+    model.train()
+    blocks = Blocks(model, example=images)
+    before = snapshot(model)
+    blocks.capture(images)
+
+    def stop(block, feature):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        blocks.visit(images, stop)
+    with pytest.raises(RuntimeError), blocks.lesion(blocks.names[2]):
+        model(images[:, :2])
+    assert_untouched(model, before)
+    expected = copy.deepcopy(model).eval()(images)
+    torch.testing.assert_close(model.eval()(images), expected)
+
+
+def test_few_features_at_a_time(images):
+    """What the model itself holds is alive, however many blocks there are."""
+    peaks = []
+    for depth in (2, 12):
+        alive, peak = [], 0
+
+        def look(block, feature, alive=alive):
+            nonlocal peak
+            peak = max(peak, sum(ref() is not None for ref in alive))
+            alive.append(weakref.ref(feature))
+
+        model = build(functools.partial(resnet20, width=4, depths=(depth,)))
+        with torch.inference_mode():
+            Blocks(model, example=images).visit(images, look)
+        assert len(alive) == depth + 2
+        peaks.append(peak)
+    assert peaks[0] == peaks[1] <= 3
+
+
+def test_mapping_inputs_and_another_size(images):
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, pixel_values, labels=None):
+            return {"logits": self.inner(pixel_values)}
+
+    inner = build(SMALL["resnet"])
+    blocks = Blocks(Wrapped(inner), example={"pixel_values": images})
+    plain = Blocks(inner, example=images).capture(images)
+    captured = blocks.capture({"pixel_values": images})
+    torch.testing.assert_close(captured["inner.stages.1.0"], plain["stages.1.0"])
+    larger = blocks.capture({"pixel_values": torch.ones(2, 3, 24, 24)})
+    assert larger["inner.stages.2.2"].shape == (2, 16, 6, 6)
+
+
+def test_a_compiled_model(images):
+    model = build(SMALL["resnet"])
+    compiled = torch.compile(model, backend="eager")
+    assert Blocks(compiled, example=images).names == Blocks(model, example=images).names
+
+
+# --- lesions -------------------------------------------------------------------------------------
+
+
+def without(model, path, make):
+    model = copy.deepcopy(model).eval()
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, make(model.get_submodule(path)))
+    return model
+
+
+class Zero(nn.Module):
+    def __init__(self, branch):
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x):
+        return torch.zeros_like(self.branch(x))
+
+
+def test_lesion_of_a_branch(model, images):
+    blocks = Blocks(model, example=images)
+    model.eval()
+    removable = 0
+    for block in list(blocks)[1:-1]:
+        if block.subsamples:
+            with pytest.raises(ValueError, match="skip is a projection"), blocks.lesion(block.name):
+                pass
+            continue
+        expected = without(model, f"{block.name}.branch", Zero)(images)
+        with blocks.lesion(block.name):
+            once, twice = model(images), model(images)
+        torch.testing.assert_close(once, expected)
+        torch.testing.assert_close(twice, expected)
+        assert not torch.allclose(model(images), expected)
+        removable += 1
+    assert removable >= 4
+    with pytest.raises(ValueError, match="no residual branch"), blocks.lesion("stem"):
+        pass
+
+
+def test_lesion_of_a_convolution(images):
+    model = build(SMALL["resnet"]).eval()
+    blocks = Blocks(model, example=images)
+    for name in ("stages.0.1", "stages.1.0"):
+        expected = without(model, f"{name}.branch.conv2", lambda conv: nn.Identity())(images)
+        with blocks.lesion(name, "conv"):
+            torch.testing.assert_close(model(images), expected)
+    vit = build(SMALL["vit"])
+    with pytest.raises(ValueError, match="no convolution over space"):
+        Blocks(vit).lesion("blocks.0.msa", "conv").__enter__()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_lesion_of_a_head(fused, images):
+    if fused:
+        model, name, project = build(SMALL["vit"]), "blocks.0.msa", "branch.attention.project"
+        blocks = Blocks(model, example=images)
+    else:
+        model, name, project = build(lambda: Grid("tokens")), "", "out"
+        blocks = Blocks(model, example=images)
+        name = blocks.names[1]
+    traced = blocks.traced(images)
+    heads = num_heads(traced.trace, traced.units[1])
+    assert heads == model.get_submodule(f"{name}.branch.attention" if fused else "").heads
+    for head in range(heads):
+        changed = copy.deepcopy(model).eval()
+        linear = changed.get_submodule(f"{name}.{project}" if fused else project)
+        linear.weight.data.unflatten(1, (heads, -1))[:, head] = 0
+        with blocks.lesion(name, head):
+            torch.testing.assert_close(model.eval()(images), changed(images))
+    with pytest.raises(ValueError, match=f"it has {heads} heads"), blocks.lesion(name, heads):
+        pass
+
+
+def test_gradients_flow_while_visited(images):
+    model = build(SMALL["vit"])
+    features = []
+    logits = Blocks(model, example=images).visit(images, lambda b, f: features.append(f))
+    loss = F.cross_entropy(logits, torch.zeros(4, dtype=torch.long)) + features[2].sum()
+    gradient, unused = torch.autograd.grad(
+        loss, [model.patch_embed.weight, model.head.weight], allow_unused=True
+    )
+    assert gradient.abs().sum() > 0
+    assert unused is not None
