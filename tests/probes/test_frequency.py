@@ -4,7 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from landscape.probes.frequency import RobustnessCurve, frequency_robustness, ring
+from landscape.probes.frequency import (
+    FREQUENCIES,
+    RobustnessCurve,
+    frequency_robustness,
+    ring,
+)
 from landscape.training import DeviceImages
 from tests.cases import assert_untouched, snapshot
 
@@ -70,9 +75,9 @@ def test_all_power_lies_in_the_ring_and_the_norm_is_exact(size):
 
 
 def test_noise_is_the_filtered_gaussian_of_the_paper():
-    x, y = images(1, (16, 12), channels=1)
-    shown = noises(x, y, frequencies=[0.5], width=0.3, norm=0.2)[0, 0, 0]
-    delta = torch.randn(1, 16, 12, generator=torch.Generator().manual_seed(0))[0].double()
+    x, y = images(1, (16, 12), channels=2)
+    shown = noises(x, y, frequencies=[0.5], width=0.3, norm=0.2)[0, 0]
+    delta = torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(0)).double()
     mask = torch.from_numpy((radii((16, 12)) >= 0.35) & (radii((16, 12)) < 0.65))
     expected = torch.fft.ifft2(torch.fft.fft2(delta) * mask)
     assert expected.imag.abs().max() < 1e-12
@@ -99,6 +104,10 @@ def test_rings_of_touching_widths_partition_the_plane():
         centres = np.arange(0.05, radii(size).max() + 0.05, 0.1)
         masks = [ring(size, f, 0.1) for f in centres]
         assert (torch.stack(masks).sum(0) == 1).all(), size
+    # 0.35π is a frequency of 40 × 40 images; 0.3 + 0.05 and 0.4 − 0.05 differ by rounding.
+    masks = torch.stack([ring((40, 40), f, 0.1) for f in FREQUENCIES])
+    assert masks.sum(0)[0, 1:19].eq(1).all()
+    assert masks[3, 0, 7]
     # 0.25π is a frequency of 32 × 32 images and an edge: it belongs to the upper ring alone.
     assert not ring((32, 32), 0.2, 0.1)[0, 4]
     assert ring((32, 32), 0.3, 0.1)[0, 4]

@@ -1,0 +1,236 @@
+"""Robustness and calibration as plotly figures; plotly is imported when called."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from landscape.plot import style
+from landscape.plot.corruption import CorruptionTable, corruption_title, grouped_rows
+from landscape.plot.plotly_look import LOOK, plotly_line
+from landscape.plot.robustness import (
+    CONFIDENCE_LABEL,
+    DELTA_LABEL,
+    FREQUENCY_LABEL,
+    RADIUS_LABELS,
+    RELIABILITY_LABEL,
+    attack_of,
+    attacked_accuracy,
+    clean_entry,
+    common_norm,
+    ece_entry,
+    legend_entries,
+    named_results,
+    noise_of,
+    wilson_interval,
+)
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from landscape.probes.adversarial import AdversarialRobustness
+    from landscape.probes.evaluate import Evaluation
+    from landscape.probes.frequency import RobustnessCurve
+
+
+def frequency_robustness(
+    results: "RobustnessCurve | Mapping[str, RobustnessCurve]",
+) -> "Figure":
+    """Draw the change of accuracy under noise by its frequency; hovering shows NLL, too.
+
+    Bars are two paired standard errors each side.
+
+    Args:
+        results: One curve, or several by label.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    from plotly import graph_objects as go
+
+    named = named_results(results)
+    common, labels = legend_entries(named, clean_entry, noise_of)
+    figure = go.Figure()
+    for name, result in named.items():
+        hover = "frequency %{x:.3g}π<br>Δ accuracy %{y:.2f} ± %{customdata[0]:.2f} points"
+        hover += "<br>accuracy %{customdata[1]:.2f} %<br>Δ NLL %{customdata[2]:.4g}"
+        hover += " ± %{customdata[3]:.2g} nats"
+        columns = [100 * result.delta_accuracy_stderr, 100 * result.accuracy]
+        columns += [result.delta_nll, result.delta_nll_stderr]
+        curve = go.Scatter(
+            x=result.frequencies,
+            y=100 * result.delta_accuracy,
+            error_y={"array": 200 * result.delta_accuracy_stderr},
+            customdata=np.stack(columns, axis=-1),
+            hovertemplate=hover,
+            **_curve(labels[name], style.line_styles(named)[name]),
+        )
+        figure.add_trace(curve)
+    figure.update_layout(**LOOK, title=common, xaxis_title=FREQUENCY_LABEL)
+    figure.update_layout(yaxis_title=DELTA_LABEL)
+    return figure
+
+
+def adversarial_robustness(
+    results: "AdversarialRobustness | Mapping[str, AdversarialRobustness]",
+) -> "Figure":
+    """Draw accuracy under attack by the radius, from the clean accuracy at 0.
+
+    Bars are two standard errors each side.
+
+    Args:
+        results: One result, or several of one norm by label.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        ValueError: If `results` is empty, or mixes norms.
+    """
+    from plotly import graph_objects as go
+
+    named = named_results(results)
+    norm = common_norm(named)
+    common, labels = legend_entries(named, clean_entry, attack_of)
+    figure = go.Figure()
+    for name, result in named.items():
+        radii, accuracy, error = attacked_accuracy(result)
+        hover = "radius %{x:.3g}/255 = %{customdata[1]:.4g}"
+        hover += "<br>accuracy %{y:.2f} ± %{customdata[0]:.2f} %"
+        curve = go.Scatter(
+            x=255 * radii,
+            y=100 * accuracy,
+            error_y={"array": 200 * error},
+            customdata=np.stack([100 * error, radii], axis=-1),
+            hovertemplate=hover,
+            **_curve(labels[name], style.line_styles(named)[name]),
+        )
+        figure.add_trace(curve)
+    figure.update_layout(**LOOK, title=common, xaxis_title=RADIUS_LABELS[norm])
+    figure.update_layout(yaxis_title="Accuracy (%)", yaxis_rangemode="tozero")
+    return figure
+
+
+def reliability_diagram(results: "Evaluation | Mapping[str, Evaluation]") -> "Figure":
+    """Draw accuracy against confidence; hovering shows the edges and the count of a bin.
+
+    Bars are Wilson's intervals of two standard errors; the columns are the share of samples in
+    each bin of the confidence.
+
+    Args:
+        results: One evaluation, or several by label.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    from plotly import graph_objects as go
+
+    named = named_results(results)
+    common, labels = legend_entries(named, ece_entry, lambda result: f"n = {result.num_samples}")
+    figure = go.Figure()
+    diagonal = {"color": "#737373", "dash": "dash", "width": 1}
+    figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line=diagonal)
+    for name, result in named.items():
+        look = style.line_styles(named)[name]
+        low, high = wilson_interval(result.bin_accuracy, result.bin_count)
+        bars = {"array": high - result.bin_accuracy, "arrayminus": result.bin_accuracy - low}
+        hover = "confidence %{x:.3f}, in (%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
+        hover += "<br>accuracy %{y:.3f}<br>gap %{customdata[3]:.3f}<br>%{customdata[2]} samples"
+        points = go.Scatter(
+            x=result.bin_confidence,
+            y=result.bin_accuracy,
+            error_y={"symmetric": False, **bars},
+            customdata=_bins(result),
+            hovertemplate=hover,
+            **_curve(labels[name], look),
+        )
+        columns = go.Bar(
+            x=(result.bin_edges[1:] + result.bin_edges[:-1]) / 2,
+            y=result.bin_count / max(result.num_samples, 1),
+            width=np.diff(result.bin_edges),
+            marker={"color": look["color"], "opacity": 0.2, "line": {"width": 0}},
+            name=labels[name],
+            legendgroup=labels[name],
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        figure.add_traces([points, columns])
+    title = "noise: the ECE of a calibrated model" + (f", {common}" if common else "")
+    figure.update_layout(**LOOK, title=title, barmode="overlay")
+    figure.update_xaxes(title_text=CONFIDENCE_LABEL, range=[0, 1])
+    figure.update_yaxes(title_text=RELIABILITY_LABEL, range=[0, 1.03])
+    return figure
+
+
+def corruption_robustness(
+    results: "CorruptionTable | Mapping[str, CorruptionTable]",
+) -> "Figure":
+    """Draw tables of the error under corruptions side by side; hovering shows errors and NLL.
+
+    Args:
+        results: One table, or several by label.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    from plotly import graph_objects as go
+    from plotly.subplots import make_subplots
+
+    named = named_results(results)
+    titles = [
+        f"{name}: {corruption_title(result)}" if name else corruption_title(result)
+        for name, result in named.items()
+    ]
+    figure = make_subplots(1, len(named), subplot_titles=titles)
+    for column, result in enumerate(named.values(), start=1):
+        rows, groups = grouped_rows(result.corruptions)
+        names = [result.corruptions[row].replace("_", " ") for row in rows]
+        values = 100 * np.asarray(result.error)[rows]
+        hover = "%{y} (%{customdata[3]}), severity %{x}"
+        hover += "<br>error %{z:.2f} ± %{customdata[0]:.2f} %"
+        hover += "<br>NLL %{customdata[1]:.4g} ± %{customdata[2]:.2g} nats<extra></extra>"
+        table = go.Heatmap(
+            x=[str(each) for each in result.severities],
+            y=names,
+            z=values,
+            customdata=_cells(result, rows, groups),
+            coloraxis="coloraxis",
+            texttemplate="%{z:.0f}",
+            hovertemplate=hover,
+        )
+        figure.add_trace(table, row=1, col=column)
+    figure.update_xaxes(title_text="Severity", type="category")
+    figure.update_yaxes(autorange="reversed")
+    bar = {"cmin": 0, "cmax": 100, "colorscale": style.SEQUENTIAL.capitalize()}
+    figure.update_layout(**LOOK, coloraxis={**bar, "colorbar": {"title": {"text": "Error (%)"}}})
+    return figure
+
+
+def _curve(label: str, look: dict[str, str]) -> dict[str, Any]:
+    line = plotly_line(look)
+    return {"mode": "lines+markers", "name": label, "legendgroup": label, "line": line}
+
+
+def _bins(result: "Evaluation") -> NDArray[np.float64]:
+    gap = result.bin_accuracy - result.bin_confidence
+    columns = [result.bin_edges[:-1], result.bin_edges[1:], result.bin_count, gap]
+    return np.stack(columns, axis=-1)
+
+
+def _cells(result: CorruptionTable, rows: list[int], groups: list[str]) -> NDArray[np.object_]:
+    cells = np.empty((len(rows), len(result.severities), 4), dtype=object)
+    columns = (100 * result.error_stderr, result.nll, result.nll_stderr)
+    for index, values in enumerate(columns):
+        cells[..., index] = np.asarray(values)[rows]
+    cells[..., 3] = np.array(groups, dtype=object)[:, None]
+    return cells

@@ -1,0 +1,261 @@
+"""Robustness against noise by frequency and against attacks, and calibration."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from landscape.plot import style
+
+if TYPE_CHECKING:
+    from landscape.probes.adversarial import AdversarialRobustness
+    from landscape.probes.evaluate import Evaluation
+    from landscape.probes.frequency import RobustnessCurve
+
+FREQUENCY_LABEL = "Frequency of the noise (units of π)"
+DELTA_LABEL = "Δ accuracy (percentage points)"
+RADIUS_LABELS = {
+    "linf": "Radius of the L∞ ball (1/255 of full scale)",
+    "l2": "Radius of the L2 ball (1/255 of full scale)",
+}
+CONFIDENCE_LABEL = "Confidence (fraction)"
+RELIABILITY_LABEL = "Accuracy, share of samples (fraction)"
+
+
+def frequency_robustness(
+    results: "RobustnessCurve | Mapping[str, RobustnessCurve]",
+    *,
+    ax: Axes | None = None,
+    **line: Any,
+) -> Axes:
+    """Draw the change of accuracy under noise by its frequency (Park & Kim, 2022, Fig. 2b).
+
+    Bars are two paired standard errors each side. The legend gives clean accuracies, a note the
+    noise. Values that are not finite are gaps, marked by crosses and counted.
+
+    Args:
+        results: One curve, or several by label; model families decide the colours.
+        ax: Axes to draw on; fresh ones by default.
+        **line: Passed to `Axes.errorbar`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    named = named_results(results)
+    ax = ax if ax is not None else plt.subplots()[1]
+    common, labels = legend_entries(named, clean_entry, noise_of)
+    ax.axhline(0, color=style.MUTED, lw=0.6, zorder=0, gid="clean")
+    for name, result in named.items():
+        look = {**style.line_styles(named)[name], "label": labels[name], **line}
+        change, error = 100 * result.delta_accuracy, 200 * result.delta_accuracy_stderr
+        _draw_curve(ax, result.frequencies, change, error, look)
+    ax.set(xlabel=FREQUENCY_LABEL, ylabel=DELTA_LABEL)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, max(high, 0) + 0.12 * len(named) * (high - low))  # room for the legend
+    _note(ax, [result.delta_accuracy for result in named.values()], common)
+    ax.legend(loc="upper right")
+    return ax
+
+
+def adversarial_robustness(
+    results: "AdversarialRobustness | Mapping[str, AdversarialRobustness]",
+    *,
+    ax: Axes | None = None,
+    **line: Any,
+) -> Axes:
+    """Draw accuracy under attack by the radius of the ball, from the clean accuracy at 0.
+
+    Bars are two standard errors each side. A note, or the legend where they differ, gives the
+    attacks. Values that are not finite are gaps, marked by crosses and counted.
+
+    Args:
+        results: One result, or several of one norm by label; model families decide the colours.
+        ax: Axes to draw on; fresh ones by default.
+        **line: Passed to `Axes.errorbar`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If `results` is empty, or mixes norms.
+    """
+    named = named_results(results)
+    norm = common_norm(named)
+    ax = ax if ax is not None else plt.subplots()[1]
+    common, labels = legend_entries(named, clean_entry, attack_of)
+    for name, result in named.items():
+        look = {**style.line_styles(named)[name], "label": labels[name], **line}
+        radii, accuracy, error = attacked_accuracy(result)
+        _draw_curve(ax, 255 * radii, 100 * accuracy, 200 * error, look)
+    ax.set(xlabel=RADIUS_LABELS[norm], ylabel="Accuracy (%)", xlim=(0, None), ylim=(0, None))
+    _note(ax, [result.accuracy for result in named.values()], common)
+    ax.legend(loc="upper right")
+    return ax
+
+
+def reliability_diagram(
+    results: "Evaluation | Mapping[str, Evaluation]", *, ax: Axes | None = None, **line: Any
+) -> Axes:
+    """Draw the accuracy of each bin of the confidence against its mean confidence.
+
+    The vertical lines from the diagonal are the gaps that the calibration error (ECE) averages.
+    Bars are Wilson's intervals of two standard errors. The steps below are the share of samples in
+    each bin. The legend gives the ECE with its standard error, and as its noise what a perfectly
+    calibrated model would show on as many samples.
+
+    Args:
+        results: One evaluation, or several by label; model families decide the colours.
+        ax: Axes to draw on; fresh ones by default.
+        **line: Passed to `Axes.errorbar`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    named = named_results(results)
+    ax = ax if ax is not None else plt.subplots()[1]
+    common, labels = legend_entries(named, ece_entry, lambda result: f"n = {result.num_samples}")
+    ax.plot([0, 1], [0, 1], color=style.MUTED, lw=0.6, ls="--", zorder=0, gid="diagonal")
+    for name, result in named.items():
+        look = {**style.line_styles(named)[name], "label": labels[name], **line}
+        color = look["color"]
+        share = result.bin_count / max(result.num_samples, 1)
+        steps: dict[str, Any] = {"color": color, "alpha": 0.2, "fill": True, "lw": 0, "zorder": 0}
+        ax.stairs(share, result.bin_edges, baseline=0, gid="share", **steps)
+        x, y = result.bin_confidence, result.bin_accuracy
+        ax.vlines(x, x, y, color=color, lw=2.5, alpha=0.35, gid="gap", zorder=1)
+        low, high = wilson_interval(y, result.bin_count)
+        bars = np.clip([y - low, high - y], 0, None)
+        ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
+    ax.set(xlim=(0, 1), ylim=(0, 1.04 + 0.11 * len(named)), yticks=np.linspace(0, 1, 6))
+    ax.set(xlabel=CONFIDENCE_LABEL, ylabel=RELIABILITY_LABEL)
+    setting = "noise: the ECE of a calibrated model" + (f", {common}" if common else "")
+    _note(ax, [], setting)
+    ax.legend(loc="upper left")
+    return ax
+
+
+def named_results(results: Any) -> dict[str, Any]:
+    """Return results by label, a single one under an empty label.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    named = dict(results) if isinstance(results, Mapping) else {"": results}
+    if not named:
+        raise ValueError("`results` must hold at least one result, got an empty mapping.")
+    return named
+
+
+def legend_entries(
+    named: Mapping[str, Any], entry: Callable[[Any], str], setting: Callable[[Any], str]
+) -> tuple[str, dict[str, str]]:
+    """Return the setting that all results share ("" if none), and a legend entry for each.
+
+    The setting is part of the entries where it is not shared.
+    """
+    settings = {name: setting(result) for name, result in named.items()}
+    shared = len(set(settings.values())) == 1
+    entries = {}
+    for name, result in named.items():
+        text = entry(result) if shared else f"{entry(result)}, {settings[name]}"
+        entries[name] = f"{name}: {text}" if name else text
+    return next(iter(settings.values())) if shared else "", entries
+
+
+def clean_entry(result: "RobustnessCurve | AdversarialRobustness") -> str:
+    """Return the clean accuracy in words."""
+    return f"clean {percent(result.clean_accuracy)}"
+
+
+def noise_of(result: "RobustnessCurve") -> str:
+    """Return strength and width of the noise in words."""
+    clipped = ", clipped" if result.clip else ""
+    return f"noise RMS {result.norm:g} of full scale, rings {result.width:g}π wide{clipped}"
+
+
+def attack_of(result: "AdversarialRobustness") -> str:
+    """Return the attack in words."""
+    if result.attack == "fgsm":
+        return "FGSM"
+    restarts = f" × {result.restarts} restarts" if result.restarts > 1 else ""
+    return f"PGD, {result.steps} steps{restarts}"
+
+
+def attacked_accuracy(result: "AdversarialRobustness") -> tuple[NDArray[np.float64], ...]:
+    """Return radii, accuracy and its standard error, the clean ones in front at radius 0."""
+    keep = np.asarray(result.radii) > 0
+    columns = (
+        (0.0, result.radii),
+        (result.clean_accuracy, result.accuracy),
+        (result.clean_accuracy_stderr, result.accuracy_stderr),
+    )
+    return tuple(np.concatenate([[clean], np.asarray(each)[keep]]) for clean, each in columns)
+
+
+def common_norm(named: "Mapping[str, AdversarialRobustness]") -> str:
+    """Return the norm of the balls.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    norms = sorted({result.norm for result in named.values()})
+    if len(norms) > 1:
+        raise ValueError(f"`results` must share one norm, got {norms}; draw them apart.")
+    return norms[0]
+
+
+def ece_entry(result: "Evaluation") -> str:
+    """Return calibration error, its standard error, and that of a calibrated model in words."""
+    ece, stderr, noise = (percent(e) for e in (result.ece, result.ece_stderr, result.ece_noise))
+    return f"ECE {ece.removesuffix(' %')} ± {stderr} (noise {noise})"
+
+
+def wilson_interval(
+    share: NDArray[np.float64], count: NDArray[np.int64], z: float = 2.0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the interval of `z` standard errors of shares of `count` samples (Wilson, 1927)."""
+    n = np.where(count > 0, count, np.nan)
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return center - half, center + half
+
+
+def percent(share: float) -> str:
+    """Return a fraction as a percentage with one decimal, "–" where it is not finite."""
+    return f"{100 * share:.1f} %" if np.isfinite(share) else "–"
+
+
+def _draw_curve(
+    ax: Axes,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    error: NDArray[np.float64],
+    look: dict[str, Any],
+) -> None:
+    drawn = ax.errorbar(x, y, yerr=error, **{"marker": "o", "elinewidth": 0.7, **look})
+    missing = ~np.isfinite(y)
+    if missing.any():
+        mark: dict[str, Any] = {"ms": 3, "color": drawn.lines[0].get_color(), "clip_on": False}
+        at = np.full(int(missing.sum()), 0.02)
+        ax.plot(x[missing], at, "x", transform=ax.get_xaxis_transform(), gid="missing", **mark)
+
+
+def _note(ax: Axes, drawn: Iterable[NDArray[np.float64]], setting: str) -> None:
+    """Write above the axes what was done and how many of the drawn values are missing."""
+    values = np.concatenate([*drawn, np.empty(0)])
+    missing = int((~np.isfinite(values)).sum())
+    lines = [f"×: {missing} of {values.size} not finite"] if missing else []
+    lines += [setting] if setting else []
+    place: dict[str, Any] = {"x": 1.0, "y": 1.01, "ha": "right", "va": "bottom"}
+    place |= {"fontsize": style.NOTE_SIZE, "color": style.MUTED, "gid": "note"}
+    if lines:
+        ax.text(s="\n".join(lines), transform=ax.transAxes, **place)
