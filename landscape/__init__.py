@@ -21,6 +21,7 @@ from landscape.probes.hessian import (
     hessian_spectrum,
     hessian_trace,
 )
+from landscape.probes.lesion import LesionStudy, lesion_study
 from landscape.probes.planes import between, eigen_directions, pca_directions
 from landscape.probes.surface import LossLine, LossSurface, loss_line, loss_surface
 from landscape.probes.trajectory import (
@@ -59,11 +60,13 @@ __all__ = [
     # representations
     "Block",
     "Blocks",
+    "lesion_study",
     # results
     "Directions",
     "Eigenpairs",
     "HessianMaxSpectrum",
     "HessianSpectrum",
+    "LesionStudy",
     "LossLine",
     "LossSurface",
     "PolarTrajectory",

@@ -287,6 +287,27 @@ class Blocks:
         )
 
 
+def blocks_of(model: nn.Module, blocks: Blocks | None, example: Any) -> Blocks:
+    """Return `blocks`, or those found with a batch where they are `None`.
+
+    Args:
+        model: The model that is probed.
+        blocks: What the user gave.
+        example: First batch of inputs.
+
+    Raises:
+        ValueError: If `blocks` are those of another model.
+    """
+    if blocks is None:
+        return Blocks(model, example=example)
+    if blocks.model is not getattr(model, "_orig_mod", model):
+        raise ValueError(
+            "`blocks` must be those of the model that is probed, got those of another "
+            f"{type(blocks.model).__name__}; pass Blocks(model)."
+        )
+    return blocks
+
+
 def _show(
     block: Block,
     layout: Layout,

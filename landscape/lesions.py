@@ -55,6 +55,8 @@ def num_heads(trace: Trace, unit: Unit) -> int:
 
 
 def _branch(trace: Trace, unit: Unit) -> tuple[int, Handler]:
+    if unit.kind == "pool":
+        raise Irremovable("it changes the size or the channels of the map")
     if unit.addition is None:
         raise Irremovable("it has no residual branch")
     if unit.projected:

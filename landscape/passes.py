@@ -8,13 +8,14 @@ value alone if it is a cut of the dataflow (`landscape.structure`).
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """`handler(function, args, kwargs)` returns what the call returns."""
@@ -35,23 +36,28 @@ class StandIn:
     device: torch.device
 
     def tensor(self) -> Tensor:
-        """Return one number seen as a tensor of that shape."""
-        return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+        """Return one number, NaN where there is such, seen as a tensor of that shape."""
+        value = torch.nan if self.dtype.is_floating_point or self.dtype.is_complex else 0
+        return torch.full((), value, dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 class ControlledPass(TorchFunctionMode):
-    """Hands chosen calls to handlers, and may skip the calls before the first of them.
+    """Hands chosen calls to handlers, and may make none of the calls before the first of them.
 
     Args:
         handlers: Handler by ordinal.
-        skipped: By ordinal, the outputs of calls to skip, tensors as `StandIn`.
+        skipped: By ordinal, what the calls return that are not made; tensors as `StandIn`.
+        begin: Calls from this ordinal on are made.
     """
 
     def __init__(
-        self, handlers: Mapping[int, Handler], skipped: Mapping[int, Any] | None = None
+        self,
+        handlers: Mapping[int, Handler],
+        skipped: Mapping[int, Any] | None = None,
+        begin: int = 0,
     ) -> None:
         super().__init__()
-        self._handlers, self._skipped = handlers, skipped or {}
+        self._handlers, self._skipped, self._begin = handlers, skipped or {}, begin
         self._ordinal = 0
 
     def __torch_function__(
@@ -62,38 +68,94 @@ class ControlledPass(TorchFunctionMode):
         self._ordinal += 1
         if ordinal in self._handlers:
             return self._handlers[ordinal](func, args, kwargs)
-        if ordinal in self._skipped:
+        if ordinal < self._begin and ordinal in self._skipped:
             return tree_map(_unfold, self._skipped[ordinal])
         return func(*args, **kwargs)
 
 
 class ShapesPass(TorchFunctionMode):
-    """Makes every call and notes what the followed ones return.
+    """Makes every call and notes what some of them return.
 
     Args:
-        follows: Ordinals of the calls whose outputs are noted.
-        handlers: Handler by ordinal.
+        noted: Ordinals of these calls.
 
     Attributes:
-        shapes: Output of each of these calls, tensors as `StandIn`.
+        outputs: By ordinal, what they returned; tensors as `StandIn`.
     """
 
-    def __init__(self, follows: frozenset[int], handlers: Mapping[int, Handler]) -> None:
+    def __init__(self, noted: frozenset[int]) -> None:
         super().__init__()
-        self.shapes: dict[int, Any] = {}
-        self._follows, self._handlers, self._ordinal = follows, handlers, 0
+        self.outputs: dict[int, Any] = {}
+        self._noted, self._ordinal = noted, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Make one call."""
-        ordinal, kwargs = self._ordinal, kwargs or {}
+        out = func(*args, **(kwargs or {}))
+        if self._ordinal in self._noted:
+            self.outputs[self._ordinal] = tree_map(_fold, out)
         self._ordinal += 1
-        handler = self._handlers.get(ordinal)
-        out = func(*args, **kwargs) if handler is None else handler(func, args, kwargs)
-        if ordinal in self._follows:
-            self.shapes[ordinal] = tree_map(_fold, out)
         return out
+
+
+class _Reached(Exception):
+    """Ends a pass at the value that was asked for."""
+
+
+class PartialPasses:
+    """Passes of one batch through a model that begin or end at chosen calls.
+
+    Args:
+        run: Makes a pass and returns its logits.
+        follows: Ordinals of the calls that depend on the input.
+
+    Attributes:
+        logits: Logits of the whole pass that was made first.
+    """
+
+    def __init__(self, run: Callable[[], Tensor], follows: frozenset[int]) -> None:
+        self._run = run
+        with ShapesPass(follows) as shapes:
+            self.logits = run()
+        self._skipped = shapes.outputs
+
+    def logits_from(
+        self, start: int | None, value: Tensor | None, changes: Mapping[int, Handler]
+    ) -> Tensor:
+        """Return the logits of a pass that goes on from `value` at the call `start`.
+
+        Args:
+            start: Ordinal of a call whose output is a cut; `None` for a whole pass.
+            value: What that call returned.
+            changes: Handlers of later calls.
+        """
+        with self._from(start, value, changes):
+            return self._run()
+
+    def value_at(self, end: int, start: int | None, value: Tensor | None) -> Tensor:
+        """Return what the call `end` returns in a pass that goes on from `value` at `start`."""
+        found: list[Tensor] = []
+
+        def stop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            out = func(*args, **kwargs)
+            found.append(next(t for t in tree_leaves(out) if isinstance(t, Tensor)))
+            raise _Reached
+
+        with self._from(start, value, {end: stop}), suppress(_Reached):
+            self._run()
+        return found[0]
+
+    def _from(
+        self, start: int | None, value: Tensor | None, changes: Mapping[int, Handler]
+    ) -> ControlledPass:
+        if start is None or value is None:
+            return ControlledPass(changes)
+
+        def resume(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return value.clone()  # a copy: what follows may write in place
+
+        return ControlledPass({start: resume, **changes}, self._skipped, start)
 
 
 def _fold(value: Any) -> Any:

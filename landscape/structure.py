@@ -43,6 +43,7 @@ class Unit:
         skip: Position of the skip among the addition's tensor arguments.
         projected: Whether the skip is a projection of the block's input, not the input itself.
         branch: Steps of the branch, in order.
+        is_cut: Whether everything that follows depends on the output alone.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Unit:
     skip: int | None = None
     projected: bool = False
     branch: tuple[int, ...] = ()
+    is_cut: bool = True
 
 
 def find_units(trace: Trace) -> list[Unit]:
@@ -110,7 +112,7 @@ def named_units(trace: Trace, paths: list[str]) -> list[Unit]:
                 )  # fmt: skip
                 known = graph.unit_with_output(value)
                 unit = Unit(path, graph.kind(steps), value) if known is None else known
-                found.append(replace(unit, name=path))
+                found.append(replace(unit, name=path, is_cut=value in graph.cuts))
     return _uniquely_named(sorted(found, key=lambda unit: unit.value))
 
 

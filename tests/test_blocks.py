@@ -109,7 +109,7 @@ class Grid(nn.Module):
         if self.layout == "nhwc":
             x = x.permute(0, 2, 3, 1)
             x = x + self.attend(self.norms[0](x).flatten(1, 2)).view_as(x)
-            return (x + self.mlp(self.norms[1](x))).mean((1, 2))
+            return (self.mlp(self.norms[1](x)) + x).mean((1, 2))
         x = x.flatten(2).transpose(1, 2)
         if self.layout == "registers":
             x = torch.cat([self.registers.expand(len(x), -1, -1), x], 1)
