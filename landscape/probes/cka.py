@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._progress import track
-from landscape.batches import Placement, stream_batches
-from landscape.blocks import Block, Blocks
-from landscape.probes.feature_maps import BlockTable, at_least_single, describe, num_batches
+from landscape.batches import Placement
+from landscape.blocks import Block, Blocks, blocks_of
+from landscape.probes.feature_maps import BlockTable, at_least_single, describe
+from landscape.probes.scores import stream, untouched
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance, Result
 
@@ -104,8 +104,8 @@ def cka(
 
     Raises:
         TypeError: If `data` cannot be iterated over twice.
-        ValueError: If the first batch has fewer than 4 samples, `data` is empty, or `blocks_b`
-            is given without `model_b`.
+        ValueError: If the first batch has fewer than 4 samples, `data` is empty, blocks are those
+            of another model, or `blocks_b` is given without `model_b`.
     """
     if blocks_b is not None and model_b is None:
         raise ValueError("`blocks_b` must be None without `model_b`, got blocks; pass `model_b`.")
@@ -114,24 +114,24 @@ def cka(
     own: list[tuple[Tensor, Tensor]] = []
     sizes: list[int] = []
     num_skipped = 0
-    batches = stream_batches(model_a, data)
-    for inputs, _, size in track(batches, "CKA", progress, total=num_batches(data)):
-        if size < _FEWEST:
-            _check_first(sizes, size)
-            num_skipped += size
-            continue
-        if blocks_a is None:
-            blocks_a = Blocks(model_a, example=inputs)
-        grams_a = grams_b = _grams(blocks_a, inputs)
-        if model_b is not None:
-            inputs = Placement.of(model_b).place(inputs)
-            if blocks_b is None:
-                blocks_b = Blocks(model_b, example=inputs)
-            grams_b = _grams(blocks_b, inputs).to(grams_a.device)
-        scale = 2 / (size * (size - 3))  # the vectors hold half of each symmetric matrix
-        hsic.append(scale * grams_a @ grams_b.T)
-        own.append((scale * grams_a.square().sum(1), scale * grams_b.square().sum(1)))
-        sizes.append(size)
+    batches = stream(model_a, data, "CKA", progress)
+    # Not inference_mode: a model that caches what it computes could not train on.
+    with untouched(model_a), untouched(model_b or model_a), torch.no_grad():
+        for inputs, _, size in batches:
+            if size < _FEWEST:
+                _check_first(sizes, size)
+                num_skipped += size
+                continue
+            blocks_a = blocks_of(model_a, blocks_a, inputs)
+            grams_a = grams_b = _grams(blocks_a, inputs)
+            if model_b is not None:
+                inputs = Placement.of(model_b).place(inputs)
+                blocks_b = blocks_of(model_b, blocks_b, inputs)
+                grams_b = _grams(blocks_b, inputs).to(grams_a.device)
+            scale = 2 / (size * (size - 3))  # the vectors hold half of each symmetric matrix
+            hsic.append(scale * grams_a @ grams_b.T)
+            own.append((scale * grams_a.square().sum(1), scale * grams_b.square().sum(1)))
+            sizes.append(size)
     if num_skipped:
         warnings.warn(
             f"{num_skipped} of {sum(sizes) + num_skipped} samples came in batches of fewer than "
@@ -178,8 +178,7 @@ def _grams(blocks: Blocks, inputs: Any) -> Tensor:
     def add(block: Block, feature: Tensor) -> None:
         grams[block.name] = _gram(at_least_single(feature))
 
-    with torch.no_grad():  # not inference_mode: a model that caches tensors could not train on
-        blocks.visit(inputs, add)
+    blocks.visit(inputs, add)
     return torch.stack([grams[block.name] for block in blocks])
 
 

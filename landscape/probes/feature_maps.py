@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._progress import track
-from landscape.batches import stream_batches
-from landscape.blocks import Block, Blocks
+from landscape.blocks import Block, Blocks, blocks_of
+from landscape.probes.scores import stream, untouched
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance, Result
 
@@ -93,7 +92,8 @@ def average_maps(
         settings: Arguments of the probe, for the provenance.
 
     Raises:
-        ValueError: If no block has a map, or its size is not the same in all batches.
+        ValueError: If no block has a map, its size is not the same in all batches, or `blocks`
+            are those of another model.
     """
     started = time.perf_counter()
     sums: dict[str, Tensor] = {}
@@ -112,13 +112,13 @@ def average_maps(
         both = torch.stack([values.sum(0), values.square().sum(0)])
         sums[block.name] = sums[block.name] + both if block.name in sums else both
 
-    batches, num_samples = stream_batches(model, data), 0
-    for inputs, _, size in track(batches, description, progress, total=num_batches(data)):
-        if blocks is None:
-            blocks = Blocks(model, example=inputs)
-        with torch.no_grad():  # not inference_mode: a model that caches tensors could not train on
+    batches, num_samples = stream(model, data, description, progress), 0
+    # Not inference_mode: a model that caches what it computes could not train on.
+    with untouched(model), torch.no_grad():
+        for inputs, _, size in batches:
+            blocks = blocks_of(model, blocks, inputs)
             blocks.visit(inputs, add)
-        num_samples += size
+            num_samples += size
     mapped = tuple(block for block in blocks or () if block.name in sums)
     if not mapped:
         raise ValueError("`blocks` must hold a block with a map (n, c, h, w), got none.")
@@ -141,11 +141,6 @@ def average_maps(
 def at_least_single(feature: Tensor) -> Tensor:
     """Return a feature in float32, or as it is in float64."""
     return feature if feature.dtype == torch.float64 else feature.float()
-
-
-def num_batches(data: Any) -> int | None:
-    """Return the number of batches where the data know it."""
-    return len(data) if hasattr(data, "__len__") else None
 
 
 def _estimates(sums: list[Tensor], n: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:

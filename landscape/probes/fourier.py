@@ -17,7 +17,7 @@ is odd. At each point, two choices:
 
 Beware of the ends: there F is real, and the mean log amplitude of noise is ½ log 2 ≈ 0.35 lower
 than that of complex F of the same power. The curve of white noise is 0.35 between the ends, and 0
-at π. Differences between blocks are free of that.
+at π. Differences between blocks whose maps have even sides are free of that.
 
 The authors' notebook takes the other half of the diagonal, whose last point on maps of even side m
 is (m − 2)/m of π, and labels it π. Their numbers for m = 14 are at our 6/7 of π.
@@ -123,8 +123,8 @@ def fourier_amplitude(
 
     Raises:
         TypeError: If `data` cannot be iterated over twice.
-        ValueError: If `window` is unknown, `data` is empty or holds images of different sizes, or
-            no block has a map.
+        ValueError: If `window` is unknown, `data` is empty or holds images of different sizes, no
+            block has a map, or `blocks` are those of another model.
     """
     check_choice("window", window, (None, "hann"))
     means = average_maps(

@@ -218,6 +218,8 @@ def test_models_are_untouched_and_can_train_afterwards():
 
 def test_errors():
     model, blocks = filters()
+    with pytest.raises(ValueError, match="must be those of the model that is probed"):
+        cka(model, images(), blocks_a=filters()[1])
     with pytest.raises(ValueError, match="batches of at least 4 samples for CKA, got 3 in the fi"):
         cka(model, images((3, 8)), blocks_a=blocks)
     with pytest.raises(ValueError, match="`blocks_b` must be None without `model_b`"):

@@ -195,6 +195,8 @@ def test_model_is_untouched_after_an_error():
 
 def test_errors():
     model, blocks = filters()
+    with pytest.raises(ValueError, match="must be those of the model that is probed"):
+        fourier_amplitude(model, images(), blocks=filters()[1])
     with pytest.raises(ValueError, match="`window` must be one of None, 'hann', got 'hamming'"):
         fourier_amplitude(model, images(), window="hamming", blocks=blocks)
     with pytest.raises(TypeError, match="`data` must be re-iterable"):
@@ -202,7 +204,7 @@ def test_errors():
     with pytest.raises(ValueError, match="`data` must yield at least one sample"):
         fourier_amplitude(model, [], blocks=blocks)
     with pytest.raises(ValueError, match="`blocks` must hold a block with a map"):
-        fourier_amplitude(model, images(), blocks=filters(names=["head"])[1])
+        fourier_amplitude(model, images(), blocks=Blocks(model, ["head"], example=images()[0][0]))
 
 
 def test_blocks_are_found_with_the_first_batch():

@@ -75,9 +75,11 @@ def test_model_is_untouched_and_can_train_afterwards():
 
 def test_errors():
     model, blocks = filters()
+    with pytest.raises(ValueError, match="must be those of the model that is probed"):
+        feature_variance(model, images(), blocks=filters()[1])
     with pytest.raises(TypeError, match="`data` must be an iterable of batches, got a tensor"):
         feature_variance(model, torch.zeros(2, 3, 8, 8), blocks=blocks)
     with pytest.raises(ValueError, match="`data` must yield at least one sample"):
         feature_variance(model, [], blocks=blocks)
     with pytest.raises(ValueError, match="`blocks` must hold a block with a map"):
-        feature_variance(model, images(), blocks=filters(names=["head"])[1])
+        feature_variance(model, images(), blocks=Blocks(model, ["head"], example=images()[0][0]))
