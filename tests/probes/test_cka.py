@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from landscape.blocks import Blocks
+from landscape.models import resnet20, vit_nano
 from landscape.probes.cka import CKA, cka
 from tests.cases import assert_untouched, snapshot
 from tests.probes.filters import Cached, filters, images
@@ -228,3 +229,15 @@ def test_errors():
         cka(model, iter(images()), blocks_a=blocks)
     with pytest.raises(ValueError, match="`data` must yield at least one sample"):
         cka(model, [], blocks_a=blocks)
+
+
+def test_blocks_of_both_models_are_found_with_the_first_batch():
+    a, b = resnet20(width=4, num_classes=3), vit_nano(num_classes=3)
+    data = images((6, 6), (32, 32), torch.float32)
+    result = cka(a, data, b)
+    assert result.blocks_a.kinds == ("stem", *["conv"] * 9, "head")
+    assert result.blocks_b.kinds == ("stem", *["msa", "mlp"] * 4, "head")
+    assert result.blocks_a.stage.tolist() == [0] * 4 + [1] * 3 + [2] * 4
+    assert result.values.shape == (11, 10)
+    given = cka(b, data, a, blocks_a=Blocks(b), blocks_b=Blocks(a))
+    np.testing.assert_allclose(given.values.T, result.values, rtol=1e-4, atol=1e-5)
