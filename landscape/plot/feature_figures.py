@@ -1,0 +1,209 @@
+"""Figures 2a, 8, 9 and 10 of Park & Kim (2022) in the style of a paper: a column a model.
+
+Every function returns a `matplotlib.figure.Figure` that no global state knows of: save it with
+`figure.savefig(path)`; there is nothing to close.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from landscape.plot import style
+from landscape.plot.features import (
+    DEPTH_LABEL,
+    cka,
+    depth_map,
+    feature_variance,
+    fourier_amplitude,
+    fourier_depth,
+    lesion_study,
+)
+from landscape.plot.scale import color_bar
+
+if TYPE_CHECKING:
+    from landscape.probes.cka import CKA
+    from landscape.probes.fourier import FourierAmplitude
+    from landscape.probes.lesion import LesionStudy
+    from landscape.probes.variance import FeatureVariance
+
+_SPREAD = 10  # ratio of variances over which a linear axis would show one network alone
+
+
+def figure2a(results: "Mapping[str, FourierAmplitude]") -> Figure:
+    """Draw the Fourier amplitudes of several models on one scale, blocks coloured by depth.
+
+    Args:
+        results: Curves of each model.
+
+    Returns:
+        The figure, 5.5 in wide, or 3.25 in for one model.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    with mpl.rc_context(style.rc()):
+        figure, axes = _panels(2.1, results)
+        _share(axes[0])
+        for ax, (name, result) in zip(axes[0], results.items(), strict=True):
+            fourier_amplitude(result, ax=ax, colorbar=False)
+            ax.set_title(name)
+        _label_first(axes[0])
+        color_bar(figure, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
+        figure.draw_without_rendering()  # ticks are made now, in this style
+    return figure
+
+
+def figure8(results: "Mapping[str, FourierAmplitude]") -> Figure:
+    """Draw the amplitude at the highest frequency against depth, models side by side.
+
+    Args:
+        results: Curves of each model.
+
+    Returns:
+        The figure, 5.5 in wide, or 3.25 in for one model.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    return _against_depth(results, fourier_depth)
+
+
+def figure9(results: "Mapping[str, FeatureVariance]") -> Figure:
+    """Draw the variance of the feature maps against depth, models side by side.
+
+    The common scale is logarithmic where the largest variances of two models, or the smallest and
+    the largest of one, are over a factor of ten apart.
+
+    Args:
+        results: Variances of each model.
+
+    Returns:
+        The figure, 5.5 in wide, or 3.25 in for one model.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    log = _spread_far(result.variance for result in results.values())
+    return _against_depth(results, feature_variance, log=log)
+
+
+def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") -> Figure:
+    """Draw the similarity of all blocks over the accuracy that each costs when it is removed.
+
+    Args:
+        ckas: Similarities of each model.
+        lesions: Lesion studies, of the same models or others.
+
+    Returns:
+        The figure, 5.5 in wide, or 3.25 in for one model.
+
+    Raises:
+        ValueError: If both are empty.
+    """
+    names = dict.fromkeys([*ckas, *lesions])
+    rows = bool(ckas) + bool(lesions)
+    with mpl.rc_context(style.rc()):
+        figure, axes = _panels(2.1 * rows, names, rows)
+        for ax, name in zip(axes[0], names, strict=True):
+            ax.set_title(name)
+        if ckas:
+            _draw_matrices(figure, dict(zip(names, axes[0], strict=True)), ckas)
+        if lesions:
+            _draw_lesions(figure, dict(zip(names, axes[-1], strict=True)), lesions)
+        figure.draw_without_rendering()
+    return figure
+
+
+def _draw_matrices(figure: Figure, axes: dict[str, Axes], results: "Mapping[str, CKA]") -> None:
+    for name, ax in axes.items():
+        if name in results:
+            cka(results[name], ax=ax, colorbar=False)
+        else:
+            ax.set_axis_off()
+    below = any(bool((result.values < 0).any()) for result in results.values())
+    bar = {
+        "ax": list(axes.values()),
+        "pad": 0.02,
+        "panchor": False,
+        "extend": "min" if below else "neither",
+    }
+    color_bar(figure, Normalize(0, 1), "CKA", **bar)
+
+
+def _draw_lesions(
+    figure: Figure, axes: dict[str, Axes], results: "Mapping[str, LesionStudy]"
+) -> None:
+    drawn = [ax for name, ax in axes.items() if name in results]
+    _share(drawn)
+    for name, ax in axes.items():
+        if name in results:
+            lesion_study(results[name], ax=ax)
+        else:
+            ax.set_axis_off()
+    _label_first(drawn)
+    _one_legend(figure, drawn)
+
+
+def _against_depth(results: Mapping[str, Any], draw: Callable[..., Axes], **look: Any) -> Figure:
+    with mpl.rc_context(style.rc()):
+        figure, axes = _panels(2.1, results)
+        _share(axes[0])
+        for ax, (name, result) in zip(axes[0], results.items(), strict=True):
+            draw(result, ax=ax, label=name, **look)
+            ax.set_title(name)
+        _label_first(axes[0])
+        _one_legend(figure, axes[0], omit=results)
+        figure.draw_without_rendering()
+    return figure
+
+
+def _panels(height: float, results: Mapping[str, Any], rows: int = 1) -> tuple[Figure, Any]:
+    """Return a figure with a column a result, and its axes `(rows, columns)`."""
+    if not results:
+        raise ValueError("`results` must hold at least one result, got an empty mapping.")
+    width = style.TEXT_WIDTH if len(results) > 1 else style.COLUMN_WIDTH
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, len(results), squeeze=False)
+
+
+def _share(axes: Sequence[Axes]) -> None:
+    """Give axes one vertical scale; before anything is drawn."""
+    for ax in axes[1:]:
+        ax.sharey(axes[0])
+        ax.tick_params(labelleft=False)
+
+
+def _label_first(axes: Sequence[Axes]) -> None:
+    """Label the scale at the left alone."""
+    for ax in axes[1:]:
+        ax.set_ylabel("")
+
+
+def _one_legend(figure: Figure, axes: Iterable[Axes], omit: Iterable[str] = ()) -> None:
+    """Move the legends below the panels, each entry once, without the names in the titles."""
+    entries: dict[str, Any] = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries.update(zip(labels, handles, strict=True))
+        if (legend := ax.get_legend()) is not None:
+            legend.remove()
+    entries = {label: handle for label, handle in entries.items() if label not in omit}
+    if entries:
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": len(entries)}
+        figure.legend(entries.values(), entries.keys(), **place)
+
+
+def _spread_far(variances: Iterable[np.ndarray]) -> bool:
+    """Return whether variances spread over more than a factor of ten, a heuristic."""
+    positive = [values[values > 0] for values in variances]
+    positive = [values for values in positive if values.size]
+    if not positive:
+        return False
+    peaks = [values.max() for values in positive]
+    ranges = [values.max() / values.min() for values in positive]
+    return bool(max(peaks) > _SPREAD * min(peaks) or max(ranges) > _SPREAD)

@@ -1,0 +1,259 @@
+"""What blocks do to a signal: Fourier amplitude, variance, similarity, and removal of units."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.ticker import MaxNLocator
+
+from landscape.plot import style
+from landscape.plot.scale import color_bar
+
+if TYPE_CHECKING:
+    from landscape.probes.cka import CKA
+    from landscape.probes.feature_maps import BlockTable
+    from landscape.probes.fourier import FourierAmplitude
+    from landscape.probes.lesion import LesionStudy
+    from landscape.probes.variance import FeatureVariance
+
+FREQUENCY_LABEL = "Frequency"
+AMPLITUDE_LABEL = r"$\Delta$ log amplitude"
+HIGHEST_LABEL = r"$\Delta$ log amplitude at $\pi$"
+VARIANCE_LABEL = "Feature map variance"
+DEPTH_LABEL = "Relative depth"
+LOSS_LABEL = "Accuracy loss (points)"
+UNIT_LABEL = "Removed unit"
+
+KIND_COLORS = {"conv": "#0072B2", "msa": "#D55E00", "mlp": "#009E73", "other": "#999999"}
+"""Colour of what was removed: those of ResNet and ViT for convolution and attention."""
+KIND_NAMES = {"conv": "Conv", "msa": "MSA", "mlp": "MLP", "other": "other"}
+
+SHADES = {"MSA": "#808080", "subsampling": "#0072B2"}
+_SHADE: dict[str, Any] = {"alpha": 0.15, "lw": 0, "zorder": 0}
+_LEGEND: dict[str, Any] = {"loc": "best", "frameon": True, "facecolor": "w", "edgecolor": "none"}
+
+
+def depth_map() -> Colormap:
+    """Return the colours of relative depth: viridis without its lightest end, lost on white."""
+    colors = mpl.colormaps[style.SEQUENTIAL](np.linspace(0, 0.9, 256))
+    return ListedColormap(colors, name="depth")
+
+
+def fourier_amplitude(
+    result: "FourierAmplitude", *, ax: Axes | None = None, colorbar: bool = True, **line: Any
+) -> Axes:
+    """Draw a curve for each block, coloured by relative depth (Park & Kim, 2022, Fig. 2a).
+
+    A band shows two standard errors each side. Maps of one column or row have no curve.
+
+    Args:
+        result: The curves.
+        ax: Axes to draw on; fresh ones by default.
+        colorbar: Whether to add the colour bar of depth.
+        **line: Passed to `Axes.plot`.
+
+    Returns:
+        The axes.
+    """
+    ax = ax if ax is not None else plt.subplots()[1]
+    colors = depth_map()
+    for i, name in enumerate(result.names):
+        frequency, curve = result.frequency[i], result.delta_log_amplitude[i]
+        if len(curve) < 2:
+            continue
+        color = colors(float(result.depth[i]))
+        ax.plot(frequency, curve, **{"color": color, "lw": 1, "gid": name, **line})
+        error = 2 * result.stderr[i]
+        band: dict[str, Any] = {"color": color, "alpha": 0.2, "lw": 0, "zorder": 1}
+        ax.fill_between(frequency, curve - error, curve + error, **band)
+    ax.set_xticks([0, 0.5, 1], labels=["0", r"$\pi/2$", r"$\pi$"])
+    ax.set(xlim=(0, 1), xlabel=FREQUENCY_LABEL, ylabel=AMPLITUDE_LABEL)
+    if result.radial:
+        ax.set_xlabel("Radial frequency")
+    if colorbar:
+        color_bar(ax.figure, Normalize(0, 1), DEPTH_LABEL, ax=ax, cmap=colors)
+    return ax
+
+
+def fourier_depth(
+    result: "FourierAmplitude", *, ax: Axes | None = None, label: str | None = None, **line: Any
+) -> Axes:
+    """Draw the amplitude at the highest frequency against depth (Park & Kim, 2022, Fig. 8).
+
+    The step that leads to a block is shaded grey for attention and blue for subsampling. Bars are
+    two standard errors each side.
+
+    Args:
+        result: The curves.
+        ax: Axes to draw on; fresh ones by default.
+        label: Name in the legend; its model family decides the colour.
+        **line: Passed to `Axes.errorbar`.
+
+    Returns:
+        The axes.
+    """
+    ax = ax if ax is not None else plt.subplots()[1]
+    _draw_steps(ax, result, result.highest, result.highest_stderr, label, line)
+    ax.set(ylabel=HIGHEST_LABEL)
+    return ax
+
+
+def feature_variance(
+    result: "FeatureVariance",
+    *,
+    ax: Axes | None = None,
+    log: bool = False,
+    label: str | None = None,
+    **line: Any,
+) -> Axes:
+    """Draw the variance of the feature maps against depth (Park & Kim, 2022, Fig. 9).
+
+    The step that leads to a block is shaded grey for attention and blue for subsampling. Bars are
+    two standard errors each side.
+
+    Args:
+        result: The variances.
+        ax: Axes to draw on; fresh ones by default.
+        log: Logarithmic variance, for networks over which it grows by orders of magnitude.
+        label: Name in the legend; its model family decides the colour.
+        **line: Passed to `Axes.errorbar`.
+
+    Returns:
+        The axes.
+    """
+    ax = ax if ax is not None else plt.subplots()[1]
+    _draw_steps(ax, result, result.variance, result.stderr, label, line)
+    if log:
+        ax.set_yscale("log")
+    else:
+        ax.set_autoscaley_on(True)  # to what was drawn before, too
+        ax.autoscale_view()
+        ax.set_ylim(0)
+    ax.set_ylabel(VARIANCE_LABEL)
+    return ax
+
+
+def cka(result: "CKA", *, ax: Axes | None = None, colorbar: bool = True, **image: Any) -> Axes:
+    """Draw the similarity of all pairs of blocks, with lines between stages (Fig. 10a).
+
+    Blocks are numbered in network order from 1, at the bottom left. Grey pairs have no similarity:
+    the features of one of them are constant.
+
+    Args:
+        result: The similarities.
+        ax: Axes to draw on; fresh ones by default.
+        colorbar: Whether to add the colour bar.
+        **image: Passed to `Axes.imshow`.
+
+    Returns:
+        The axes.
+    """
+    ax = ax if ax is not None else plt.subplots()[1]
+    colors = mpl.colormaps[style.SEQUENTIAL].with_extremes(bad="0.85")
+    a, b = result.values.shape
+    ax.imshow(
+        np.ma.masked_invalid(result.values),
+        **{
+            "origin": "lower",
+            "extent": (0.5, b + 0.5, 0.5, a + 0.5),
+            "cmap": colors,
+            "vmin": 0,
+            "vmax": 1,
+            "interpolation": "nearest",
+            **image,
+        },
+    )
+    for table, draw in ((result.blocks_a, ax.axhline), (result.blocks_b, ax.axvline)):
+        for edge in stage_edges(table.stage):
+            draw(edge + 0.5, color="w", lw=0.6, gid="stage")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    ax.set(xlabel="Block", ylabel="Block")
+    if colorbar:
+        color_bar(ax.figure, Normalize(0, 1), "CKA", ax=ax, cmap=colors)
+    return ax
+
+
+def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -> Axes:
+    """Draw the accuracy lost by each removed unit in network order, by kind (Fig. 10b).
+
+    Bars of error are two paired standard errors each side; dotted lines are between stages. Units
+    that could not be removed are counted in a note.
+
+    Args:
+        result: The study.
+        ax: Axes to draw on; fresh ones by default.
+        **bar: Passed to `Axes.bar`.
+
+    Returns:
+        The axes.
+    """
+    ax = ax if ax is not None else plt.subplots()[1]
+    number = np.arange(1, len(result.names) + 1)
+    loss = -100 * result.delta_accuracy
+    error = 200 * result.delta_accuracy_stderr
+    kinds = colored_kinds(result.kinds)
+    whisker: dict[str, Any] = {"elinewidth": 0.6, "ecolor": "0.2"}
+    for kind in dict.fromkeys(kinds.tolist()):
+        chosen = kinds == kind
+        look = {"color": KIND_COLORS[kind], "label": KIND_NAMES[kind], "width": 0.8, **bar}
+        ax.bar(number[chosen], loss[chosen], yerr=error[chosen], error_kw=whisker, **look)
+    ax.axhline(0, color="k", lw=0.6)
+    for edge in stage_edges(result.stage):
+        ax.axvline(edge + 0.5, color=style.MUTED, lw=0.6, ls=":", zorder=0, gid="stage")
+    if result.skipped:
+        note = f"{len(result.skipped)} not removable"
+        place: dict[str, Any] = {"ha": "right", "va": "bottom", "transform": ax.transAxes}
+        ax.text(1, 1.01, note, size=style.NOTE_SIZE, color=style.MUTED, gid="note", **place)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    ax.set(xlim=(0.3, len(number) + 0.7), xlabel=UNIT_LABEL, ylabel=LOSS_LABEL)
+    ax.legend(**_LEGEND)
+    return ax
+
+
+def colored_kinds(kinds: Iterable[str]) -> np.ndarray:
+    """Return kinds, `"other"` for those without a colour."""
+    return np.array([kind if kind in KIND_COLORS else "other" for kind in kinds])
+
+
+def stage_edges(stage: np.ndarray) -> np.ndarray:
+    """Return how many blocks lie before each change of stage."""
+    edges: np.ndarray = np.flatnonzero(np.diff(stage)) + 1
+    return edges
+
+
+def shaded_steps(table: "BlockTable") -> list[tuple[str, float, float]]:
+    """Return the steps to shade: what for, from which depth, to which."""
+    steps = []
+    for i in range(1, len(table.names)):
+        ends = float(table.depth[i - 1]), float(table.depth[i])
+        if table.kinds[i] == "msa":
+            steps.append(("MSA", *ends))
+        if table.subsamples[i]:
+            steps.append(("subsampling", *ends))
+    return steps
+
+
+def _draw_steps(
+    ax: Axes,
+    table: "BlockTable",
+    values: np.ndarray,
+    stderr: np.ndarray,
+    label: str | None,
+    line: dict[str, Any],
+) -> None:
+    """Draw values against depth over the shades of the blocks."""
+    look: dict[str, Any] = {"marker": "o", "elinewidth": 0.6, "label": label or "_"}
+    look |= style.line_styles([label or ""])[label or ""]
+    ax.errorbar(table.depth, values, yerr=2 * stderr, **{**look, **line})
+    known = set(ax.get_legend_handles_labels()[1])
+    for what, start, stop in shaded_steps(table):
+        ax.axvspan(start, stop, color=SHADES[what], label="_" if what in known else what, **_SHADE)
+        known.add(what)
+    ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL)
+    if known:
+        ax.legend(**_LEGEND)
