@@ -189,7 +189,7 @@ def lesion_study(results: "LesionStudy | Mapping[str, LesionStudy]") -> "Figure"
                 y=-100 * result.delta_accuracy[chosen],
                 error_y={"array": error, "thickness": 1},
                 customdata=[
-                    [result.names[i], result.kinds[i], result.delta_nll[i]] for i in chosen
+                    [result.names[i], result.parts[i], result.delta_nll[i]] for i in chosen
                 ],
                 marker={"color": features.KIND_COLORS[kind]},
                 name=features.KIND_NAMES[kind],
