@@ -59,8 +59,8 @@ def fourier_amplitude(results: "FourierAmplitude | Mapping[str, FourierAmplitude
                 "<extra></extra>",
             )
             figure.add_trace(trace, row=1, col=column)
+        figure.update_xaxes(title_text=features.frequency_label(result), col=column)
     figure.update_xaxes(
-        title_text=features.FREQUENCY_LABEL,
         tickvals=[0, 0.25, 0.5, 0.75, 1],
         ticktext=["0", "π/4", "π/2", "3π/4", "π"],
     )

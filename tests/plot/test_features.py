@@ -318,6 +318,9 @@ def test_hovering_over_a_curve_names_block_frequency_and_error():
     assert next(traces).marker.colorbar.title.text == "Relative depth"
     assert [note.text for note in figure.layout.annotations] == ["ResNet-50", "ViT-Ti"]
     assert figure.layout.yaxis2.matches == "y"
+    assert figure.layout.xaxis2.title.text == "Frequency"
+    radial = interactive.fourier_amplitude(fourier(vit(), radial=True))
+    assert radial.layout.xaxis.title.text == "Radial frequency"
 
 
 @pytest.mark.parametrize("draw", [interactive.fourier_depth, interactive.feature_variance])
