@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from landscape.probes.lesion import LesionStudy
     from landscape.probes.variance import FeatureVariance
 
-FREQUENCY_LABEL = "Frequency"
 AMPLITUDE_LABEL = r"$\Delta$ log amplitude"
 HIGHEST_LABEL = r"$\Delta$ log amplitude at $\pi$"
 VARIANCE_LABEL = "Feature map variance"
@@ -71,9 +70,7 @@ def fourier_amplitude(
         band: dict[str, Any] = {"color": color, "alpha": 0.2, "lw": 0, "zorder": 1}
         ax.fill_between(frequency, curve - error, curve + error, **band)
     ax.set_xticks([0, 0.5, 1], labels=["0", r"$\pi/2$", r"$\pi$"])
-    ax.set(xlim=(0, 1), xlabel=FREQUENCY_LABEL, ylabel=AMPLITUDE_LABEL)
-    if result.radial:
-        ax.set_xlabel("Radial frequency")
+    ax.set(xlim=(0, 1), xlabel=frequency_label(result), ylabel=AMPLITUDE_LABEL)
     if colorbar:
         color_bar(ax.figure, Normalize(0, 1), DEPTH_LABEL, ax=ax, cmap=colors)
     return ax
@@ -213,6 +210,11 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
     ax.set(xlim=(0.3, len(number) + 0.7), xlabel=UNIT_LABEL, ylabel=LOSS_LABEL)
     ax.legend(**_LEGEND)
     return ax
+
+
+def frequency_label(result: "FourierAmplitude") -> str:
+    """Return what the frequencies of a result are."""
+    return "Radial frequency" if result.radial else "Frequency"
 
 
 def colored_kinds(kinds: Iterable[str]) -> np.ndarray:

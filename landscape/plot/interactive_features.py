@@ -59,8 +59,8 @@ def fourier_amplitude(results: "FourierAmplitude | Mapping[str, FourierAmplitude
                 "<extra></extra>",
             )
             figure.add_trace(trace, row=1, col=column)
+        figure.update_xaxes(title_text=features.frequency_label(result), col=column)
     figure.update_xaxes(
-        title_text=features.FREQUENCY_LABEL,
         tickvals=[0, 0.25, 0.5, 0.75, 1],
         ticktext=["0", "π/4", "π/2", "3π/4", "π"],
     )
@@ -189,7 +189,7 @@ def lesion_study(results: "LesionStudy | Mapping[str, LesionStudy]") -> "Figure"
                 y=-100 * result.delta_accuracy[chosen],
                 error_y={"array": error, "thickness": 1},
                 customdata=[
-                    [result.names[i], result.kinds[i], result.delta_nll[i]] for i in chosen
+                    [result.names[i], result.parts[i], result.delta_nll[i]] for i in chosen
                 ],
                 marker={"color": features.KIND_COLORS[kind]},
                 name=features.KIND_NAMES[kind],

@@ -82,9 +82,9 @@ def cka(
 
     The formulas stand at the top of this module. The features of each mini-batch are centred
     first: the estimate does not change, its rounding error does, by orders of magnitude. Maps are
-    flattened to `(n, c·h·w)`; the head takes part. The result depends on which samples share a
-    mini-batch, though not its expectation: use batches of a hundred samples or so, in random
-    order (labels in order make every batch a sample of few classes).
+    flattened to `(n, c·h·w)`; the head takes part. Only samples of one mini-batch are compared:
+    HSIC₁ is unbiased whatever its size, but use a hundred samples or so, in random order (sorted
+    by label, a batch would tell little of how classes differ).
 
     Cost: one forward pass of each network over the data, in evaluation mode, and n²·p
     multiplications for p features of a block. One feature is held at a time, and n² / 2 numbers
@@ -116,7 +116,11 @@ def cka(
     num_skipped = 0
     batches = stream(model_a, data, "CKA", progress)
     # Not inference_mode: a model that caches what it computes could not train on.
-    with untouched(model_a), untouched(model_b or model_a), torch.no_grad():
+    with (
+        untouched(model_a),
+        untouched(model_b if model_b is not None else model_a),
+        torch.no_grad(),
+    ):
         for inputs, _, size in batches:
             if size < _FEWEST:
                 _check_first(sizes, size)

@@ -207,6 +207,9 @@ def test_figures_have_a_panel_a_model_on_one_scale(models):
         panels = figure.axes[:models]
         assert [ax.get_title() for ax in panels] == list(some)
         assert len({ax.get_ylim() for ax in panels}) == 1
+        assert [bool(ax.get_ylabel()) for ax in panels] == [True, False][:models]
+        ticks = [ax.yaxis.get_tick_params()["labelleft"] for ax in panels]
+        assert ticks == [True, False][:models]
         for ax, result in zip(panels, some.values(), strict=True):
             values = np.concatenate([*result.delta_log_amplitude])
             lowest = result.highest.min() if ax.get_ylabel().endswith(r"$\pi$") else values.min()
@@ -315,6 +318,9 @@ def test_hovering_over_a_curve_names_block_frequency_and_error():
     assert next(traces).marker.colorbar.title.text == "Relative depth"
     assert [note.text for note in figure.layout.annotations] == ["ResNet-50", "ViT-Ti"]
     assert figure.layout.yaxis2.matches == "y"
+    assert figure.layout.xaxis2.title.text == "Frequency"
+    radial = interactive.fourier_amplitude(fourier(vit(), radial=True))
+    assert radial.layout.xaxis.title.text == "Radial frequency"
 
 
 @pytest.mark.parametrize("draw", [interactive.fourier_depth, interactive.feature_variance])
@@ -354,10 +360,14 @@ def test_hovering_over_a_bar_names_the_unit():
     found = {}
     for trace in figure.data:
         for x, y, row in zip(trace.x, trace.y, trace.customdata, strict=True):
-            found[trace.xaxis, x] = (row[0], y)
+            found[trace.xaxis, x] = (*row[:2], y)
     for axis, result in zip(("x", "x2"), results.values(), strict=True):
         for i, name in enumerate(result.names):
-            assert found[axis, i + 1] == (name, pytest.approx(-100 * result.delta_accuracy[i]))
+            assert found[axis, i + 1] == (
+                name,
+                result.parts[i],
+                pytest.approx(-100 * result.delta_accuracy[i]),
+            )
     assert [trace.name for trace in figure.data if trace.showlegend] == ["Conv", "MSA", "MLP"]
 
 
