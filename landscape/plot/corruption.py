@@ -51,7 +51,11 @@ class CorruptionTable(Protocol):
 
     @property
     def mean_corruption_error(self) -> float:
-        """Mean over the corruptions, as a fraction."""
+        """Mean of `error`."""
+
+    @property
+    def mean_corruption_error_stderr(self) -> float:
+        """Its standard error over samples."""
 
 
 def corruption_robustness(
@@ -61,7 +65,7 @@ def corruption_robustness(
 
     Rows are in the groups of Hendrycks & Dietterich (2019): noise, blur, weather, digital. The
     scale of the colours is 0 … 100 %, the same for all models; the title gives the mean corruption
-    error and the clean error.
+    error with its standard error, and the clean error.
 
     Args:
         result: The table.
@@ -107,9 +111,10 @@ def grouped_rows(corruptions: Iterable[str]) -> tuple[list[int], list[str]]:
 
 
 def corruption_title(result: CorruptionTable) -> str:
-    """Return mean corruption error and clean error in words."""
-    mean, clean = percent(result.mean_corruption_error), percent(result.clean_error)
-    return f"Mean corruption error {mean}, clean {clean}"
+    """Return mean corruption error with its standard error, and clean error in words."""
+    mean = percent(result.mean_corruption_error).removesuffix(" %")
+    stderr, clean = percent(result.mean_corruption_error_stderr), percent(result.clean_error)
+    return f"Mean corruption error {mean} ± {stderr}, clean {clean}"
 
 
 def _draw_groups(ax: Axes, groups: list[str]) -> None:

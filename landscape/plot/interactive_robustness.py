@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from landscape.plot import style
 from landscape.plot.corruption import CorruptionTable, corruption_title, grouped_rows
-from landscape.plot.plotly_look import LOOK, plotly_line
+from landscape.plot.plotly_style import LOOK, named, plotly_line
 from landscape.plot.robustness import (
     CONFIDENCE_LABEL,
     DELTA_LABEL,
@@ -21,7 +21,6 @@ from landscape.plot.robustness import (
     common_norm,
     ece_entry,
     legend_entries,
-    named_results,
     noise_of,
     wilson_interval,
 )
@@ -52,10 +51,10 @@ def frequency_robustness(
     """
     from plotly import graph_objects as go
 
-    named = named_results(results)
-    common, labels = legend_entries(named, clean_entry, noise_of)
+    by_label = named(results)
+    common, labels = legend_entries(by_label, clean_entry, noise_of)
     figure = go.Figure()
-    for name, result in named.items():
+    for name, result in by_label.items():
         hover = "frequency %{x:.3g}π<br>Δ accuracy %{y:.2f} ± %{customdata[0]:.2f} points"
         hover += "<br>accuracy %{customdata[1]:.2f} %<br>Δ NLL %{customdata[2]:.4g}"
         hover += " ± %{customdata[3]:.2g} nats"
@@ -67,7 +66,7 @@ def frequency_robustness(
             error_y={"array": 200 * result.delta_accuracy_stderr},
             customdata=np.stack(columns, axis=-1),
             hovertemplate=hover,
-            **_curve(labels[name], style.line_styles(named)[name]),
+            **_curve(labels[name], style.line_styles(by_label)[name]),
         )
         figure.add_trace(curve)
     figure.update_layout(**LOOK, title=common, xaxis_title=FREQUENCY_LABEL)
@@ -93,11 +92,11 @@ def adversarial_robustness(
     """
     from plotly import graph_objects as go
 
-    named = named_results(results)
-    norm = common_norm(named)
-    common, labels = legend_entries(named, clean_entry, attack_of)
+    by_label = named(results)
+    norm = common_norm(by_label)
+    common, labels = legend_entries(by_label, clean_entry, attack_of)
     figure = go.Figure()
-    for name, result in named.items():
+    for name, result in by_label.items():
         radii, accuracy, error = attacked_accuracy(result)
         hover = "radius %{x:.3g}/255 = %{customdata[1]:.4g}"
         hover += "<br>accuracy %{y:.2f} ± %{customdata[0]:.2f} %"
@@ -107,7 +106,7 @@ def adversarial_robustness(
             error_y={"array": 200 * error},
             customdata=np.stack([100 * error, radii], axis=-1),
             hovertemplate=hover,
-            **_curve(labels[name], style.line_styles(named)[name]),
+            **_curve(labels[name], style.line_styles(by_label)[name]),
         )
         figure.add_trace(curve)
     figure.update_layout(**LOOK, title=common, xaxis_title=RADIUS_LABELS[norm])
@@ -132,13 +131,13 @@ def reliability_diagram(results: "Evaluation | Mapping[str, Evaluation]") -> "Fi
     """
     from plotly import graph_objects as go
 
-    named = named_results(results)
-    common, labels = legend_entries(named, ece_entry, lambda result: f"n = {result.num_samples}")
+    by_label = named(results)
+    common, labels = legend_entries(by_label, ece_entry, lambda result: f"n = {result.num_samples}")
     figure = go.Figure()
     diagonal = {"color": "#737373", "dash": "dash", "width": 1}
     figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line=diagonal)
-    for name, result in named.items():
-        look = style.line_styles(named)[name]
+    for name, result in by_label.items():
+        look = style.line_styles(by_label)[name]
         low, high = wilson_interval(result.bin_accuracy, result.bin_count)
         bars = {"array": high - result.bin_accuracy, "arrayminus": result.bin_accuracy - low}
         hover = "confidence %{x:.3f}, in (%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
@@ -186,13 +185,13 @@ def corruption_robustness(
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
 
-    named = named_results(results)
+    by_label = named(results)
     titles = [
         f"{name}: {corruption_title(result)}" if name else corruption_title(result)
-        for name, result in named.items()
+        for name, result in by_label.items()
     ]
-    figure = make_subplots(1, len(named), subplot_titles=titles)
-    for column, result in enumerate(named.values(), start=1):
+    figure = make_subplots(1, len(by_label), subplot_titles=titles)
+    for column, result in enumerate(by_label.values(), start=1):
         rows, groups = grouped_rows(result.corruptions)
         names = [result.corruptions[row].replace("_", " ") for row in rows]
         values = 100 * np.asarray(result.error)[rows]

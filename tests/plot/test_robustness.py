@@ -106,6 +106,7 @@ def table(names=NAMES, severities=(1, 2, 3, 4, 5)):
         clean_error=0.0832,
         clean_nll=0.3,
         mean_corruption_error=0.4567,
+        mean_corruption_error_stderr=0.0049,
     )
 
 
@@ -296,7 +297,7 @@ def test_cells_are_percent_in_rows_by_group():
     assert lines == [1.5, 2.5, 3.5, 4.5]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "3", "4", "5"]
     assert ax.get_xlabel() == "Severity"
-    assert ax.get_title() == "Mean corruption error 45.7 %, clean 8.3 %"
+    assert ax.get_title() == "Mean corruption error 45.7 ± 0.5 %, clean 8.3 %"
 
 
 def test_numbers_stand_out_from_their_cells_and_gaps_stay_gaps():
@@ -434,7 +435,7 @@ def test_interactive_corruptions_are_side_by_side_on_one_scale():
         assert trace.coloraxis == "coloraxis"
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 100)
     titles = [each.text for each in figure.layout.annotations]
-    assert titles[1] == "ViT: Mean corruption error 45.7 %, clean 8.3 %"
+    assert titles[1] == "ViT: Mean corruption error 45.7 ± 0.5 %, clean 8.3 %"
     assert figure.layout.yaxis.autorange == "reversed"
     alone = interactive_robustness.corruption_robustness(result)
-    assert alone.layout.annotations[0].text == "Mean corruption error 45.7 %, clean 8.3 %"
+    assert alone.layout.annotations[0].text == "Mean corruption error 45.7 ± 0.5 %, clean 8.3 %"

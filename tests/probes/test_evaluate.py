@@ -241,6 +241,16 @@ def test_nothing_random_and_nothing_global_matters(tmp_path):
     assert first.provenance.num_samples == 8
 
 
+def test_progress_is_shown_on_request(capsys):
+    model, batches = make_model("conv"), make_batches((3, 3))
+    evaluate(model, batches)
+    assert capsys.readouterr() == ("", "")
+    evaluate(model, batches, progress=True)
+    shown = capsys.readouterr().err
+    assert "Evaluation:" in shown
+    assert "/2 [" in shown  # the number of batches is known
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
