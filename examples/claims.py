@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -22,6 +25,23 @@ class Measured:
         if math.isnan(self.low):
             return f"{self.value:.4g}"
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+ZERO = ("no change", Measured(0, 0, 0))
+"""The other side of a claim that something rises or falls."""
+
+
+def estimated(value: float, stderr: float) -> Measured:
+    """Return a number with its normal 95 % interval."""
+    return Measured(float(value), float(value - 1.96 * stderr), float(value + 1.96 * stderr))
+
+
+def averaged(values: ArrayLike) -> Measured:
+    """Return the mean of several values with the 95 % interval of their spread; NaN without."""
+    values = np.asarray(values, dtype=float)
+    if values.size < 2:
+        return Measured(float(values.mean()) if values.size else math.nan, math.nan, math.nan)
+    return estimated(values.mean(), values.std(ddof=1) / math.sqrt(values.size))
 
 
 @dataclass(frozen=True)

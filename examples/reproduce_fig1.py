@@ -12,67 +12,32 @@ in `runs/` and reused by the next run of the same setting.
 """
 
 import argparse
-import json
-import multiprocessing
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from claims import Claim, Measured, format_table
+from trained import (
+    PRESETS,
+    Setting,
+    augmentation,
+    for_every_model,
+    images,
+    load_weights,
+    say,
+    train,
+    work_folder,
+)
 
 import landscape
 from landscape import HessianMaxSpectrum, LossSurface, Objective, PolarTrajectory, Result
-from landscape.models import create_model
-from landscape.training import WarmupCosine, adamw, fit, load_images, recipe
 
 R = TypeVar("R", bound=Result)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Everything that determines the numbers of the figure."""
-
-    dataset: str = "fashion_mnist_mini"
-    train_images: int = 6000
-    models: tuple[tuple[str, str, dict], ...] = (
-        ("ResNet", "resnet20", {"width": 8, "drop_path": 0.1}),
-        ("ViT", "vit_nano", {"drop_path": 0.1}),
-    )
-    epochs: int = 30  # warm-up included
-    warmup_epochs: int = 2
-    hessian_epochs: tuple[int, ...] = (10, 20, 30)
-    batch_size: int = 96
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    surface_points: int = 21
-    surface_images: int = 512
-    hessian_batches: int = 24  # mini-batches of 16 training images each
-    seed: int = 0
-
-
-PRESETS = {
-    "default": Setting(),
-    "quick": Setting(
-        train_images=480, epochs=4, warmup_epochs=1, hessian_epochs=(2, 3, 4),
-        surface_points=7, surface_images=64, hessian_batches=3,
-    ),
-    "paper": Setting(
-        dataset="cifar100", train_images=50_000,
-        models=(
-            ("ResNet", "resnet50", {"drop_path": 0.1}),
-            ("ViT", "vit_tiny", {"drop_path": 0.1}),
-        ),
-        epochs=305, warmup_epochs=5, hessian_epochs=(105, 205, 305), learning_rate=1.25e-4,
-        surface_images=10_000, hessian_batches=312,
-    ),
-}  # fmt: skip
 
 
 def main() -> None:
@@ -91,9 +56,9 @@ def main() -> None:
     if args.dataset:
         setting = replace(setting, dataset=args.dataset)
     out = args.out or Path("figures" if preset == "default" else f"figures/{preset}")
-    work = Path("runs") / f"fig1-{preset}-{setting.dataset}"
+    work = work_folder(preset, setting)
     began = time.perf_counter()
-    compute(setting, work, args.root)
+    for_every_model(compute_model, setting, work, args.root)
     results = out / "fig1"
     results.mkdir(parents=True, exist_ok=True)
     for path in sorted(work.glob("*.npz")):
@@ -109,66 +74,12 @@ def main() -> None:
 # --- compute -------------------------------------------------------------------------------------
 
 
-def compute(setting: Setting, work: Path, root: str | None) -> None:
-    """Train and probe every model, each in a process of its own where there is no GPU."""
-    work.mkdir(parents=True, exist_ok=True)
-    stamp, description = work / "setting.json", json.dumps(asdict(setting), indent=1)
-    if stamp.exists() and stamp.read_text() != description:
-        print(f"{work} holds another setting; computing afresh.")
-        shutil.rmtree(work)
-        work.mkdir(parents=True)
-    stamp.write_text(description)
-    if torch.cuda.is_available():
-        for index in range(len(setting.models)):
-            compute_model(setting, index, work, root)
-        return
-    # Small models keep one core busy, not two: one process a model, half the cores each.
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // len(setting.models))
-    workers = []
-    for index in range(len(setting.models)):
-        os.environ |= {"TQDM_POSITION": str(index), "OMP_NUM_THREADS": str(threads)}
-        workers.append(
-            context.Process(target=compute_model, args=(setting, index, work, root), daemon=True)
-        )
-        workers[-1].start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        sys.exit("A model failed; its message is above. Finished stages are kept.")
-
-
 def compute_model(setting: Setting, index: int, work: Path, root: str | None) -> None:
     """Train one model, then its trajectory, spectra and surface; skip what is on disk."""
-    name, constructor, sizes = setting.models[index]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train = load_images(setting.dataset, root=root).to(device)
-    test = load_images(setting.dataset, root=root, split="test").to(device)
-    train = train.subset(setting.train_images).with_(batch_size=setting.batch_size, shuffle=True)
-    augment = recipe(train.mean, train.std, train.num_classes)
-    channels, size = train.images.shape[1:3]
-    if constructor.startswith("vit"):
-        sizes = sizes | {"image_size": size}
-    with torch.random.fork_rng():
-        torch.manual_seed(setting.seed)
-        model = create_model(
-            constructor, in_channels=channels, num_classes=train.num_classes, **sizes
-        ).to(device)
-    history = fit(
-        model,
-        train,
-        optimizer=adamw(model, lr=setting.learning_rate, weight_decay=setting.weight_decay),
-        schedule=WarmupCosine(setting.epochs, setting.warmup_epochs),
-        epochs=setting.epochs,
-        transform=augment,
-        validation=test.with_(batch_size=500),
-        folder=work / name,
-        checkpoints=("init", "warmup", *setting.hessian_epochs, "last"),
-        trajectory=max(1, setting.epochs // 40),
-        resume=True,
-        seed=setting.seed,
-        progress=True,
-    )
+    name = setting.models[index][0]
+    model, history = train(setting, index, work, root)
+    data = images(setting, root)
+    augment = augmentation(data)
     say(name, f"trained: test accuracy {history.validation_accuracy[-1]:.3f}")
     once(work / f"history_{name}.npz", lambda: replace(history, checkpoints={}, trajectory=()))
     once(
@@ -177,9 +88,9 @@ def compute_model(setting: Setting, index: int, work: Path, root: str | None) ->
     )
     # What was optimised: NLL + L2 on augmented images, one draw of the augmentation for all.
     objective = Objective(weight_decay=setting.weight_decay, transform=augment, seed=setting.seed)
-    tenth = train.subset(16 * setting.hessian_batches).with_(batch_size=16, shuffle=False)
+    tenth = data.subset(16 * setting.hessian_batches).with_(batch_size=16, shuffle=False)
     for epoch in ("warmup", *setting.hessian_epochs):
-        load_weights(model, history.checkpoints[epoch], device)
+        load_weights(model, history.checkpoints[epoch])
         spectrum = once(
             work / f"spectrum_{name}_{epoch}.npz",
             lambda: landscape.hessian_max_spectrum(
@@ -187,13 +98,13 @@ def compute_model(setting: Setting, index: int, work: Path, root: str | None) ->
             ),
         )
         say(name, f"{epoch}: NEP {spectrum.nep:.3f}, APE {spectrum.ape:.4g}")
-    load_weights(model, history.checkpoints["last"], device)
-    images = train.subset(setting.surface_images).with_(batch_size=128, shuffle=False)
+    load_weights(model, history.checkpoints["last"])
+    few = data.subset(setting.surface_images).with_(batch_size=128, shuffle=False)
     once(
         work / f"surface_{name}.npz",
         lambda: landscape.loss_surface(
             model,
-            images,
+            few,
             points=setting.surface_points,
             objective=objective,
             metrics=("loss", "accuracy", "ece"),
@@ -209,16 +120,6 @@ def once(path: Path, make: Callable[[], R]) -> R:
     if not path.exists():
         make().save(path)
     return Result.load(path)
-
-
-def load_weights(model: torch.nn.Module, path: str, device: torch.device) -> None:
-    """Load a state dict of a checkpoint."""
-    model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-
-
-def say(name: str, message: str) -> None:
-    """Print a line for one model."""
-    print(f"[{name}] {message}", flush=True)
 
 
 # --- draw ----------------------------------------------------------------------------------------

@@ -12,7 +12,13 @@ from landscape.linalg.operators import MatrixOperator, SymmetricOperator
 from landscape.linalg.quadrature import SpectralDensity
 from landscape.linalg.trace import TraceEstimate
 from landscape.objective import Objective
+from landscape.probes.adversarial import AdversarialRobustness, adversarial_robustness
+from landscape.probes.cka import CKA, cka
 from landscape.probes.directions import Directions, random_directions
+from landscape.probes.evaluate import Evaluation, evaluate
+from landscape.probes.feature_maps import BlockTable
+from landscape.probes.fourier import FourierAmplitude, fourier_amplitude
+from landscape.probes.frequency import RobustnessCurve, frequency_robustness
 from landscape.probes.hessian import (
     HessianMaxSpectrum,
     HessianSpectrum,
@@ -30,6 +36,7 @@ from landscape.probes.trajectory import (
     polar_trajectory,
     project_trajectory,
 )
+from landscape.probes.variance import FeatureVariance, feature_variance
 from landscape.results import Provenance, Result
 
 __all__ = [
@@ -60,10 +67,23 @@ __all__ = [
     # representations
     "Block",
     "Blocks",
+    "cka",
+    "feature_variance",
+    "fourier_amplitude",
     "lesion_study",
+    # robustness
+    "adversarial_robustness",
+    "evaluate",
+    "frequency_robustness",
     # results
+    "AdversarialRobustness",
+    "BlockTable",
+    "CKA",
     "Directions",
     "Eigenpairs",
+    "Evaluation",
+    "FeatureVariance",
+    "FourierAmplitude",
     "HessianMaxSpectrum",
     "HessianSpectrum",
     "LesionStudy",
@@ -72,6 +92,7 @@ __all__ = [
     "PolarTrajectory",
     "Provenance",
     "Result",
+    "RobustnessCurve",
     "SpectralDensity",
     "TraceEstimate",
     "Trajectory",

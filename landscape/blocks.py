@@ -34,7 +34,7 @@ from landscape.objective import as_logits
 from landscape.passes import ControlledPass, Handler
 from landscape.restore import eval_mode
 from landscape.structure import Kind, Unit, find_units, named_units
-from landscape.tracing import Trace, call, record
+from landscape.tracing import Trace, call, function_name, record
 
 Choose = str | Sequence[str]
 Visitor = Callable[["Block", Tensor], None]
@@ -161,8 +161,9 @@ class Blocks:
         traced, n = self.traced(inputs), _num_samples(inputs)
         handlers: dict[int, Handler] = {}
         for block, unit, layout in zip(self._blocks, traced.units, traced.layouts, strict=True):
-            show = functools.partial(_show, block, layout, n, visitor)
-            handlers[traced.trace.steps[unit.value].ordinal or 0] = show
+            step = traced.trace.steps[unit.value]
+            show = functools.partial(_show, block, step.name, layout, n, visitor)
+            handlers[step.ordinal or 0] = show
         with eval_mode(self.model), ControlledPass(handlers):
             return as_logits(call(self.model, inputs))
 
@@ -235,7 +236,8 @@ class Blocks:
     def _record(self, inputs: Any) -> Trace:
         placement = Placement.of(self.model)
         example = _resized(placement.place(inputs), _TRACED)
-        with eval_mode(self.model), _own_randomness(placement.device):
+        with eval_mode(self.model), _own_randomness(placement.device), torch.no_grad():
+            call(self.model, example)  # what a model caches at its first pass is there by now
             return record(self.model, example, as_logits)
 
     def _remember(self, inputs: Any, trace: Trace) -> Traced:
@@ -310,6 +312,7 @@ def blocks_of(model: nn.Module, blocks: Blocks | None, example: Any) -> Blocks:
 
 def _show(
     block: Block,
+    name: str,
     layout: Layout,
     n: int,
     visitor: Visitor,
@@ -320,7 +323,7 @@ def _show(
     """Make a call and show its output: a handler of `ControlledPass` with its first arguments."""
     out = func(*args, **kwargs)
     value = next((t for t in tree_leaves(out) if isinstance(t, Tensor)), None)
-    if value is None or not layout.fits(value.shape, n):
+    if value is None or function_name(func) != name or not layout.fits(value.shape, n):
         raise _changed(block.name, torch.Size() if value is None else value.shape, layout.shape)
     visitor(block, layout.apply(value, n))
     return out

@@ -126,7 +126,8 @@ def record(model: nn.Module, inputs: Any, as_logits: Any) -> Trace:
     """
     tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
     recorder = _Recorder(tensors)
-    with torch.inference_mode(), recorder.modules(model), recorder:
+    # No inference mode: a model that caches a tensor in it could not be trained afterwards.
+    with torch.no_grad(), recorder.modules(model), recorder:
         outputs = call(model, inputs)
     logits = as_logits(outputs)
     trace = recorder.trace

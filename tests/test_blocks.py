@@ -198,6 +198,27 @@ def test_control_flow_that_depends_on_the_data(images):
         blocks.capture(images.abs())
 
 
+def test_a_model_that_caches_at_its_first_pass(images):
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+            self.scale = None
+
+        def forward(self, x):
+            if self.scale is None:
+                self.scale = torch.ones(3, 1, 1).exp().log()
+            for conv in self.convs:
+                x = x + self.scale * conv(x)
+            return x.mean((2, 3))
+
+    model = build(Lazy)
+    features = Blocks(model, example=images).capture(images)
+    expected = images + model.convs[0](images)
+    torch.testing.assert_close(features["convs.0"], expected.detach())
+    model(images).sum().backward()  # the cache is no tensor of inference mode
+
+
 def test_model_untouched_even_when_interrupted(model, images):
     model.train()
     blocks = Blocks(model, example=images)

@@ -1,16 +1,30 @@
-"""Plots: one function a result, `plot.x(result, *, ax=None) -> Axes`, and the paper's Figure 1.
+"""Plots: one function a result, `plot.x(result, *, ax=None) -> Axes`, and figures of the paper.
 
 Functions compute, show, save and style nothing. For the look of a paper draw inside
 `matplotlib.rc_context(plot.style.rc())`; the figure-level functions do so themselves.
 """
 
 from landscape.plot import interactive, style
+from landscape.plot.corruption import corruption_robustness
 from landscape.plot.density import half_density
+from landscape.plot.feature_figures import figure2, figure2a, figure8, figure9, figure10
+from landscape.plot.features import (
+    cka,
+    feature_variance,
+    fourier_amplitude,
+    fourier_depth,
+    lesion_study,
+)
 from landscape.plot.figures import figure1, figure1a, figure1b, figure1c
 from landscape.plot.hessian import (
     hessian_max_spectrum,
     hessian_spectrum,
     spectral_density,
+)
+from landscape.plot.robustness import (
+    adversarial_robustness,
+    frequency_robustness,
+    reliability_diagram,
 )
 from landscape.plot.scale import shared_limits
 from landscape.plot.surface import loss_line, loss_surface
@@ -18,11 +32,20 @@ from landscape.plot.trajectory import polar_trajectory, trajectory
 
 __all__ = [
     # results to axes
+    "adversarial_robustness",
+    "cka",
+    "corruption_robustness",
+    "feature_variance",
+    "fourier_amplitude",
+    "fourier_depth",
+    "frequency_robustness",
     "hessian_max_spectrum",
     "hessian_spectrum",
+    "lesion_study",
     "loss_line",
     "loss_surface",
     "polar_trajectory",
+    "reliability_diagram",
     "spectral_density",
     "trajectory",
     # figures of the paper
@@ -30,6 +53,11 @@ __all__ = [
     "figure1a",
     "figure1b",
     "figure1c",
+    "figure2",
+    "figure2a",
+    "figure8",
+    "figure9",
+    "figure10",
     # parts
     "half_density",
     "interactive",

@@ -23,11 +23,13 @@ from landscape.plot.features import (
     fourier_depth,
     lesion_study,
 )
+from landscape.plot.robustness import frequency_robustness
 from landscape.plot.scale import color_bar
 
 if TYPE_CHECKING:
     from landscape.probes.cka import CKA
     from landscape.probes.fourier import FourierAmplitude
+    from landscape.probes.frequency import RobustnessCurve
     from landscape.probes.lesion import LesionStudy
     from landscape.probes.variance import FeatureVariance
 
@@ -55,6 +57,41 @@ def figure2a(results: "Mapping[str, FourierAmplitude]") -> Figure:
         _label_first(axes[0])
         color_bar(figure, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
         figure.draw_without_rendering()  # ticks are made now, in this style
+    return figure
+
+
+def figure2(
+    amplitudes: "Mapping[str, FourierAmplitude]", curves: "Mapping[str, RobustnessCurve]"
+) -> Figure:
+    """Draw Fourier amplitudes, a panel a model, beside the robustness to noise by frequency.
+
+    Args:
+        amplitudes: Curves of each model.
+        curves: Robustness of the same models or others.
+
+    Returns:
+        The figure, 5.5 in wide.
+
+    Raises:
+        ValueError: If either is empty.
+    """
+    if not amplitudes or not curves:
+        raise ValueError("`amplitudes` and `curves` must hold a result each, got an empty mapping.")
+    with mpl.rc_context(style.rc()):
+        figure = Figure(figsize=(style.TEXT_WIDTH, 2.2), layout="constrained")
+        parts: Any = figure.subfigures(1, 2, width_ratios=(1.15 * len(amplitudes), 1.35))
+        left, right = parts
+        axes = left.subplots(1, len(amplitudes), squeeze=False)[0]
+        _share(axes)
+        for ax, (name, result) in zip(axes, amplitudes.items(), strict=True):
+            fourier_amplitude(result, ax=ax, colorbar=False)
+            ax.set_title(name)
+        _label_first(axes)
+        color_bar(left, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
+        frequency_robustness(curves, ax=right.subplots())
+        for part, letter in ((left, "a"), (right, "b")):
+            part.suptitle(f"({letter})", x=0.01, ha="left", fontsize=8)
+        figure.draw_without_rendering()
     return figure
 
 

@@ -51,9 +51,7 @@ def hessian_max_spectrum(
         ValueError: If `half` is unknown or `results` is empty.
     """
     check_choice("half", half, get_args(Half))
-    named = dict(results) if isinstance(results, Mapping) else {"": results}
-    if not named:
-        raise ValueError("`results` must hold at least one spectrum, got an empty mapping.")
+    named = style.named(results)
     ax = ax if ax is not None else plt.subplots()[1]
     styles = style.line_styles(named)
     for row, (name, result) in enumerate(named.items()):

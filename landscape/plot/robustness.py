@@ -47,7 +47,7 @@ def frequency_robustness(
     Raises:
         ValueError: If `results` is empty.
     """
-    named = _named(results)
+    named = style.named(results)
     ax = ax if ax is not None else plt.subplots()[1]
     common, labels = legend_entries(named, clean_entry, noise_of)
     ax.axhline(0, color=style.MUTED, lw=0.6, zorder=0, gid="clean")
@@ -85,7 +85,7 @@ def adversarial_robustness(
     Raises:
         ValueError: If `results` is empty, or mixes norms.
     """
-    named = _named(results)
+    named = style.named(results)
     norm = common_norm(named)
     ax = ax if ax is not None else plt.subplots()[1]
     common, labels = legend_entries(named, clean_entry, attack_of)
@@ -120,7 +120,7 @@ def reliability_diagram(
     Raises:
         ValueError: If `results` is empty.
     """
-    named = _named(results)
+    named = style.named(results)
     ax = ax if ax is not None else plt.subplots()[1]
     common, labels = legend_entries(named, ece_entry, lambda result: f"n = {result.num_samples}")
     ax.plot([0, 1], [0, 1], color=style.MUTED, lw=0.6, ls="--", zorder=0, gid="diagonal")
@@ -220,13 +220,6 @@ def wilson_interval(
 def percent(share: float) -> str:
     """Return a fraction as a percentage with one decimal, "–" where it is not finite."""
     return f"{100 * share:.1f} %" if np.isfinite(share) else "–"
-
-
-def _named(results: Any) -> dict[str, Any]:
-    named = dict(results) if isinstance(results, Mapping) else {"": results}
-    if not named:
-        raise ValueError("`results` must hold at least one result, got an empty mapping.")
-    return named
 
 
 def _draw_curve(

@@ -8,7 +8,7 @@ Colours are those of Okabe and Ito, told apart under every common colour blindne
 (https://jfly.uni-koeln.de/color/). One colour belongs to one model family in every figure.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 TEXT_WIDTH = 5.5
@@ -127,3 +127,15 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
         styles[name] = {"color": color, "linestyle": _LINES[seen.get(color, 0) % len(_LINES)]}
         seen[color] = seen.get(color, 0) + 1
     return styles
+
+
+def named(results: Any) -> dict[str, Any]:
+    """Return results by label, a single one under an empty label.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    by_label = dict(results) if isinstance(results, Mapping) else {"": results}
+    if not by_label:
+        raise ValueError("`results` must hold at least one result, got an empty mapping.")
+    return by_label

@@ -19,6 +19,7 @@ from landscape.training.augment import (
 from landscape.training.data import DeviceImages, denormalize, normalize
 from landscape.training.datasets import load_images
 from landscape.training.fit import fit
+from landscape.training.folder import FolderImages
 from landscape.training.mixing import CutMix, LabelSmoothing, Mixup, OneOf, recipe
 from landscape.training.randaugment import RandAugment
 from landscape.training.run import FitResult
@@ -27,6 +28,7 @@ from landscape.training.schedule import Schedule, WarmupCosine, adamw
 __all__ = [
     # data
     "DeviceImages",
+    "FolderImages",
     "denormalize",
     "load_images",
     "normalize",

@@ -10,8 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from landscape.plot import feature_figures, features, style
-from landscape.plot import interactive_features as interactive
+from landscape.plot import feature_figures, features, interactive, style
 from tests.plot.feature_cases import fourier, lesions, resnet, similarity, variance, vit
 
 SIDES = [32, *[32] * 3, *[16] * 4, *[8] * 6, *[4] * 3]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from landscape.plot import corruption, interactive_robustness, robustness, style
+from landscape.plot import corruption, interactive, robustness, style
 from landscape.plot.corruption import corruption_robustness
 from landscape.plot.robustness import (
     adversarial_robustness,
@@ -222,7 +222,7 @@ def test_attacks_that_differ_are_named_and_norms_are_not_mixed():
     ax = adversarial_robustness({"one": attacked(attack="fgsm"), "many": attacked()})
     labels = ax.get_legend_handles_labels()[1]
     assert labels == ["one: clean 80.0 %, FGSM", "many: clean 80.0 %, PGD, 10 steps"]
-    for draw in (adversarial_robustness, interactive_robustness.adversarial_robustness):
+    for draw in (adversarial_robustness, interactive.adversarial_robustness):
         with pytest.raises(ValueError, match=r"must share one norm, got \['l2', 'linf'\]"):
             draw({"a": attacked(), "b": attacked(norm="l2")})
 
@@ -360,9 +360,7 @@ def test_texts_stay_on_the_page_and_apart_at_column_width(case):
         assert not a.overlaps(b), (first, second)
 
 
-@pytest.mark.parametrize(
-    "module", [robustness, interactive_robustness], ids=["static", "interactive"]
-)
+@pytest.mark.parametrize("module", [robustness, interactive], ids=["static", "interactive"])
 @pytest.mark.parametrize("cls", [Evaluation, RobustnessCurve, AdversarialRobustness])
 def test_every_result_names_its_plot(cls, module):
     assert callable(getattr(module, cls._plot))
@@ -375,7 +373,7 @@ def test_every_result_names_its_plot(cls, module):
 
 def test_interactive_curves_have_the_same_values_and_the_nll():
     results = {"ResNet": curve(clean=0.81), "ViT": curve()}
-    figure = interactive_robustness.frequency_robustness(results)
+    figure = interactive.frequency_robustness(results)
     for (name, result), trace in zip(results.items(), figure.data, strict=True):
         np.testing.assert_array_equal(trace.x, result.frequencies)
         np.testing.assert_array_equal(trace.y, 100 * result.delta_accuracy)
@@ -391,7 +389,7 @@ def test_interactive_curves_have_the_same_values_and_the_nll():
 
 
 def test_interactive_attacks_have_the_same_values():
-    figure = interactive_robustness.adversarial_robustness(attacked())
+    figure = interactive.adversarial_robustness(attacked())
     (trace,) = figure.data
     np.testing.assert_allclose(trace.x, [0, 1, 2, 4, 8])
     np.testing.assert_allclose(trace.y, [80, 60, 40, 20, 10])
@@ -403,7 +401,7 @@ def test_interactive_attacks_have_the_same_values():
 
 def test_interactive_reliability_shows_bins_and_counts():
     result = evaluation()
-    figure = interactive_robustness.reliability_diagram({"ViT": result})
+    figure = interactive.reliability_diagram({"ViT": result})
     points, columns = figure.data
     np.testing.assert_array_equal(points.x, result.bin_confidence)
     np.testing.assert_array_equal(points.y, result.bin_accuracy)
@@ -421,7 +419,7 @@ def test_interactive_reliability_shows_bins_and_counts():
 
 def test_interactive_corruptions_are_side_by_side_on_one_scale():
     result = table()
-    figure = interactive_robustness.corruption_robustness({"ResNet": result, "ViT": result})
+    figure = interactive.corruption_robustness({"ResNet": result, "ViT": result})
     assert len(figure.data) == 2
     rows, groups = corruption.grouped_rows(result.corruptions)
     for trace in figure.data:
@@ -437,5 +435,5 @@ def test_interactive_corruptions_are_side_by_side_on_one_scale():
     titles = [each.text for each in figure.layout.annotations]
     assert titles[1] == "ViT: Mean corruption error 45.7 ± 0.5 %, clean 8.3 %"
     assert figure.layout.yaxis.autorange == "reversed"
-    alone = interactive_robustness.corruption_robustness(result)
+    alone = interactive.corruption_robustness(result)
     assert alone.layout.annotations[0].text == "Mean corruption error 45.7 ± 0.5 %, clean 8.3 %"

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 
 from landscape.plot import features, style
-from landscape.plot.plotly_style import LOOK, named, plotly_line
+from landscape.plot.interactive.look import LOOK, plotly_line
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -39,7 +39,7 @@ def fourier_amplitude(results: "FourierAmplitude | Mapping[str, FourierAmplitude
     """
     from plotly import graph_objects as go
 
-    by_label = named(results)
+    by_label = style.named(results)
     figure = _panels(by_label)
     colors = features.depth_map()
     for column, result in enumerate(by_label.values(), start=1):
@@ -85,7 +85,7 @@ def fourier_depth(results: "FourierAmplitude | Mapping[str, FourierAmplitude]") 
     Raises:
         ValueError: If `results` is empty.
     """
-    by_label = named(results)
+    by_label = style.named(results)
     values = {name: (each.highest, each.highest_stderr) for name, each in by_label.items()}
     figure = _against_depth(by_label, values)
     figure.update_yaxes(title_text=f"{_AMPLITUDE} at π", col=1)
@@ -107,7 +107,7 @@ def feature_variance(
     Raises:
         ValueError: If `results` is empty.
     """
-    by_label = named(results)
+    by_label = style.named(results)
     values = {name: (each.variance, each.stderr) for name, each in by_label.items()}
     figure = _against_depth(by_label, values)
     figure.update_yaxes(type="log" if log else "linear", rangemode="normal" if log else "tozero")
@@ -129,7 +129,7 @@ def cka(results: "CKA | Mapping[str, CKA]") -> "Figure":
     """
     from plotly import graph_objects as go
 
-    by_label = named(results)
+    by_label = style.named(results)
     figure = _panels(by_label, shared=False)
     for column, result in enumerate(by_label.values(), start=1):
         rows, columns = result.blocks_a.names, result.blocks_b.names
@@ -176,7 +176,7 @@ def lesion_study(results: "LesionStudy | Mapping[str, LesionStudy]") -> "Figure"
     """
     from plotly import graph_objects as go
 
-    by_label = named(results)
+    by_label = style.named(results)
     figure = _panels(by_label)
     shown: set[str] = set()
     for column, result in enumerate(by_label.values(), start=1):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from landscape.plot import style
 from landscape.plot.corruption import CorruptionTable, corruption_title, grouped_rows
-from landscape.plot.plotly_style import LOOK, named, plotly_line
+from landscape.plot.interactive.look import LOOK, plotly_line
 from landscape.plot.robustness import (
     CONFIDENCE_LABEL,
     DELTA_LABEL,
@@ -51,7 +51,7 @@ def frequency_robustness(
     """
     from plotly import graph_objects as go
 
-    by_label = named(results)
+    by_label = style.named(results)
     common, labels = legend_entries(by_label, clean_entry, noise_of)
     figure = go.Figure()
     for name, result in by_label.items():
@@ -92,7 +92,7 @@ def adversarial_robustness(
     """
     from plotly import graph_objects as go
 
-    by_label = named(results)
+    by_label = style.named(results)
     norm = common_norm(by_label)
     common, labels = legend_entries(by_label, clean_entry, attack_of)
     figure = go.Figure()
@@ -131,7 +131,7 @@ def reliability_diagram(results: "Evaluation | Mapping[str, Evaluation]") -> "Fi
     """
     from plotly import graph_objects as go
 
-    by_label = named(results)
+    by_label = style.named(results)
     common, labels = legend_entries(by_label, ece_entry, lambda result: f"n = {result.num_samples}")
     figure = go.Figure()
     diagonal = {"color": "#737373", "dash": "dash", "width": 1}
@@ -185,7 +185,7 @@ def corruption_robustness(
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
 
-    by_label = named(results)
+    by_label = style.named(results)
     titles = [
         f"{name}: {corruption_title(result)}" if name else corruption_title(result)
         for name, result in by_label.items()

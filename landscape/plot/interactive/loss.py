@@ -1,7 +1,4 @@
-"""The same results as plotly figures, to turn, zoom and read off; plotly is imported when called.
-
-Write one with `figure.write_html(path, include_plotlyjs="cdn")`.
-"""
+"""Surfaces, trajectories and Hessian spectra as plotly figures."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +9,7 @@ from matplotlib.colors import LogNorm
 from landscape.plot import style
 from landscape.plot.density import finite_eigenvalues, half_density
 from landscape.plot.hessian import MAX_LABEL
+from landscape.plot.interactive.look import LOOK, plotly_line
 from landscape.plot.scale import (
     LABELS,
     Quantity,
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
     from landscape.probes.hessian import HessianMaxSpectrum
     from landscape.probes.surface import LossSurface
     from landscape.probes.trajectory import PolarTrajectory
-
-_FONT = {"family": "Times New Roman, STIXGeneral, serif", "size": 14}
-_LOOK = {"template": "plotly_white", "font": _FONT, "margin": {"l": 60, "r": 20, "t": 60, "b": 60}}
 
 
 def loss_surface(
@@ -58,7 +53,7 @@ def loss_surface(
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
 
-    named = _named(results)
+    named = style.named(results)
     if not quantities:
         raise ValueError("`quantities` must name at least one quantity, got none.")
     titles = [_title(name, result, quantities) for name, result in named.items()]
@@ -81,7 +76,7 @@ def loss_surface(
             figure.add_trace(surface, row=1, col=column)
     buttons = [_button(quantity, quantities, named) for quantity in quantities]
     figure.update_layout(
-        **_LOOK,
+        **LOOK,
         **buttons[0]["args"][1],
         coloraxis_colorscale=style.SEQUENTIAL.capitalize(),
         updatemenus=[{"type": "buttons", "direction": "right", "x": 0, "y": 0, "buttons": buttons}],
@@ -104,7 +99,7 @@ def polar_trajectory(results: "PolarTrajectory | Mapping[str, PolarTrajectory]")
     """
     from plotly import graph_objects as go
 
-    named = _named(results)
+    named = style.named(results)
     styles = style.line_styles(named)
     figure = go.Figure()
     for name, result in named.items():
@@ -115,13 +110,13 @@ def polar_trajectory(results: "PolarTrajectory | Mapping[str, PolarTrajectory]")
                 customdata=result.steps,
                 mode="lines+markers",
                 name=name,
-                line=_line(styles[name]),
+                line=plotly_line(styles[name]),
                 hovertemplate="step %{customdata}<br>r = %{r:.3g}<br>θ = %{theta:.3g}°",
             )
         )
     widest = max(float(np.max(known_angles(result), initial=0.0)) for result in named.values())
     sector = [0, 180 if widest > np.pi / 2 else 90]
-    figure.update_layout(**_LOOK, polar={"sector": sector, "radialaxis_title": "‖Δw_t‖ / ‖Δw_0‖"})
+    figure.update_layout(**LOOK, polar={"sector": sector, "radialaxis_title": "‖Δw_t‖ / ‖Δw_0‖"})
     return figure
 
 
@@ -142,13 +137,13 @@ def hessian_max_spectrum(
     """
     from plotly.subplots import make_subplots
 
-    named = _named(results)
+    named = style.named(results)
     styles = style.line_styles(named)
     figure = make_subplots(1, 2, subplot_titles=["negative half", "positive half"])
     signs: tuple[tuple[int, Literal[-1, 1]], ...] = ((1, -1), (2, 1))
     for row, (name, result) in enumerate(named.items()):
         for column, sign in signs:
-            traces = _half_traces(name, result, sign, log, row, _line(styles[name]))
+            traces = _half_traces(name, result, sign, log, row, plotly_line(styles[name]))
             for trace in traces:
                 figure.add_trace(trace, row=1, col=column)
     label = MAX_LABEL.replace(r"$\lambda$", "λ")
@@ -156,7 +151,7 @@ def hessian_max_spectrum(
     if log:
         figure.update_xaxes(title_text=label.replace("λ", "−λ"), autorange="reversed", col=1)
     figure.update_yaxes(title_text="Density per decade" if log else "Density (1/nats)", col=1)
-    figure.update_layout(**_LOOK)
+    figure.update_layout(**LOOK)
     return figure
 
 
@@ -226,15 +221,3 @@ def _button(
 def _title(name: str, result: "LossSurface", quantities: tuple[Quantity, ...]) -> str:
     missing = max(int(finite_values(result, each).mask.sum()) for each in quantities)
     return name + (f" ({missing} of {result.loss.size} points not finite)" if missing else "")
-
-
-def _named(results: Any) -> dict[str, Any]:
-    named = dict(results) if isinstance(results, Mapping) else {"": results}
-    if not named:
-        raise ValueError("`results` must hold at least one result, got an empty mapping.")
-    return named
-
-
-def _line(line: dict[str, str]) -> dict[str, str]:
-    dashes = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
-    return {"color": line["color"], "dash": dashes[line["linestyle"]]}

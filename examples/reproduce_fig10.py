@@ -1,0 +1,104 @@
+"""Figure 10 of "How Do Vision Transformers Work?" (Park & Kim, ICLR 2022).
+
+    python examples/reproduce_fig10.py            # on the models of Figure 1 and an AlterNet
+    python examples/reproduce_fig10.py --quick    # the same path in little
+
+(a) Similarity (CKA) of all blocks: networks of several stages look like small networks in series.
+(b) Accuracy lost with one unit removed: Convs matter at the beginning of a stage, MSAs at its end.
+`--model timm:NAME` as in Figure 2's example.
+"""
+
+import numpy as np
+from claims import Claim, Measured, averaged, estimated
+from subjects import Results, Study, Subject, run
+
+import landscape
+from landscape import CKA, LesionStudy, plot
+
+NOTE = (
+    "Intervals (95 %): CKA by the jackknife over mini-batches of 100 test images, as if pairs of "
+    "blocks were independent; lesions paired over test images. ViT has one stage, so it has no "
+    "stages to compare. One training run a model: no interval covers the choice of seed."
+)
+
+
+def compute(subject: Subject) -> dict[str, landscape.Result]:
+    """Return the similarity of all pairs of blocks, and every unit's lesion."""
+    model, data = subject.model, subject.data
+    return {
+        "cka": landscape.cka(model, data, progress=True),
+        "lesion": landscape.lesion_study(model, data, progress=True),
+    }
+
+
+def draw(results: Results):
+    """Return the figure, and the lesions to hover over."""
+    figure = plot.figure10(results["cka"], results["lesion"])
+    return figure, plot.interactive.lesion_study(results["lesion"])
+
+
+def claims(results: Results) -> list[Claim]:
+    """Compare similarity within stages and between them, and ends of stages with beginnings."""
+    found = []
+    for name, result in results["cka"].items():
+        within, between = stage_similarity(result)
+        if between is not None:
+            found.append(
+                Claim(
+                    "(a) stages are blocks of similar features",
+                    "mean CKA of two blocks",
+                    (f"{name} of two stages", between),
+                    (f"{name} of one stage", within),
+                )
+            )
+    for name, result in results["lesion"].items():
+        for kind, label, costly in (("msa", "MSAs", "end"), ("conv", "Convs", "beginning")):
+            sides = ends_of_stages(result, kind)
+            if sides is None:
+                continue
+            cheap = "beginning" if costly == "end" else "end"
+            found.append(
+                Claim(
+                    f"(b) {label} matter most at the {costly} of a stage",
+                    "change of accuracy without one",
+                    (f"{name} {costly}", sides[costly]),
+                    (f"{name} {cheap}", sides[cheap]),
+                )
+            )
+    return found
+
+
+def stage_similarity(result: CKA) -> tuple[Measured, Measured | None]:
+    """Return the mean CKA of pairs of different blocks within a stage, and of two stages."""
+    table = result.blocks_a
+    body = np.array([kind not in {"stem", "head"} for kind in table.kinds])
+    pairs = np.triu(np.ones_like(result.values, dtype=bool), 1) & body[:, None] & body[None, :]
+    same = table.stage[:, None] == table.stage[None, :]
+    sides = []
+    for chosen in (pairs & same, pairs & ~same):
+        values, errors = result.values[chosen], result.stderr[chosen]
+        # Errors of pairs go together (same images): the mean error is that of the mean.
+        sides.append(estimated(values.mean(), errors.mean()) if chosen.any() else None)
+    return sides[0] or averaged([]), sides[1]
+
+
+def ends_of_stages(result: LesionStudy, kind: str) -> dict[str, Measured] | None:
+    """Return the mean loss of accuracy at the first and at the last unit of a kind in a stage."""
+    kinds, stages = np.array(result.kinds), result.stage
+    chosen: dict[str, list[int]] = {"beginning": [], "end": []}
+    for stage in np.unique(stages):
+        units = np.flatnonzero((kinds == kind) & (stages == stage))
+        if len(units) > 1:
+            chosen["beginning"].append(units[0])
+            chosen["end"].append(units[-1])
+    if len(np.unique(stages)) < 2 or not chosen["end"]:
+        return None
+    sides = {}
+    for side, units in chosen.items():
+        stderr = np.sqrt(np.square(result.delta_accuracy_stderr[units]).sum()) / len(units)
+        sides[side] = estimated(result.delta_accuracy[units].mean(), stderr)
+    return sides
+
+
+if __name__ == "__main__":
+    run(Study("fig10", compute, draw, claims, NOTE, alternet=True), __doc__)

@@ -1,0 +1,82 @@
+"""Figure 2 of "How Do Vision Transformers Work?" (Park & Kim, ICLR 2022).
+
+    python examples/reproduce_fig2.py            # on the models of Figure 1, offline
+    python examples/reproduce_fig2.py --quick    # the same path in little
+    python examples/reproduce_fig2.py --model timm:vit_tiny_patch16_224 --weights vit.pth \
+        --model timm:resnet50 --weights resnet.pth --images imagenet/val
+
+(a) Fourier amplitudes of the feature maps, a curve a block: MSAs are low-pass filters, Convs
+high-pass. (b) Accuracy lost to noise of one frequency: ViT is hurt by low, ResNet by high ones.
+"""
+
+import numpy as np
+from claims import ZERO, Claim, averaged, estimated
+from subjects import Results, Study, Subject, run
+
+import landscape
+from landscape import plot
+
+NOTE = (
+    "Intervals (95 %). (a) Changes over blocks are means over the blocks of a kind; their interval "
+    "is that of the spread between blocks. (b) Noise of root mean square 0.1 of full scale, over "
+    "test images. One training run a model: no interval covers the choice of seed."
+)
+
+
+def compute(subject: Subject) -> dict[str, landscape.Result]:
+    """Return the amplitudes of every block, and the robustness by frequency."""
+    model, data = subject.model, subject.data
+    return {
+        "fourier": landscape.fourier_amplitude(model, data, progress=True),
+        "frequency": landscape.frequency_robustness(model, data, progress=True),
+    }
+
+
+def draw(results: Results):
+    """Return the figure, and its first part to hover over."""
+    figure = plot.figure2(results["fourier"], results["frequency"])
+    return figure, plot.interactive.fourier_amplitude(results["fourier"])
+
+
+def claims(results: Results) -> list[Claim]:
+    """Compare the change at π over each kind of block, and the two ends of the noise."""
+    found = []
+    for name, result in results["fourier"].items():
+        change, kinds = np.diff(result.highest), np.array(result.kinds[1:])
+        for kind in ("msa", "conv", "mlp"):
+            if (kinds == kind).any():
+                step = (f"{name} {kind}", averaged(change[kinds == kind]))
+                low, high = (step, ZERO) if kind == "msa" else (ZERO, step)
+                verb = "reduce" if kind == "msa" else "amplify"
+                label = {"msa": "MSAs", "conv": "Convs", "mlp": "MLPs"}[kind]
+                found.append(
+                    Claim(
+                        f"(a) {label} {verb} high frequencies",
+                        "change of Δ log amplitude at π over a block",
+                        low,
+                        high,
+                    )
+                )
+    curves = results["frequency"]
+    pair = [next((n for n in curves if n.lower().startswith(f)), None) for f in ("vit", "resnet")]
+    if None not in pair:
+        for frequency, worse, better in ((0.3, pair[0], pair[1]), (0.9, pair[1], pair[0])):
+            side = {}
+            for name in pair:
+                i = int(np.abs(curves[name].frequencies - frequency).argmin())
+                side[name] = estimated(
+                    curves[name].delta_accuracy[i], curves[name].delta_accuracy_stderr[i]
+                )
+            found.append(
+                Claim(
+                    f"(b) noise at {frequency}π hurts {worse} more",
+                    "change of accuracy",
+                    (worse, side[worse]),
+                    (better, side[better]),
+                )
+            )
+    return found
+
+
+if __name__ == "__main__":
+    run(Study("fig2", compute, draw, claims, NOTE), __doc__)

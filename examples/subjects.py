@@ -1,0 +1,176 @@
+"""What Figures 2, 8, 9 and 10 are measured on, and the way from there to files.
+
+By default the models of Figure 1 (trained where they are not yet) and, where a figure needs several
+stages with MSAs, an AlterNet, on the test images. With `--model timm:NAME --weights FILE --images
+FOLDER` any model of timm on a folder of images, one class a folder: the paper's ImageNet setting.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from claims import Claim, format_table
+from matplotlib.figure import Figure
+from torch import nn
+from trained import PRESETS, for_every_model, images, say, train, work_folder
+
+from landscape import Result
+from landscape.plot import style
+
+ALTERNET = (
+    "AlterNet",
+    "alternet18",
+    {"depths": (2, 4, 4), "msas": (0, 2, 2), "heads": (1, 2, 4), "head_dim": 16}
+    | {"window": 7, "width": 8, "drop_path": 0.1},
+)
+"""Stages of convolutions that end in MSAs, the size of Figure 1's ResNet."""
+
+Results = dict[str, dict[str, Any]]  # kind of result -> model -> result
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model and the images it is measured on.
+
+    Attributes:
+        model: The model.
+        data: Re-iterable of batches `(x, y)` that knows its `mean` and `std`.
+    """
+
+    model: nn.Module
+    data: Any
+
+
+@dataclass(frozen=True)
+class Study:
+    """A figure: what is measured on each model, how it is drawn, and the claims it is about.
+
+    Attributes:
+        name: Name of its files.
+        compute: Results of one model by kind.
+        draw: Figure and interactive figure from all results.
+        claims: Claims of the paper with what was measured.
+        note: What the intervals mean, and what the setting cannot show.
+        alternet: Whether an AlterNet belongs to it.
+    """
+
+    name: str
+    compute: Callable[[Subject], Mapping[str, Result]]
+    draw: Callable[[Results], tuple[Figure, Any]]
+    claims: Callable[[Results], list[Claim]]
+    note: str
+    alternet: bool = False
+
+
+def run(study: Study, description: str) -> None:
+    """Compute, save, draw, and compare with the claims; `--draw` begins with what is saved."""
+    args = _parse(description)
+    out = args.out or Path("figures/quick" if args.quick else "figures")
+    began = time.perf_counter()
+    folder = args.draw or out / study.name
+    if not args.draw:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*.npz"):
+            stale.unlink()
+        for label, subject in _subjects(args, study.alternet).items():
+            for kind, result in study.compute(subject).items():
+                result.save(folder / f"{kind}_{label}.npz")
+            say(label, "measured")
+    results = _load(folder)
+    figure, html = study.draw(results)
+    with mpl.rc_context(style.rc()):  # fonts embedded as TrueType
+        figure.savefig(out / f"{study.name}.png", dpi=200)
+        figure.savefig(out / f"{study.name}.pdf")
+    html.write_html(out / f"{study.name}.html", include_plotlyjs="cdn")
+    table = f"{format_table(study.claims(results))}\n\n{study.note}\n"
+    (out / f"{study.name}_claims.md").write_text(table)
+    print(f"\n{table}\nwrote {out}/{study.name}.png, .pdf, .html, {study.name}/*.npz", end=" ")
+    print(f"in {time.perf_counter() - began:.0f} s")
+
+
+def _subjects(args: argparse.Namespace, alternet: bool) -> dict[str, Subject]:
+    """Return the models by label, in network families' order of the paper."""
+    if args.model:
+        return {label: Subject(model, data) for label, model, data in _timm_models(args)}
+    preset = "quick" if args.quick else args.preset
+    setting = PRESETS[preset]
+    if args.dataset:
+        setting = replace(setting, dataset=args.dataset)
+    work = work_folder(preset, setting)
+    if alternet:
+        setting = replace(setting, models=(*setting.models, ALTERNET))
+    last = f"epoch-{setting.epochs:05d}.pt"
+    trained = [work / name / last for name, _, _ in setting.models]
+    if not all(path.exists() for path in trained):
+        for_every_model(train, setting, work, args.root)
+    test = images(setting, args.root, "test").with_(batch_size=100)
+    if args.quick:
+        test = test.subset(200)
+    return {
+        setting.models[i][0]: Subject(train(setting, i, work, args.root)[0], test)
+        for i in range(len(setting.models))
+    }
+
+
+def _timm_models(args: argparse.Namespace) -> "list[tuple[str, nn.Module, Any]]":
+    """Return label, model and images of each `--model`."""
+    import timm
+
+    from landscape.training import FolderImages
+
+    if not args.images or len(args.weights) != len(args.model):
+        sys.exit("--model needs --weights with a file for each model, and --images with a folder.")
+    found = []
+    for name, weights in zip(args.model, args.weights, strict=True):
+        name = name.removeprefix("timm:")
+        model = timm.create_model(name, checkpoint_path=str(weights)).eval()
+        config = timm.data.resolve_model_data_config(model)
+        size = config["input_size"][-1]
+        data = FolderImages(
+            args.images,
+            size=size,
+            resize=round(size / config["crop_pct"]),
+            mean=config["mean"],
+            std=config["std"],
+            batch_size=50,
+            max_images=args.max_images,
+        )
+        found.append((name, model, data))
+    return found
+
+
+def _load(folder: Path) -> Results:
+    """Return the saved results by kind and model."""
+    results: Results = {}
+    order = ["ResNet", "ViT", ALTERNET[0]]
+    paths = list(folder.glob("*_*.npz"))
+    if not paths:
+        sys.exit(f"{folder} holds no results (KIND_MODEL.npz).")
+    for path in sorted(paths, key=lambda p: _rank(p.stem.split("_", 1)[1], order)):
+        kind, label = path.stem.split("_", 1)
+        results.setdefault(kind, {})[label] = Result.load(path)
+    return results
+
+
+def _rank(label: str, order: Sequence[str]) -> tuple[int, str]:
+    return (order.index(label) if label in order else len(order), label)
+
+
+def _parse(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="default")
+    parser.add_argument("--quick", action="store_true", help="the same path in little")
+    parser.add_argument("--dataset", help="data set instead of the preset's")
+    parser.add_argument("--root", help="folder with the data set's own files")
+    parser.add_argument("--model", action="append", default=[], metavar="timm:NAME")
+    parser.add_argument("--weights", action="append", default=[], type=Path, metavar="FILE")
+    parser.add_argument("--images", type=Path, help="folder of images, one class a folder")
+    parser.add_argument("--max-images", type=int, default=1000, help="images of that folder used")
+    parser.add_argument("--out", type=Path, help="folder for the figure")
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="draw saved results again")
+    return parser.parse_args()

@@ -1,0 +1,106 @@
+"""Labelled images in folders, one folder a class, decoded as they are asked for."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from landscape._checks import check_at_least
+from landscape.training.data import normalize
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class FolderImages:
+    """Re-iterable of batches `(x, y)` of the images below `root/CLASS/`.
+
+    Classes are the folders in the order of their names, as in ImageNet's validation set sorted
+    into folders. Each image is resized so that its shorter side is `resize`, cropped to its centre
+    of `size` x `size` and normalised.
+
+    Attributes:
+        classes: Names of the classes.
+        mean: Mean of each channel, in units of full scale.
+        std: Standard deviation of each channel.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        size: int = 224,
+        resize: int | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        batch_size: int = 50,
+        max_images: int | None = None,
+    ) -> None:
+        """List the files.
+
+        Args:
+            root: Folder of the class folders.
+            size: Side of the crops.
+            resize: Shorter side before the crop; 8/7 of `size` by default (256 for 224).
+            mean: Mean of each channel that the model was trained with.
+            std: Standard deviation of each channel.
+            batch_size: Images a batch.
+            max_images: Use only so many, spread evenly over all.
+
+        Raises:
+            ValueError: If there is no image, or a size is below 1.
+        """
+        for name, value in (("size", size), ("batch_size", batch_size)):
+            check_at_least(name, value, 1)
+        self._size, self._resize = size, resize or round(size * 8 / 7)
+        self.mean, self.std, self._batch_size = tuple(mean), tuple(std), batch_size
+        folders = sorted(f for f in Path(root).iterdir() if f.is_dir())
+        self.classes = tuple(folder.name for folder in folders)
+        files = [
+            (file, label)
+            for label, folder in enumerate(folders)
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower() in _SUFFIXES
+        ]
+        if not files:
+            raise ValueError(
+                f"`root` must hold a folder of images for each class, got {str(root)!r} with none."
+            )
+        if max_images is not None and max_images < len(files):
+            check_at_least("max_images", max_images, 1)
+            files = [files[i * len(files) // max_images] for i in range(max_images)]
+        self._files = files
+
+    @property
+    def num_samples(self) -> int:
+        """Number of images."""
+        return len(self._files)
+
+    def __len__(self) -> int:
+        return -(-len(self._files) // self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images in one order, whatever the batch size."""
+        for start in range(0, len(self._files), self._batch_size):
+            part = self._files[start : start + self._batch_size]
+            images = torch.stack([self._decode(file) for file, _ in part])
+            yield normalize(images, self.mean, self.std), torch.tensor([y for _, y in part])
+
+    def _decode(self, file: Path) -> Tensor:
+        """Return one image as bytes `(3, size, size)`."""
+        from PIL import Image  # comes with matplotlib
+
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"`root` must hold whole images, got {file} ({error}).") from error
+        scale = self._resize / min(image.size)
+        width, height = (max(self._size, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - self._size) // 2, (height - self._size) // 2
+        image = image.crop((left, top, left + self._size, top + self._size))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)

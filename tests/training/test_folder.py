@@ -1,0 +1,63 @@
+"""Images in folders: order, classes, crop and normalisation, on files written here."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from landscape.training import FolderImages
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in (("b", 3), ("a", 2)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            pixels = rng.integers(0, 256, (20, 28, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_classes_and_batches(root):
+    images = FolderImages(root, size=16, batch_size=2)
+    assert images.classes == ("a", "b")
+    assert (images.num_samples, len(images)) == (5, 3)
+    labels = torch.cat([y for _, y in images])
+    assert labels.tolist() == [0, 0, 1, 1, 1]
+    whole = next(iter(FolderImages(root, size=16, batch_size=9)))[0]
+    assert torch.equal(whole, torch.cat([x for x, _ in images]))
+    assert torch.equal(whole, torch.cat([x for x, _ in images]))  # a second pass
+
+
+def test_centre_crop_and_normalisation(root):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    images = FolderImages(root, size=16, resize=20, mean=mean, std=std)
+    x = next(iter(images))[0][2]
+    pixels = np.array(Image.open(root / "b" / "0.png"))[2:18, 6:22] / 255
+    expected = (pixels - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(x.permute(1, 2, 0), expected, atol=1e-6)
+
+
+def test_a_part_is_spread_over_all(root):
+    labels = torch.cat([y for _, y in FolderImages(root, size=8, max_images=2)])
+    assert labels.tolist() == [0, 1]
+
+
+def test_greyscale_and_small_images(root):
+    Image.fromarray(np.full((5, 9), 128, dtype=np.uint8)).save(root / "a" / "grey.jpg")
+    x = torch.cat([x for x, _ in FolderImages(root, size=16)])
+    assert x.shape == (6, 3, 16, 16)
+
+
+def test_errors(root, tmp_path):
+    empty = tmp_path / "empty"
+    (empty / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="`root` must hold a folder of images"):
+        FolderImages(empty)
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+        FolderImages(root, batch_size=0)
+    (root / "a" / "0.png").write_bytes(b"no png")
+    with pytest.raises(ValueError, match=r"whole images, got .*0\.png"):
+        list(FolderImages(root, size=8))
