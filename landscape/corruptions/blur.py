@@ -97,7 +97,8 @@ def copied_from(moves: Tensor, h: int, w: int) -> Tensor:
     source = inside + moves[..., 1] * w + moves[..., 0]
     visited = torch.zeros(h * w, dtype=torch.bool, device=moves.device)
     visited[inside.flatten()] = True
-    first = torch.where((source > inside) & visited[source], source, inside)
+    visited = visited.index_select(0, source.flatten()).view_as(source)
+    first = torch.where((source > inside) & visited, source, inside)
     link = at.expand(n, h, w).clone()
     link[:, start[0] : start[0] + visited_rows, start[1] : start[1] + visited_columns] = first
     link = link.flatten(1)

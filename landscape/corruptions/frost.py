@@ -68,6 +68,7 @@ def power_law(h: int, w: int, exponent: Tensor, streams: Streams) -> Tensor:
     power = amplitude.square()
     total = 2 * power.sum((1, 2)) - power[:, :, 0].sum(1) - power[:, :, -1].sum(1)
     amplitude /= (total / (h * w)).sqrt().view(-1, 1, 1)
-    spectrum = torch.fft.rfft2(streams.normal(h, w)) * amplitude
+    spectrum = torch.fft.rfft2(streams.normal(h, w))
+    torch.view_as_real(spectrum).mul_(amplitude.unsqueeze(-1))
     field: Tensor = torch.fft.irfft2(spectrum, s=(h, w))
     return field

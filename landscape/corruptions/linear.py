@@ -1,7 +1,7 @@
 """Linear maps along rows and columns that the corruptions share: smoothing, box resizing, zoom.
 
-Smoothing and resizing are matrices `(out, in)`, one for each axis, which holds the boundary rule as
-well. They are made in float64 and used in float32.
+They are matrices `(out, in)`, one for each axis, which hold the boundary rule as well, made in
+float64 and used in float32.
 """
 
 import functools
@@ -98,48 +98,45 @@ def box_matrix(size: int, new: int) -> Tensor:
     return inside / inside.sum(1, keepdim=True, dtype=torch.float64)
 
 
-def clipped_zoom(images: Tensor, factor: float, centred: bool) -> Tensor:
-    """Return the middle of the images magnified as by SciPy's `zoom(order=1)`.
+@functools.lru_cache(maxsize=256)
+def zoom_matrix(size: int, factor: float, centred: bool) -> Tensor:
+    """Return the matrix of SciPy's `zoom(order=1)` of the middle of an axis.
 
-    The middle ⌈h / factor⌉ rows become round(⌈h / factor⌉ · factor) rows on the grid that maps the
-    first to the first and the last to the last row, with bilinear interpolation; likewise columns.
-    A row or column that rounding carries beyond the last one is 0, as there.
+    The middle ⌈size / factor⌉ values become round(⌈size / factor⌉ · factor) on the grid that maps
+    the first to the first and the last to the last, with linear interpolation. A value that
+    rounding carries beyond the last one is 0, as there.
 
     Args:
-        images: Tensor `(n, c, h, w)`.
+        size: Length of the axis.
         factor: Magnification, at least 1.
-        centred: Whether to cut the result to `(h, w)` about its centre (CIFAR-C) or to return all
-            of it (`imagecorruptions`, which later keeps the upper left).
+        centred: Whether to cut the result to `size` about its centre (CIFAR-C) or to return all of
+            it (`imagecorruptions`, which later keeps the upper left).
 
     Returns:
-        Tensor `(n, c, h', w')` with `h' ≥ h` and `w' ≥ w`.
+        Matrix `(out, ⌈size / factor⌉)` with `out ≥ size`, float64.
     """
-    n, c = images.shape[:2]
-    axes = [_zoom_axis(size, factor, centred) for size in images.shape[2:]]
-    (top, height, y, seen_y), (left, width, x, seen_x) = axes
-    part = images[:, :, top : top + height, left : left + width].reshape(1, n * c, height, width)
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None].to(images)
-    out = F.grid_sample(part, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    if not bool(seen_y.all() and seen_x.all()):
-        out = out * (seen_y[:, None] & seen_x).to(images)
-    return out.view(n, c, *out.shape[2:])
-
-
-def zoom_source(size: int, factor: float) -> tuple[int, int]:
-    """Return (first, number) of the rows that `clipped_zoom` magnifies."""
-    number = math.ceil(size / factor)
-    return (size - number) // 2, number
-
-
-def _zoom_axis(size: int, factor: float, centred: bool) -> tuple[int, int, Tensor, Tensor]:
-    """Return first row, number of rows, their sampling points in [−1, 1], and which are inside."""
-    first, number = zoom_source(size, factor)
+    number = zoom_source(size, factor)[1]
     new = round(number * factor)
     at = torch.arange(new, dtype=torch.float64) * ((number - 1) / (new - 1))
     if centred:
         trim = (new - size) // 2
         at = at[trim : trim + size]
-    return first, number, 2 * at / (number - 1) - 1, at <= number - 1
+    tent = 1 - (at[:, None] - torch.arange(number)).abs()
+    return tent.clamp_(min=0) * (at[:, None] <= number - 1)
+
+
+def zoom_source(size: int, factor: float) -> tuple[int, int]:
+    """Return (first, number) of the values in the middle of an axis that are magnified."""
+    number = math.ceil(size / factor)
+    return (size - number) // 2, number
+
+
+def clipped_zoom(images: Tensor, factor: float, centred: bool) -> Tensor:
+    """Return the middle of the images magnified, see `zoom_matrix`, `(n, c, h', w')`."""
+    h, w = images.shape[2:]
+    (top, height), (left, width) = zoom_source(h, factor), zoom_source(w, factor)
+    part = images[:, :, top : top + height, left : left + width]
+    return separable(part, zoom_matrix(h, factor, centred), zoom_matrix(w, factor, centred))
 
 
 def reflected(images: Tensor, x: Tensor, y: Tensor, *, edges: bool) -> Tensor:
@@ -156,10 +153,11 @@ def reflected(images: Tensor, x: Tensor, y: Tensor, *, edges: bool) -> Tensor:
         Tensor `(n, c, h, w)`.
     """
     h, w = images.shape[2:]
+    points = torch.empty(*x.shape, 2, device=images.device)
     if edges:
-        points = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], dim=-1)
+        points[..., 0], points[..., 1] = (2 * x + 1) / w - 1, (2 * y + 1) / h - 1
     else:
-        points = torch.stack([2 * x / (w - 1) - 1, 2 * y / (h - 1) - 1], dim=-1)
+        points[..., 0], points[..., 1] = 2 * x / (w - 1) - 1, 2 * y / (h - 1) - 1
     return F.grid_sample(
         images, points, mode="bilinear", padding_mode="reflection", align_corners=not edges
     )

@@ -30,18 +30,19 @@ def shot_values(counts: Tensor, photons: float) -> Tensor:
     """Return the grey levels of photon counts, rounded down in float64 as in the original."""
     most = torch.arange(math.ceil(photons) + 1, dtype=torch.float64)
     table = ((most / photons).clamp(max=1) * 255).floor().float().to(counts.device)
-    return table[counts.clamp(max=len(table) - 1)]
+    return _looked_up(table, counts.clamp(max=len(table) - 1))
 
 
 def impulse_noise(x: Tensor, share: float, streams: Streams) -> Tensor:
     """Replace a share of the values by 0 or 255, equally often."""
     chance = streams.uniform(*x.shape[1:])
-    x = torch.where(chance < share, 255.0, x)
-    return torch.where(chance < share / 2, 0.0, x)
+    # 0 and 1 by clamping: an order of magnitude faster on a CPU than by masks.
+    kept, not_black = ((chance - edge).mul_(1e12).clamp_(0, 1) for edge in (share, share / 2))
+    return (x - 255).mul_(kept).add_(not_black, alpha=255)
 
 
 def poisson(x: Tensor, photons: float, streams: Streams) -> Tensor:
-    """Return Poisson numbers with means `photons · x / 255`, int64 shaped like `x`.
+    """Return Poisson numbers with means `photons · x / 255`, int32 shaped like `x`.
 
     `x` holds whole grey levels, so one table a level serves all: the alias method (Walker, 1977)
     takes one random number and two look-ups a value.
@@ -50,10 +51,16 @@ def poisson(x: Tensor, photons: float, streams: Streams) -> Tensor:
     columns = threshold.shape[1]
     bits = streams.bits(*x.shape[1:])
     column = (bits >> _FRACTION_BITS) & (columns - 1)
-    level = x.long()
+    level = x.int()
     index = level * columns + column
-    own = (bits & ((1 << _FRACTION_BITS) - 1)) < threshold.flatten()[index]
-    return torch.where(own, column, alias.flatten()[index]) + lowest[level]
+    own = ((bits & ((1 << _FRACTION_BITS) - 1)) - _looked_up(threshold, index)) >> 31  # all bits
+    other = _looked_up(alias, index)
+    return (other ^ ((other ^ column) & own)).add_(_looked_up(lowest, level))
+
+
+def _looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """Return the entries of a table at flat indices, shaped like these."""
+    return table.flatten().index_select(0, index.flatten()).view_as(index)
 
 
 @functools.lru_cache(maxsize=16)
@@ -64,7 +71,7 @@ def alias_tables(photons: float) -> tuple[Tensor, Tensor, Tensor]:
         photons: Mean count at full scale.
 
     Returns:
-        Smallest count `(256,)`, int64; threshold of each column `(256, k)`, int32 in units of
+        Smallest count `(256,)`, int32; threshold of each column `(256, k)`, int32 in units of
         2⁻²⁰; and the column that stands in for it `(256, k)`, int32. The k counts from the
         smallest on miss less than 1e-12 of the probability.
     """
@@ -87,4 +94,4 @@ def alias_tables(photons: float) -> tuple[Tensor, Tensor, Tensor]:
         rest.scatter_(1, poor, torch.where(open_, 1.0, least))
         rest.scatter_add_(1, rich, -lacking)
     scaled = (threshold * (1 << _FRACTION_BITS)).round()
-    return lowest.squeeze(1).long(), scaled.int(), alias.int()
+    return lowest.squeeze(1).int(), scaled.int(), alias.int()

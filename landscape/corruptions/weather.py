@@ -10,7 +10,7 @@ from torch import Tensor
 
 from landscape.corruptions.blur import blur_along
 from landscape.corruptions.frost import frost_texture
-from landscape.corruptions.linear import clipped_zoom, zoom_source
+from landscape.corruptions.linear import separable, zoom_matrix, zoom_source
 from landscape.corruptions.streams import Streams
 
 _LUMINANCE = (0.299, 0.587, 0.114)
@@ -36,12 +36,9 @@ def snow(
     of the image, and cut to bytes before the blur as well.
     """
     h, w = x.shape[2:]
-    top, height = zoom_source(h, zoom)
-    left, width = zoom_source(w, zoom)
-    flakes = x.new_zeros(len(x), 1, h, w)  # only what is magnified is drawn
-    drawn = streams.normal(height, width).mul_(deviation).add_(mean)
-    flakes[:, 0, top : top + height, left : left + width] = drawn
-    flakes = clipped_zoom(flakes, zoom, centred=cifar)
+    drawn = (zoom_source(size, zoom)[1] for size in (h, w))  # no more than what is magnified
+    flakes = streams.normal(1, *drawn).mul_(deviation).add_(mean)
+    flakes = separable(flakes, *(zoom_matrix(size, zoom, cifar) for size in (h, w)))
     flakes = torch.where(flakes < threshold, 0.0, flakes).clamp_(0, 1).mul_(255)
     if cifar:
         flakes.floor_()
