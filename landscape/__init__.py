@@ -14,6 +14,11 @@ from landscape.linalg.trace import TraceEstimate
 from landscape.objective import Objective
 from landscape.probes.adversarial import AdversarialRobustness, adversarial_robustness
 from landscape.probes.cka import CKA, cka
+from landscape.probes.corruption import (
+    CorruptionRobustness,
+    RelativeCorruptionError,
+    corruption_robustness,
+)
 from landscape.probes.directions import Directions, random_directions
 from landscape.probes.evaluate import Evaluation, evaluate
 from landscape.probes.feature_maps import BlockTable
@@ -29,6 +34,10 @@ from landscape.probes.hessian import (
 )
 from landscape.probes.lesion import LesionStudy, lesion_study
 from landscape.probes.planes import between, eigen_directions, pca_directions
+from landscape.probes.published_corruptions import (
+    PublishedCorruptions,
+    load_published_corruptions,
+)
 from landscape.probes.surface import LossLine, LossSurface, loss_line, loss_surface
 from landscape.probes.trajectory import (
     PolarTrajectory,
@@ -73,12 +82,15 @@ __all__ = [
     "lesion_study",
     # robustness
     "adversarial_robustness",
+    "corruption_robustness",
     "evaluate",
     "frequency_robustness",
+    "load_published_corruptions",
     # results
     "AdversarialRobustness",
     "BlockTable",
     "CKA",
+    "CorruptionRobustness",
     "Directions",
     "Eigenpairs",
     "Evaluation",
@@ -91,6 +103,8 @@ __all__ = [
     "LossSurface",
     "PolarTrajectory",
     "Provenance",
+    "PublishedCorruptions",
+    "RelativeCorruptionError",
     "Result",
     "RobustnessCurve",
     "SpectralDensity",

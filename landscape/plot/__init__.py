@@ -7,7 +7,7 @@ Functions compute, show, save and style nothing. For the look of a paper draw in
 from landscape.plot import interactive, style
 from landscape.plot.corruption import corruption_robustness
 from landscape.plot.density import half_density
-from landscape.plot.feature_figures import figure2, figure2a, figure8, figure9, figure10
+from landscape.plot.feature_figures import figure2, figure2a, figure8, figure9, figure10, panels
 from landscape.plot.features import (
     cka,
     feature_variance,
@@ -58,6 +58,7 @@ __all__ = [
     "figure8",
     "figure9",
     "figure10",
+    "panels",
     # parts
     "half_density",
     "interactive",

@@ -1,7 +1,7 @@
 """Error under corruptions as a table of colours."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,6 +9,9 @@ from matplotlib.axes import Axes
 
 from landscape.plot import style
 from landscape.plot.robustness import percent
+
+if TYPE_CHECKING:
+    from landscape.probes.corruption import CorruptionRobustness
 
 GROUPS = {  # of Hendrycks & Dietterich (2019, Fig. 1), with their four extra corruptions
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise"),
@@ -18,48 +21,8 @@ GROUPS = {  # of Hendrycks & Dietterich (2019, Fig. 1), with their four extra co
 }
 
 
-class CorruptionTable(Protocol):
-    """What a table of corruptions is drawn from."""
-
-    @property
-    def corruptions(self) -> tuple[str, ...]:
-        """Names of the corruptions."""
-
-    @property
-    def severities(self) -> tuple[int, ...]:
-        """Severities of each."""
-
-    @property
-    def error(self) -> np.ndarray:
-        """`(corruptions, severities)`: share of samples that are wrong."""
-
-    @property
-    def error_stderr(self) -> np.ndarray:
-        """`(corruptions, severities)`: its standard error over samples."""
-
-    @property
-    def nll(self) -> np.ndarray:
-        """`(corruptions, severities)`: mean negative log-likelihood, in nats."""
-
-    @property
-    def nll_stderr(self) -> np.ndarray:
-        """`(corruptions, severities)`: its standard error over samples."""
-
-    @property
-    def clean_error(self) -> float:
-        """The same without corruption."""
-
-    @property
-    def mean_corruption_error(self) -> float:
-        """Mean of `error`."""
-
-    @property
-    def mean_corruption_error_stderr(self) -> float:
-        """Its standard error over samples."""
-
-
 def corruption_robustness(
-    result: CorruptionTable, *, ax: Axes | None = None, **artist: Any
+    result: "CorruptionRobustness", *, ax: Axes | None = None, **artist: Any
 ) -> Axes:
     """Draw the error under each corruption and severity as a table of colours, in percent.
 
@@ -110,7 +73,7 @@ def grouped_rows(corruptions: Iterable[str]) -> tuple[list[int], list[str]]:
     return rows, [groups[row] for row in rows]
 
 
-def corruption_title(result: CorruptionTable) -> str:
+def corruption_title(result: "CorruptionRobustness") -> str:
     """Return mean corruption error with its standard error, and clean error in words."""
     mean = percent(result.mean_corruption_error).removesuffix(" %")
     stderr, clean = percent(result.mean_corruption_error_stderr), percent(result.clean_error)

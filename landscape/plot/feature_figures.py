@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from landscape.probes.frequency import RobustnessCurve
     from landscape.probes.lesion import LesionStudy
     from landscape.probes.variance import FeatureVariance
+    from landscape.results import Result
 
 _SPREAD = 10  # ratio of variances over which a linear axis would show one network alone
 
@@ -152,6 +153,27 @@ def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") ->
             _draw_matrices(figure, dict(zip(names, axes[0], strict=True)), ckas)
         if lesions:
             _draw_lesions(figure, dict(zip(names, axes[-1], strict=True)), lesions)
+        figure.draw_without_rendering()
+    return figure
+
+
+def panels(results: "Mapping[str, Result]") -> Figure:
+    """Draw different results side by side, each as it draws itself, under its label.
+
+    Args:
+        results: Results by title.
+
+    Returns:
+        The figure, 5.5 in wide, or 3.25 in for one result.
+
+    Raises:
+        ValueError: If `results` is empty.
+    """
+    with mpl.rc_context(style.rc()):
+        figure, axes = _panels(2.3, results)
+        for ax, (name, result) in zip(axes[0], results.items(), strict=True):
+            result.plot(ax=ax)
+            ax.set_title(name)
         figure.draw_without_rendering()
     return figure
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from landscape.plot import style
-from landscape.plot.corruption import CorruptionTable, corruption_title, grouped_rows
+from landscape.plot.corruption import corruption_title, grouped_rows
 from landscape.plot.interactive.look import LOOK, plotly_line
 from landscape.plot.robustness import (
     CONFIDENCE_LABEL,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from landscape.probes.adversarial import AdversarialRobustness
+    from landscape.probes.corruption import CorruptionRobustness
     from landscape.probes.evaluate import Evaluation
     from landscape.probes.frequency import RobustnessCurve
 
@@ -169,7 +170,7 @@ def reliability_diagram(results: "Evaluation | Mapping[str, Evaluation]") -> "Fi
 
 
 def corruption_robustness(
-    results: "CorruptionTable | Mapping[str, CorruptionTable]",
+    results: "CorruptionRobustness | Mapping[str, CorruptionRobustness]",
 ) -> "Figure":
     """Draw tables of the error under corruptions side by side; hovering shows errors and NLL.
 
@@ -226,7 +227,9 @@ def _bins(result: "Evaluation") -> NDArray[np.float64]:
     return np.stack(columns, axis=-1)
 
 
-def _cells(result: CorruptionTable, rows: list[int], groups: list[str]) -> NDArray[np.object_]:
+def _cells(
+    result: "CorruptionRobustness", rows: list[int], groups: list[str]
+) -> NDArray[np.object_]:
     cells = np.empty((len(rows), len(result.severities), 4), dtype=object)
     columns = (100 * result.error_stderr, result.nll, result.nll_stderr)
     for index, values in enumerate(columns):
