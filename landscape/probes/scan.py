@@ -3,19 +3,19 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from landscape._checks import check_choice, check_generator
 from landscape._progress import track
 from landscape.objective import Objective
 from landscape.probes.directions import Directions, random_directions
 from landscape.probes.measure import L2, BatchNorm, PointMeter
-from landscape.probes.record import fingerprint, open_record
+from landscape.probes.record import PointRecord, fingerprint, open_record
 from landscape.provenance import provenance
 
 Metric = Literal["loss", "accuracy", "ece"]
@@ -66,23 +66,19 @@ def scan(
     _check_directions(directions, num)
     vectors = directions.tensors(model)
     frozen = objective.freeze(model, data)
-    meter = PointMeter(frozen, extra, l2, batch_norm)
+    meter = PointMeter(frozen, vectors, extra, l2, batch_norm)
     settings: dict[str, Any] = {"metrics": extra, "l2": l2, "batch_norm": batch_norm}
     marks: dict[str, str] = {}
     if resume is not None:
         texts = {name: repr(value) for name, value in settings.items()}
         marks = fingerprint(frozen, vectors, grid=repr(grid), **texts)
-    start = {**frozen.space.fixed, **frozen.space.values}
-
-    def measure(index: int) -> list[float]:
-        values: list[float] = meter.measure(displaced(start, grid[index], vectors)).tolist()
-        return values
 
     with open_record(resume, marks, len(grid), len(meter.columns)) as record, torch.no_grad():
+        points = _Points(meter, grid, record)
+        points.check()
         missing = [index for index in range(len(grid)) if index not in record.done]
-        num_measured = len(missing) + _check_record(record.done, measure)
-        for index in track(missing, "Loss surface" if num == 2 else "Loss line", progress):
-            record.add(index, measure(index))
+        with track(missing, "Loss surface" if num == 2 else "Loss line", progress) as bar:
+            points.measure(missing, bar.update)
         table = np.array([record.done[index] for index in range(len(grid))])
     columns = {name: table[:, i] for i, name in enumerate(meter.columns)}
     loss = columns["nll"] + columns["l2"]
@@ -99,63 +95,64 @@ def scan(
             frozen,
             seed=generator.initial_seed(),
             seconds=time.perf_counter() - started,
-            num_forwards=float(meter.passes * num_measured),
+            num_forwards=float(meter.passes * points.num_measured),
             settings=settings,
         ),
     }
 
 
-def displaced(
-    start: Mapping[str, Tensor],
-    coordinates: Sequence[float],
-    vectors: Sequence[Mapping[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Return θ + Σ_k a_k d_k by name, rounded once to the precision of each parameter.
+class _Points:
+    """The points of a grid, measured when asked for and kept in a record.
 
-    Args:
-        start: θ: every parameter of the model.
-        coordinates: The a_k.
-        vectors: The d_k, as `Directions.tensors` gives them.
-
-    Returns:
-        New tensors for the parameters that move, those of `start` for the others.
+    Attributes:
+        num_measured: Number of measurements.
     """
-    parameters = dict(start)
-    for name, value in start.items():
-        if name not in vectors[0]:
-            continue
-        moved = value.to(vectors[0][name].dtype)
-        for step, vector in zip(coordinates, vectors, strict=True):
-            moved = torch.add(moved, vector[name], alpha=float(step))
-        parameters[name] = moved.to(value.dtype)
-    return parameters
 
+    def __init__(
+        self, meter: PointMeter, grid: Sequence[tuple[float, ...]], record: PointRecord
+    ) -> None:
+        self._meter, self._grid, self._record = meter, grid, record
+        self._group = meter.group
+        self.num_measured = 0
 
-def _check_record(
-    done: Mapping[int, Sequence[float]], measure: Callable[[int], Sequence[float]]
-) -> int:
-    """Measure one finished point again, which tells two losses of one name apart.
+    def measure(self, indices: Sequence[int], advance: Callable[[int], Any]) -> None:
+        """Measure the points that the record lacks, each on the disk once it is finished."""
+        todo = [index for index in indices if index not in self._record.done]
+        while todo:
+            part = todo[: self._group]
+            try:
+                rows = self._values(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self._group = len(part) // 2
+                continue
+            for index, row in zip(part, rows, strict=True):
+                self._record.add(index, row)
+            todo = todo[len(part) :]
+            advance(len(part))
 
-    Args:
-        done: Index to the values of the finished points, the loss first.
-        measure: Returns the values at an index.
+    def check(self) -> None:
+        """Measure one finished point again, which tells two losses of one name apart.
 
-    Returns:
-        Number of points measured.
+        Raises:
+            ValueError: If the loss is another one than before.
+        """
+        done = self._record.done
+        if not done:
+            return
+        index = max(done, key=lambda i: abs(done[i][0]) if math.isfinite(done[i][0]) else -1.0)
+        before, now = done[index][0], self._values([index])[0][0]
+        if not np.isclose(now, before, rtol=1e-3, atol=0, equal_nan=True):
+            raise ValueError(
+                f"`resume` must hold points of this very surface, got points of another loss: "
+                f"{before:.6g} where it is {now:.6g} now; pass another path or remove the file."
+            )
 
-    Raises:
-        ValueError: If the loss is another one than before.
-    """
-    if not done:
-        return 0
-    index = max(done, key=lambda i: abs(done[i][0]) if math.isfinite(done[i][0]) else -1.0)
-    before, now = done[index][0], measure(index)[0]
-    if not np.isclose(now, before, rtol=1e-3, atol=0, equal_nan=True):
-        raise ValueError(
-            f"`resume` must hold points of this very surface, got points of another loss: "
-            f"{before:.6g} where it is {now:.6g} now; pass another path or remove the file."
-        )
-    return 1
+    def _values(self, indices: Sequence[int]) -> list[list[float]]:
+        rows: list[list[float]] = self._meter.measure([self._grid[i] for i in indices]).tolist()
+        self.num_measured += len(rows)
+        return rows
 
 
 def _extra_metrics(metrics: Sequence[Metric]) -> tuple[str, ...]:
