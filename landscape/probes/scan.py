@@ -1,5 +1,6 @@
 """The points of a line or a surface, one after the other: what both probes share."""
 
+import itertools
 import math
 import os
 import time
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from landscape._checks import check_choice, check_generator
+from landscape._checks import check_at_least, check_choice, check_generator
 from landscape._progress import track
 from landscape.objective import Objective
+from landscape.probes.adaptive import interpolate
 from landscape.probes.directions import Directions, random_directions
 from landscape.probes.measure import L2, BatchNorm, PointMeter
 from landscape.probes.record import PointRecord, fingerprint, open_record
@@ -24,13 +26,14 @@ Metric = Literal["loss", "accuracy", "ece"]
 def scan(
     model: nn.Module,
     data: Iterable[Any],
-    grid: list[tuple[float, ...]],
+    axes: Sequence[np.ndarray],
     *,
     directions: Directions | None,
     objective: Objective,
     metrics: Sequence[Metric],
     l2: L2,
     batch_norm: BatchNorm,
+    tol: float | None,
     resume: str | os.PathLike[str] | None,
     generator: torch.Generator | None,
     progress: bool,
@@ -40,12 +43,13 @@ def scan(
     Args:
         model: The model at θ.
         data: Re-iterable of batches.
-        grid: Coordinates (a_1, …) of each point.
+        axes: Coordinates along each direction; the grid is their product, the last one fastest.
         directions: As many as there are coordinates; `None` draws random ones.
         objective: See `landscape.probes.surface`, like the arguments below.
         metrics: What to measure.
         l2: Definition of the L2 term.
         batch_norm: What becomes of running statistics.
+        tol: Error allowed at points that are interpolated; `None` measures every point.
         resume: File of finished points.
         generator: Source of random directions.
         progress: Show a bar.
@@ -58,7 +62,10 @@ def scan(
     check_choice("l2", l2, ("squared", "norms"))
     check_choice("batch_norm", batch_norm, ("fixed", "recalibrate"))
     generator = check_generator(generator)
-    num = len(grid[0])
+    if tol is not None:
+        check_at_least("tol", tol, 0)
+    num = len(axes)
+    grid = [tuple(map(float, point)) for point in itertools.product(*axes)]
     if directions is None:
         directions = random_directions(
             model, num=num, parameters=objective.parameters, generator=generator
@@ -78,11 +85,17 @@ def scan(
         points.check()
         missing = [index for index in range(len(grid)) if index not in record.done]
         with track(missing, "Loss surface" if num == 2 else "Loss line", progress) as bar:
-            points.measure(missing, bar.update)
-        table = np.array([record.done[index] for index in range(len(grid))])
+            adaptive: dict[str, Any] = {}
+            if tol is None:
+                points.measure(missing, bar.update)
+                table = points.table()
+            else:
+                settings["tol"] = tol
+                table, adaptive = _adaptive(points, axes, tol, bar.update)
     columns = {name: table[:, i] for i, name in enumerate(meter.columns)}
     loss = columns["nll"] + columns["l2"]
     return {
+        **adaptive,
         "nll": columns["nll"],
         "nll_stderr": columns["nll_stderr"],
         "l2": columns["l2"],
@@ -101,10 +114,46 @@ def scan(
     }
 
 
+def _adaptive(
+    points: "_Points", axes: Sequence[np.ndarray], tol: float, advance: Callable[[int], Any]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Measure the points that have to be and interpolate the others; the L2 term is exact.
+
+    Returns:
+        The values `(points, columns)`, and the fields that tell which were measured.
+    """
+    x, y = axes if len(axes) == 2 else (axes[0], np.zeros(1))
+    columns = [name for name in points.columns if name != "l2"]
+    places = [points.columns.index(name) for name in columns]
+    penalty = points.penalties()
+    known = np.zeros((len(penalty), len(columns)))
+    known[:, columns.index("nll")] = penalty
+
+    def measure(wanted: np.ndarray) -> np.ndarray:
+        points.measure(np.flatnonzero(wanted).tolist(), advance)
+        return points.table()[:, places].reshape(len(x), len(y), -1)
+
+    allowed = np.array([np.inf if name == "nll_stderr" else tol for name in columns])
+    found = interpolate(x, y, measure, allowed, known.reshape(len(x), len(y), -1))
+    measured = points.measured  # a file to resume from may hold more points than were asked for
+    table = points.table()
+    guess = np.column_stack([found.values.reshape(len(table), -1), penalty])
+    for place, column in zip([*places, points.columns.index("l2")], guess.T, strict=True):
+        bounded = points.columns[place] in ("accuracy", "ece")
+        table[~measured, place] = (column.clip(0, 1) if bounded else column)[~measured]
+    error = {
+        "loss" if name == "nll" else name: 0.0 if measured.all() else float(value)
+        for name, value in zip(columns, found.error, strict=True)
+        if name != "nll_stderr"
+    }
+    return table, {"evaluated": measured, "interpolation_error": error}
+
+
 class _Points:
     """The points of a grid, measured when asked for and kept in a record.
 
     Attributes:
+        columns: Names of the values of a point.
         num_measured: Number of measurements.
     """
 
@@ -113,6 +162,7 @@ class _Points:
     ) -> None:
         self._meter, self._grid, self._record = meter, grid, record
         self._group = meter.group
+        self.columns = meter.columns
         self.num_measured = 0
 
     def measure(self, indices: Sequence[int], advance: Callable[[int], Any]) -> None:
@@ -148,6 +198,20 @@ class _Points:
                 f"`resume` must hold points of this very surface, got points of another loss: "
                 f"{before:.6g} where it is {now:.6g} now; pass another path or remove the file."
             )
+
+    def penalties(self) -> np.ndarray:
+        """Return the L2 term at every point, `(points,)`; no forward pass."""
+        return np.array(self._meter.penalties(self._grid))
+
+    def table(self) -> np.ndarray:
+        """Return the values `(points, columns)`, NaN at points that were not measured."""
+        nothing = [math.nan] * len(self._meter.columns)
+        return np.array([self._record.done.get(i, nothing) for i in range(len(self._grid))])
+
+    @property
+    def measured(self) -> np.ndarray:
+        """Which points were measured, `(points,)`."""
+        return np.array([index in self._record.done for index in range(len(self._grid))])
 
     def _values(self, indices: Sequence[int]) -> list[list[float]]:
         rows: list[list[float]] = self._meter.measure([self._grid[i] for i in indices]).tolist()
