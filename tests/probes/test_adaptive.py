@@ -308,3 +308,22 @@ def test_a_tolerance_below_zero_is_refused(tol):
 def test_progress_of_an_adaptive_surface_is_shown(capfd):
     bowl_surface(Bowl(kink), tol=0.1, progress=True)
     assert "Loss surface" in capfd.readouterr().err
+
+
+def test_interpolated_shares_stay_between_0_and_1():
+    """Accuracy is 0, then 1: a polynomial through such nodes leaves the interval."""
+    model = nn.Linear(1, 2, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    line = loss_line(
+        model,
+        [(torch.ones(4, 1, dtype=torch.float64), torch.ones(4).long())],
+        directions=Directions(({"weight": np.array([[-1.0], [1.0]])},), kind="random"),
+        points=np.linspace(-1, 1, 33),
+        metrics=ALL,
+        tol=10.0,
+    )
+    assert not line.evaluated.all()
+    for share in (line.accuracy, line.ece):
+        assert share.min() >= 0
+        assert share.max() <= 1
+    assert line.accuracy[~line.evaluated].max() == 1

@@ -201,3 +201,23 @@ def test_the_size_of_a_group_follows_from_free_memory(monkeypatch):
     frozen = Objective().freeze(branching, [(torch.ones(4, 3), torch.zeros(4).long())])
     moved = {n: torch.stack([v, v]) for n, v in frozen.space.values.items()}
     assert vmapped_group(Forward(frozen), frozen, moved) == 1
+
+
+class Counting(nn.Module):
+    """Writes to its own buffer, in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.head(x.flatten(1)) / self.calls.clamp(max=1)
+
+
+def test_a_model_that_writes_to_its_buffers_is_left_as_found():
+    model, batches = Counting(), make_batches(SIZES, torch.float32)
+    before = snapshot(model)
+    loss_line(model, batches, points=3)
+    assert_untouched(model, before)
