@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,10 +55,9 @@ class PointMeter:
         self.passes = 2 if self._recalibrate else 1
         with torch.no_grad():
             self._forward = Forward(frozen)
+            self._start, self._vectors = {**frozen.space.fixed, **frozen.space.values}, vectors
             self._weights = MovedWeights(
-                {**frozen.space.fixed, **frozen.space.values},
-                vectors,
-                channels_last=self._forward.channels_last,
+                self._start, vectors, channels_last=self._forward.channels_last
             )
             origin = (0.0,) * len(vectors)
             two = self._weights.at([origin, origin])
@@ -84,16 +84,28 @@ class PointMeter:
             rows = [each.row(self._penalty(s)) for each, s in zip(sums, states, strict=True)]
             return torch.stack(rows)
 
-    def penalties(self, points: Iterable[Sequence[float]]) -> list[float]:
-        """Return the L2 term at each point, without any forward pass.
+    def penalties(self, points: Sequence[Sequence[float]]) -> np.ndarray:
+        """Return the L2 term at each point, `(points,)`, from inner products alone.
+
+        ‖p + Σ_k a_k d_k‖² = cᵀ G c with c = (1, a_1, …) and the Gram matrix G of p and the d_k:
+        the value of `measure` but for the rounding of the weights.
 
         Args:
             points: Coordinates (a_1, …) of each.
         """
-        start = self._weights.start
-        with torch.no_grad():
-            terms = [self._penalty({**start, **_row(self._weights.at([p]), 0)}) for p in points]
-            return [float(term) for term in terms]
+        decay = self._frozen.objective.weight_decay
+        total = np.zeros(len(points))
+        if not decay:
+            return total
+        c = np.insert(np.asarray(points, dtype=np.float64), 0, 1.0, axis=1)
+        for name in self._frozen.space.names:
+            vectors = [v[name] for v in self._vectors if name in v]
+            rows = torch.stack([t.double().reshape(-1) for t in (self._start[name], *vectors)])
+            gram = (rows @ rows.T).cpu().numpy()
+            used = c[:, : len(gram)]
+            squares = np.einsum("pi,ij,pj->p", used, gram, used).clip(0)
+            total += 0.5 * squares if self._l2 == "squared" else np.sqrt(squares)
+        return decay * total
 
     def _state(self, moved: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
         state = {**self._weights.start, **_row(moved, index)}

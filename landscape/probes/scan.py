@@ -201,7 +201,7 @@ class _Points:
 
     def penalties(self) -> np.ndarray:
         """Return the L2 term at every point, `(points,)`; no forward pass."""
-        return np.array(self._meter.penalties(self._grid))
+        return self._meter.penalties(self._grid)
 
     def table(self) -> np.ndarray:
         """Return the values `(points, columns)`, NaN at points that were not measured."""

@@ -49,7 +49,7 @@ class LossLine(Result):
         directions: The direction.
         provenance: Where the result came from.
         evaluated: `(p,)`: which points were measured; the others were interpolated, but for
-            their `l2`, which is exact. `None` where every point was measured.
+            their `l2`, which has a closed form. `None` where every point was measured.
         interpolation_error: Estimate (no bound) of the largest absolute error at the interpolated
             points: `"loss"` (that of `nll` too), and `"accuracy"` and `"ece"` where asked for.
             `nll_stderr` is interpolated without an estimate. `None` where every point was asked
@@ -92,7 +92,7 @@ class LossSurface(Result):
         directions: The two directions.
         provenance: Where the result came from.
         evaluated: `(p, q)`: which points were measured; the others were interpolated, but for
-            their `l2`, which is exact. `None` where every point was measured.
+            their `l2`, which has a closed form. `None` where every point was measured.
         interpolation_error: Estimate (no bound) of the largest absolute error at the interpolated
             points: `"loss"` (that of `nll` too), and `"accuracy"` and `"ece"` where asked for.
             `nll_stderr` is interpolated without an estimate. `None` where every point was asked

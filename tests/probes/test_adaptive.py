@@ -191,7 +191,8 @@ def test_the_surface_says_what_was_measured_and_how_well(tmp_path):
     assert part.provenance.num_forwards == done.sum()
     assert part.provenance.settings["tol"] == 0.05
     np.testing.assert_array_equal(part.nll[done], full.nll[done])
-    np.testing.assert_array_equal(part.l2, full.l2)
+    np.testing.assert_array_equal(part.l2[done], full.l2[done])
+    np.testing.assert_allclose(part.l2, full.l2, rtol=1e-12)
     np.testing.assert_array_equal(part.loss, part.nll + part.l2)
     error = np.abs(part.loss - full.loss).max()
     assert 0 < error <= part.interpolation_error["loss"] <= 0.05 * np.ptp(full.loss)
@@ -239,6 +240,23 @@ def test_all_metrics_of_a_network_are_within_their_errors_however_batched(name):
         assert ((part.accuracy >= 0) & (part.accuracy <= 1) & (part.nll_stderr > 0)).all()
     np.testing.assert_array_equal(parts[0].evaluated, parts[1].evaluated)
     np.testing.assert_allclose(parts[0].nll, parts[1].nll, rtol=1e-10)
+
+
+@pytest.mark.parametrize("l2", ["squared", "norms"])
+@pytest.mark.parametrize("parameters", [None, "head.*"])
+def test_the_l2_term_of_interpolated_points_has_its_closed_form(l2, parameters):
+    model, batches = make_model("attention"), make_batches((6,))
+    arguments = {
+        "points": (7, 9),
+        "metrics": "loss",
+        "l2": l2,
+        "objective": Objective(weight_decay=0.05, parameters=parameters),
+        "directions": random_directions(model),
+    }
+    full, part = (loss_surface(model, batches, tol=tol, **arguments) for tol in (None, 10.0))
+    assert not part.evaluated.all()
+    np.testing.assert_allclose(part.l2, full.l2, rtol=1e-12)
+    assert np.ptp(part.l2) > 0
 
 
 def test_a_line_is_interpolated_like_a_surface(tmp_path):
