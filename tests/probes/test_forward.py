@@ -1,10 +1,12 @@
 import copy
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape.objective import Objective
 from landscape.probes.directions import random_directions
@@ -134,7 +136,8 @@ def test_points_in_groups_equal_points_one_by_one(name, dtype, monkeypatch):
     alone = loss_surface(model, batches, **arguments)
     grouped(monkeypatch, 5)
     before = snapshot(model)
-    together = loss_surface(model, batches, **arguments)
+    with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused one has no batching rule
+        together = loss_surface(model, batches, **arguments)
     assert_untouched(model, before)
     rtol = 1e-5 if dtype == torch.float32 else 1e-11
     for column in ("nll", "nll_stderr", "l2", "accuracy", "ece"):
@@ -197,6 +200,16 @@ def test_the_size_of_a_group_follows_from_free_memory(monkeypatch):
     assert vmapped_group(forward, frozen, moved) == 1
     assert_untouched(model, before)
     free[0] = 10**12
+
+    def looping(self, moved, inputs):
+        warnings.warn("There is a performance drop because …", UserWarning, stacklevel=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "grouped", looping)
+        assert vmapped_group(forward, frozen, moved) == 1
+        patch.setattr(Forward, "grouped", lambda self, moved, inputs: torch.zeros(2, 9, 3))
+        assert vmapped_group(forward, frozen, moved) == 1
+    assert vmapped_group(forward, frozen, moved) == MAX_GROUP
     branching = Branching(3, 3, dtype=torch.float64)
     frozen = Objective().freeze(branching, [(torch.ones(4, 3), torch.zeros(4).long())])
     moved = {n: torch.stack([v, v]) for n, v in frozen.space.values.items()}
