@@ -1,15 +1,18 @@
-"""The objective and its metrics at one set of weights."""
+"""The objective and its metrics at points of a line or a surface."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from landscape.batches import PreparedBatch
 from landscape.objective import FrozenObjective, as_logits
 from landscape.probes.batch_norm import recalibrated_buffers
+from landscape.probes.forward import Forward
 from landscape.probes.metrics import Accuracy, CalibrationError, LossError
+from landscape.probes.weights import MovedWeights
 
 L2 = Literal["squared", "norms"]
 BatchNorm = Literal["fixed", "recalibrate"]
@@ -21,20 +24,27 @@ _METERS: dict[str, type[Accuracy | CalibrationError]] = {
 
 
 class PointMeter:
-    """Measures a frozen objective at any weights.
+    """Measures a frozen objective at points θ + Σ_k a_k d_k.
 
     Attributes:
         columns: Names of the values that `measure` returns.
         passes: Forward passes over the data that one measurement takes.
+        group: Number of points to measure in one call; above 1 only on a GPU.
     """
 
     def __init__(
-        self, frozen: FrozenObjective, metrics: Sequence[str], l2: L2, batch_norm: BatchNorm
+        self,
+        frozen: FrozenObjective,
+        vectors: Sequence[Mapping[str, Tensor]],
+        metrics: Sequence[str],
+        l2: L2,
+        batch_norm: BatchNorm,
     ) -> None:
         """Choose what to measure.
 
         Args:
             frozen: The objective on its model and data.
+            vectors: The directions d_k, as `Directions.tensors` gives them.
             metrics: Any of "accuracy" and "ece".
             l2: Definition of the L2 term, see `landscape.probes.surface`.
             batch_norm: Whether running statistics stay as found.
@@ -43,44 +53,86 @@ class PointMeter:
         self._recalibrate = batch_norm == "recalibrate"
         self.columns = ("nll", "nll_stderr", "l2", *metrics)
         self.passes = 2 if self._recalibrate else 1
+        with torch.no_grad():
+            self._forward = Forward(frozen)
+            self._start, self._vectors = {**frozen.space.fixed, **frozen.space.values}, vectors
+            self._weights = MovedWeights(
+                self._start, vectors, channels_last=self._forward.channels_last
+            )
+            origin = (0.0,) * len(vectors)
+            two = self._weights.at([origin, origin])
+            self.group = 1 if self._recalibrate else self._forward.group_size(two)
 
-    def measure(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return the values of `columns` as a float64 vector on the device.
+    def measure(self, points: Sequence[Sequence[float]]) -> Tensor:
+        """Return the values of `columns`, `(points, columns)`, in float64 on the device.
 
         Args:
-            parameters: Every parameter of the model by name.
+            points: Coordinates (a_1, …) of each; several go through the model at once.
 
         Raises:
             ValueError: If the targets do not allow a metric, at the first batch.
         """
         frozen = self._frozen
-        loss, device = frozen.objective.loss, frozen.space.device
         with torch.no_grad():
-            state = dict(parameters)
-            if self._recalibrate:
-                state.update(recalibrated_buffers(frozen, parameters))
-            error, meters = LossError(loss, device), self._meters()
-            nll = torch.zeros((), dtype=torch.float64, device=device)
+            moved = self._weights.at(points)
+            states = [self._state(moved, index) for index in range(len(points))]
+            sums = [_Sums(frozen, self._metrics) for _ in points]
             for batch in frozen.batches:
-                mean, logits = self._loss_and_logits(state, batch)
-                nll += batch.weight * mean.double()
-                if logits is not None:
-                    for meter in (error, *meters):
-                        meter.add(logits, batch)
-            extra = [meter.result() for meter in meters]
-            return torch.stack([nll, error.result(nll), self._penalty(parameters), *extra])
+                values = self._values(states, moved, batch)
+                for each, (mean, logits) in zip(sums, values, strict=True):
+                    each.add(mean, logits, batch)
+            rows = [each.row(self._penalty(s)) for each, s in zip(sums, states, strict=True)]
+            return torch.stack(rows)
 
-    def _meters(self) -> list[Accuracy | CalibrationError]:
-        loss, device = self._frozen.objective.loss, self._frozen.space.device
-        return [_METERS[name](loss, device) for name in self._metrics]
+    def penalties(self, points: Sequence[Sequence[float]]) -> np.ndarray:
+        """Return the L2 term at each point, `(points,)`, from inner products alone.
 
-    def _loss_and_logits(
+        ‖p + Σ_k a_k d_k‖² = cᵀ G c with c = (1, a_1, …) and the Gram matrix G of p and the d_k:
+        the value of `measure` but for the rounding of the weights.
+
+        Args:
+            points: Coordinates (a_1, …) of each.
+        """
+        decay = self._frozen.objective.weight_decay
+        total = np.zeros(len(points))
+        if not decay:
+            return total
+        c = np.insert(np.asarray(points, dtype=np.float64), 0, 1.0, axis=1)
+        for name in self._frozen.space.names:
+            vectors = [v[name] for v in self._vectors if name in v]
+            rows = torch.stack([t.double().reshape(-1) for t in (self._start[name], *vectors)])
+            gram = (rows @ rows.T).cpu().numpy()
+            used = c[:, : len(gram)]
+            squares = np.einsum("pi,ij,pj->p", used, gram, used).clip(0)
+            total += 0.5 * squares if self._l2 == "squared" else np.sqrt(squares)
+        return decay * total
+
+    def _state(self, moved: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+        state = {**self._weights.start, **_row(moved, index)}
+        if self._recalibrate:
+            state.update(recalibrated_buffers(self._frozen, state))
+        return state
+
+    def _values(
+        self,
+        states: Sequence[Mapping[str, Tensor]],
+        moved: Mapping[str, Tensor],
+        batch: PreparedBatch,
+    ) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Return (mean loss, outputs) of one batch at each point."""
+        if self._frozen.objective.loss is None:
+            return (self._own_loss(state, batch) for state in states)
+        logits: Iterable[Tensor]
+        if len(states) > 1:
+            logits = self._forward.grouped(moved, batch.inputs)
+        else:
+            logits = [self._forward.logits(s, batch.inputs, batch.size) for s in states]
+        return ((self._frozen.loss(outputs, batch), outputs) for outputs in logits)
+
+    def _own_loss(
         self, state: Mapping[str, Tensor], batch: PreparedBatch
     ) -> tuple[Tensor, Tensor | None]:
         frozen = self._frozen
-        if frozen.objective.loss is not None:
-            logits = frozen.logits(state, batch.inputs)
-            return frozen.loss(logits, batch), logits
         if not self._metrics:
             return frozen.data_term(state, batch), None
         inputs = batch.inputs
@@ -90,9 +142,33 @@ class PointMeter:
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
         return loss, as_logits(outputs)
 
-    def _penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        chosen = {name: parameters[name] for name in self._frozen.space.names}
+    def _penalty(self, state: Mapping[str, Tensor]) -> Tensor:
+        chosen = {name: state[name] for name in self._frozen.space.names}
         if self._l2 == "squared":
             return self._frozen.penalty(chosen)
         norms = [torch.linalg.vector_norm(p.double()) for p in chosen.values()]
         return self._frozen.objective.weight_decay * torch.stack(norms).sum()
+
+
+class _Sums:
+    """The sums over batches at one point."""
+
+    def __init__(self, frozen: FrozenObjective, metrics: Sequence[str]) -> None:
+        loss, device = frozen.objective.loss, frozen.space.device
+        self._nll = torch.zeros((), dtype=torch.float64, device=device)
+        self._error = LossError(loss, device)
+        self._meters = [_METERS[name](loss, device) for name in metrics]
+
+    def add(self, mean: Tensor, logits: Tensor | None, batch: PreparedBatch) -> None:
+        self._nll += batch.weight * mean.double()
+        if logits is not None:
+            for meter in (self._error, *self._meters):
+                meter.add(logits, batch)
+
+    def row(self, penalty: Tensor) -> Tensor:
+        extra = [meter.result() for meter in self._meters]
+        return torch.stack([self._nll, self._error.result(self._nll), penalty, *extra])
+
+
+def _row(stacked: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {name: value[index] for name, value in stacked.items()}

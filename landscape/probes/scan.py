@@ -1,21 +1,23 @@
 """The points of a line or a surface, one after the other: what both probes share."""
 
+import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from landscape._checks import check_choice, check_generator
+from landscape._checks import check_at_least, check_choice, check_generator
 from landscape._progress import track
 from landscape.objective import Objective
+from landscape.probes.adaptive import interpolate
 from landscape.probes.directions import Directions, random_directions
 from landscape.probes.measure import L2, BatchNorm, PointMeter
-from landscape.probes.record import fingerprint, open_record
+from landscape.probes.record import PointRecord, fingerprint, open_record
 from landscape.provenance import provenance
 
 Metric = Literal["loss", "accuracy", "ece"]
@@ -24,13 +26,14 @@ Metric = Literal["loss", "accuracy", "ece"]
 def scan(
     model: nn.Module,
     data: Iterable[Any],
-    grid: list[tuple[float, ...]],
+    axes: Sequence[np.ndarray],
     *,
     directions: Directions | None,
     objective: Objective,
     metrics: Sequence[Metric],
     l2: L2,
     batch_norm: BatchNorm,
+    tol: float | None,
     resume: str | os.PathLike[str] | None,
     generator: torch.Generator | None,
     progress: bool,
@@ -40,12 +43,13 @@ def scan(
     Args:
         model: The model at θ.
         data: Re-iterable of batches.
-        grid: Coordinates (a_1, …) of each point.
+        axes: Coordinates along each direction; the grid is their product, the last one fastest.
         directions: As many as there are coordinates; `None` draws random ones.
         objective: See `landscape.probes.surface`, like the arguments below.
         metrics: What to measure.
         l2: Definition of the L2 term.
         batch_norm: What becomes of running statistics.
+        tol: Error allowed at points that are interpolated; `None` measures every point.
         resume: File of finished points.
         generator: Source of random directions.
         progress: Show a bar.
@@ -58,7 +62,10 @@ def scan(
     check_choice("l2", l2, ("squared", "norms"))
     check_choice("batch_norm", batch_norm, ("fixed", "recalibrate"))
     generator = check_generator(generator)
-    num = len(grid[0])
+    if tol is not None:
+        check_at_least("tol", tol, 0)
+    num = len(axes)
+    grid = [tuple(map(float, point)) for point in itertools.product(*axes)]
     if directions is None:
         directions = random_directions(
             model, num=num, parameters=objective.parameters, generator=generator
@@ -66,27 +73,29 @@ def scan(
     _check_directions(directions, num)
     vectors = directions.tensors(model)
     frozen = objective.freeze(model, data)
-    meter = PointMeter(frozen, extra, l2, batch_norm)
+    meter = PointMeter(frozen, vectors, extra, l2, batch_norm)
     settings: dict[str, Any] = {"metrics": extra, "l2": l2, "batch_norm": batch_norm}
     marks: dict[str, str] = {}
     if resume is not None:
         texts = {name: repr(value) for name, value in settings.items()}
         marks = fingerprint(frozen, vectors, grid=repr(grid), **texts)
-    start = {**frozen.space.fixed, **frozen.space.values}
-
-    def measure(index: int) -> list[float]:
-        values: list[float] = meter.measure(displaced(start, grid[index], vectors)).tolist()
-        return values
 
     with open_record(resume, marks, len(grid), len(meter.columns)) as record, torch.no_grad():
+        points = _Points(meter, grid, record)
+        points.check()
         missing = [index for index in range(len(grid)) if index not in record.done]
-        num_measured = len(missing) + _check_record(record.done, measure)
-        for index in track(missing, "Loss surface" if num == 2 else "Loss line", progress):
-            record.add(index, measure(index))
-        table = np.array([record.done[index] for index in range(len(grid))])
+        with track(missing, "Loss surface" if num == 2 else "Loss line", progress) as bar:
+            adaptive: dict[str, Any] = {}
+            if tol is None:
+                points.measure(missing, bar.update)
+                table = points.table()
+            else:
+                settings["tol"] = tol
+                table, adaptive = _adaptive(points, axes, tol, bar.update)
     columns = {name: table[:, i] for i, name in enumerate(meter.columns)}
     loss = columns["nll"] + columns["l2"]
     return {
+        **adaptive,
         "nll": columns["nll"],
         "nll_stderr": columns["nll_stderr"],
         "l2": columns["l2"],
@@ -99,63 +108,115 @@ def scan(
             frozen,
             seed=generator.initial_seed(),
             seconds=time.perf_counter() - started,
-            num_forwards=float(meter.passes * num_measured),
+            num_forwards=float(meter.passes * points.num_measured),
             settings=settings,
         ),
     }
 
 
-def displaced(
-    start: Mapping[str, Tensor],
-    coordinates: Sequence[float],
-    vectors: Sequence[Mapping[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Return θ + Σ_k a_k d_k by name, rounded once to the precision of each parameter.
-
-    Args:
-        start: θ: every parameter of the model.
-        coordinates: The a_k.
-        vectors: The d_k, as `Directions.tensors` gives them.
+def _adaptive(
+    points: "_Points", axes: Sequence[np.ndarray], tol: float, advance: Callable[[int], Any]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Measure the points that have to be and interpolate the others; the L2 term is exact.
 
     Returns:
-        New tensors for the parameters that move, those of `start` for the others.
+        The values `(points, columns)`, and the fields that tell which were measured.
     """
-    parameters = dict(start)
-    for name, value in start.items():
-        if name not in vectors[0]:
-            continue
-        moved = value.to(vectors[0][name].dtype)
-        for step, vector in zip(coordinates, vectors, strict=True):
-            moved = torch.add(moved, vector[name], alpha=float(step))
-        parameters[name] = moved.to(value.dtype)
-    return parameters
+    x, y = axes if len(axes) == 2 else (axes[0], np.zeros(1))
+    columns = [name for name in points.columns if name != "l2"]
+    places = [points.columns.index(name) for name in columns]
+    penalty = points.penalties()
+    known = np.zeros((len(penalty), len(columns)))
+    known[:, columns.index("nll")] = penalty
+
+    def measure(wanted: np.ndarray) -> np.ndarray:
+        points.measure(np.flatnonzero(wanted).tolist(), advance)
+        return points.table()[:, places].reshape(len(x), len(y), -1)
+
+    allowed = np.array([np.inf if name == "nll_stderr" else tol for name in columns])
+    found = interpolate(x, y, measure, allowed, known.reshape(len(x), len(y), -1))
+    measured = points.measured  # a file to resume from may hold more points than were asked for
+    table = points.table()
+    guess = np.column_stack([found.values.reshape(len(table), -1), penalty])
+    for place, column in zip([*places, points.columns.index("l2")], guess.T, strict=True):
+        bounded = points.columns[place] in ("accuracy", "ece")
+        table[~measured, place] = (column.clip(0, 1) if bounded else column)[~measured]
+    error = {
+        "loss" if name == "nll" else name: 0.0 if measured.all() else float(value)
+        for name, value in zip(columns, found.error, strict=True)
+        if name != "nll_stderr"
+    }
+    return table, {"evaluated": measured, "interpolation_error": error}
 
 
-def _check_record(
-    done: Mapping[int, Sequence[float]], measure: Callable[[int], Sequence[float]]
-) -> int:
-    """Measure one finished point again, which tells two losses of one name apart.
+class _Points:
+    """The points of a grid, measured when asked for and kept in a record.
 
-    Args:
-        done: Index to the values of the finished points, the loss first.
-        measure: Returns the values at an index.
-
-    Returns:
-        Number of points measured.
-
-    Raises:
-        ValueError: If the loss is another one than before.
+    Attributes:
+        columns: Names of the values of a point.
+        num_measured: Number of measurements.
     """
-    if not done:
-        return 0
-    index = max(done, key=lambda i: abs(done[i][0]) if math.isfinite(done[i][0]) else -1.0)
-    before, now = done[index][0], measure(index)[0]
-    if not np.isclose(now, before, rtol=1e-3, atol=0, equal_nan=True):
-        raise ValueError(
-            f"`resume` must hold points of this very surface, got points of another loss: "
-            f"{before:.6g} where it is {now:.6g} now; pass another path or remove the file."
-        )
-    return 1
+
+    def __init__(
+        self, meter: PointMeter, grid: Sequence[tuple[float, ...]], record: PointRecord
+    ) -> None:
+        self._meter, self._grid, self._record = meter, grid, record
+        self._group = meter.group
+        self.columns = meter.columns
+        self.num_measured = 0
+
+    def measure(self, indices: Sequence[int], advance: Callable[[int], Any]) -> None:
+        """Measure the points that the record lacks, each on the disk once it is finished."""
+        todo = [index for index in indices if index not in self._record.done]
+        while todo:
+            part = todo[: self._group]
+            try:
+                rows = self._values(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self._group = len(part) // 2
+                continue
+            for index, row in zip(part, rows, strict=True):
+                self._record.add(index, row)
+            todo = todo[len(part) :]
+            advance(len(part))
+
+    def check(self) -> None:
+        """Measure one finished point again, which tells two losses of one name apart.
+
+        Raises:
+            ValueError: If the loss is another one than before.
+        """
+        done = self._record.done
+        if not done:
+            return
+        index = max(done, key=lambda i: abs(done[i][0]) if math.isfinite(done[i][0]) else -1.0)
+        before, now = done[index][0], self._values([index])[0][0]
+        if not np.isclose(now, before, rtol=1e-3, atol=0, equal_nan=True):
+            raise ValueError(
+                f"`resume` must hold points of this very surface, got points of another loss: "
+                f"{before:.6g} where it is {now:.6g} now; pass another path or remove the file."
+            )
+
+    def penalties(self) -> np.ndarray:
+        """Return the L2 term at every point, `(points,)`; no forward pass."""
+        return self._meter.penalties(self._grid)
+
+    def table(self) -> np.ndarray:
+        """Return the values `(points, columns)`, NaN at points that were not measured."""
+        nothing = [math.nan] * len(self._meter.columns)
+        return np.array([self._record.done.get(i, nothing) for i in range(len(self._grid))])
+
+    @property
+    def measured(self) -> np.ndarray:
+        """Which points were measured, `(points,)`."""
+        return np.array([index in self._record.done for index in range(len(self._grid))])
+
+    def _values(self, indices: Sequence[int]) -> list[list[float]]:
+        rows: list[list[float]] = self._meter.measure([self._grid[i] for i in indices]).tolist()
+        self.num_measured += len(rows)
+        return rows
 
 
 def _extra_metrics(metrics: Sequence[Metric]) -> tuple[str, ...]:

@@ -48,6 +48,12 @@ class LossLine(Result):
         num_nonfinite: Number of points whose `loss` is NaN or infinite; they are kept as they are.
         directions: The direction.
         provenance: Where the result came from.
+        evaluated: `(p,)`: which points were measured; the others were interpolated, but for
+            their `l2`, which has a closed form. `None` where every point was measured.
+        interpolation_error: Estimate (no bound) of the largest absolute error at the interpolated
+            points: `"loss"` (that of `nll` too), and `"accuracy"` and `"ece"` where asked for.
+            `nll_stderr` is interpolated without an estimate. `None` where every point was asked
+            for.
     """
 
     _plot: ClassVar[str | None] = "loss_line"
@@ -62,6 +68,8 @@ class LossLine(Result):
     num_nonfinite: int
     directions: Directions
     provenance: Provenance
+    evaluated: np.ndarray | None = None
+    interpolation_error: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,12 @@ class LossSurface(Result):
         num_nonfinite: Number of points whose `loss` is NaN or infinite; they are kept as they are.
         directions: The two directions.
         provenance: Where the result came from.
+        evaluated: `(p, q)`: which points were measured; the others were interpolated, but for
+            their `l2`, which has a closed form. `None` where every point was measured.
+        interpolation_error: Estimate (no bound) of the largest absolute error at the interpolated
+            points: `"loss"` (that of `nll` too), and `"accuracy"` and `"ece"` where asked for.
+            `nll_stderr` is interpolated without an estimate. `None` where every point was asked
+            for.
     """
 
     _plot: ClassVar[str | None] = "loss_surface"
@@ -98,6 +112,8 @@ class LossSurface(Result):
     num_nonfinite: int
     directions: Directions
     provenance: Provenance
+    evaluated: np.ndarray | None = None
+    interpolation_error: dict[str, float] | None = None
 
 
 def loss_surface(
@@ -111,6 +127,7 @@ def loss_surface(
     metrics: Sequence[Metric] = ("loss", "accuracy"),
     l2: L2 = "squared",
     batch_norm: BatchNorm = "fixed",
+    tol: float | None = None,
     resume: str | os.PathLike[str] | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -118,7 +135,8 @@ def loss_surface(
     """Loss over a plane through the model's weights (Li et al. 2018; Park & Kim 2022, Fig. 1a).
 
     The formulas stand at the top of this module. Cost: one forward pass over the data a point
-    (two with `batch_norm="recalibrate"`), and memory for the directions and one set of weights.
+    (two with `batch_norm="recalibrate"`), fewer points with `tol`, two and a half batches at the
+    start, and memory for the directions twice and two sets of weights.
 
     Args:
         model: Any module; left as it was found.
@@ -136,9 +154,17 @@ def loss_surface(
         batch_norm: `"fixed"` keeps running statistics as found; `"recalibrate"` estimates them
             again at each point (not the surface of one function any more, and no longer
             independent of the batch size).
+        tol: Measure only the points that have to be, from coarse to fine, and interpolate the
+            others (`landscape.probes.adaptive` has the rule), until the estimated error of each
+            quantity in `metrics` is at most `tol` times its range over the measured points; for
+            `"loss"` the range is that of `loss`, of which only the NLL is interpolated. Never more
+            points than the grid has, all of them where the surface is rough at the scale of the
+            grid. Points that are not finite are not interpolated over: their cells are measured
+            in full. Accuracy over few samples has steps: pass `metrics="loss"` to leave it out.
+            `None` measures every point.
         resume: File of finished points. If it exists, its points are not computed again (but for
             one, as a check); it must belong to the same model, data, directions, objective and
-            grid.
+            grid. A file of a surface with `tol` serves one without, and the other way round.
         generator: Source of the default directions; `None` is a fresh one with seed 0.
         progress: Show a progress bar.
 
@@ -153,12 +179,13 @@ def loss_surface(
     fields = scan(
         model,
         data,
-        [(float(a), float(b)) for a in x for b in y],
+        (x, y),
         directions=directions,
         objective=objective,
         metrics=metrics,
         l2=l2,
         batch_norm=batch_norm,
+        tol=tol,
         resume=resume,
         generator=generator,
         progress=progress,
@@ -180,6 +207,7 @@ def loss_line(
     metrics: Sequence[Metric] = ("loss", "accuracy"),
     l2: L2 = "squared",
     batch_norm: BatchNorm = "fixed",
+    tol: float | None = None,
     resume: str | os.PathLike[str] | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -199,6 +227,7 @@ def loss_line(
         metrics: Any of `"loss"`, `"accuracy"` and `"ece"`.
         l2: `"squared"` or `"norms"`.
         batch_norm: `"fixed"` or `"recalibrate"`.
+        tol: Error over range at points that are interpolated; `None` measures every point.
         resume: File of finished points.
         generator: Source of the default direction.
         progress: Show a progress bar.
@@ -213,12 +242,13 @@ def loss_line(
     fields = scan(
         model,
         data,
-        [(float(a),) for a in x],
+        (x,),
         directions=directions,
         objective=objective,
         metrics=metrics,
         l2=l2,
         batch_norm=batch_norm,
+        tol=tol,
         resume=resume,
         generator=generator,
         progress=progress,

@@ -1,0 +1,203 @@
+"""Outputs of a model at moved weights, at the price of the least memory traffic.
+
+On a CPU a batch goes through the model in parts whose activations stay in the cache, and
+convolutions see their channels last. Loss and metrics see the outputs of the whole batch, so a
+loss need not be a mean over samples for that. Whether the model itself can be cut (batch norms
+without running statistics can not) is tried at the start, on a few samples.
+
+On a GPU several points go through the model at once, one vmapped call over their stacked weights,
+as many as fit in the free memory. That has not been measured on a GPU.
+"""
+
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from landscape.batches import Inputs
+from landscape.memory import free_memory
+from landscape.objective import FrozenObjective, as_logits
+from landscape.restore import eval_mode
+
+PART = 16
+"""Samples a part: a heuristic, the best of 8, 16, 32 and 64 for most models on two CPUs."""
+
+MAX_GROUP = 32
+"""Most points a vmapped call, a heuristic: launches hardly count any more."""
+
+
+class Forward:
+    """Forward passes of a frozen objective's model with other parameters.
+
+    Attributes:
+        channels_last: Memory format that four-dimensional parameters should have.
+        cut: Whether batches go through the model in parts.
+    """
+
+    def __init__(self, frozen: FrozenObjective) -> None:
+        """Find out how the model can be called.
+
+        Args:
+            frozen: The objective on its model and data; costs half a batch at most.
+        """
+        self._frozen = frozen
+        self._parts = _Parts(frozen.model)
+        self.cut, self.channels_last = self._plan()
+
+    def logits(self, state: Mapping[str, Tensor], inputs: Inputs, size: int) -> Tensor:
+        """Return the outputs `(size, …)` of one batch.
+
+        Args:
+            state: Parameters (and buffers) by name.
+            inputs: Inputs of the batch.
+            size: Number of its samples.
+        """
+        if not self.cut or size <= PART:
+            return self._frozen.logits(state, inputs)
+        return self._cut_logits(state, inputs, size, self.channels_last)
+
+    def grouped(self, moved: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        """Return the outputs `(points, size, …)` of one batch at several points at once.
+
+        Args:
+            moved: Parameters that differ between the points, stacked: `(points, …)` by name.
+            inputs: Inputs of the batch.
+        """
+
+        def outputs(parameters: dict[str, Tensor]) -> Tensor:
+            return self._frozen.logits({**self._frozen.space.values, **parameters}, inputs)
+
+        stacked: Tensor = vmap(outputs)(dict(moved))
+        return stacked
+
+    def group_size(self, moved: Mapping[str, Tensor]) -> int:
+        """Return how many points go through the model at once: 1 except on a GPU.
+
+        Args:
+            moved: The moved parameters at two points, stacked; one batch is tried with them.
+        """
+        if self._frozen.space.device.type != "cuda" or self._frozen.objective.loss is None:
+            return 1
+        return vmapped_group(self, self._frozen, moved)
+
+    def _plan(self) -> tuple[bool, bool]:
+        """Return (cut, channels last), the cheapest way that gives the same outputs."""
+        frozen = self._frozen
+        batch = next(iter(frozen.batches))
+        on_cpu = frozen.space.device.type == "cpu"
+        if not on_cpu or frozen.objective.loss is None or batch.size <= PART:
+            return False, False
+        size = min(batch.size, 2 * PART)
+        inputs = _rows(batch.inputs, batch.size, slice(0, size))
+        expected = frozen.logits(frozen.space.values, inputs)
+        convolves = any(isinstance(module, nn.Conv2d) for module in frozen.model.modules())
+        last = (True, False) if convolves and frozen.space.dtype == torch.float32 else (False,)
+        for channels_last in last:
+            state = frozen.space.values
+            try:
+                outputs = self._cut_logits(state, inputs, size, channels_last)
+            except RuntimeError:  # such as a `view` that wants its channels first
+                continue
+            if _close(outputs, expected):
+                return True, channels_last
+        return False, False
+
+    def _cut_logits(
+        self, state: Mapping[str, Tensor], inputs: Inputs, size: int, channels_last: bool
+    ) -> Tensor:
+        space = self._frozen.space
+        buffers = {name: t.clone() for name, t in space.buffers.items()}
+        state = {**space.fixed, **buffers, **state}
+        with eval_mode(self._frozen.model):
+            named = {f"model.{name}": value for name, value in state.items()}
+            outputs: Tensor = functional_call(self._parts, named, (inputs, size, channels_last))
+        return outputs
+
+
+class _Parts(nn.Module):
+    """A model called on parts of a batch: one exchange of its parameters for all of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs, size: int, channels_last: bool) -> Tensor:
+        outputs = []
+        count = -(-size // PART)
+        ends = [size * i // count for i in range(count + 1)]
+        for start, end in itertools.pairwise(ends):
+            part = _rows(inputs, size, slice(start, end))
+            if isinstance(part, Mapping):
+                outputs.append(as_logits(self.model(**part)))
+                continue
+            if channels_last and part.dim() == 4:
+                part = part.contiguous(memory_format=torch.channels_last)
+            outputs.append(as_logits(self.model(part)))
+        return torch.cat(outputs)
+
+
+def vmapped_group(forward: Forward, frozen: FrozenObjective, moved: Mapping[str, Tensor]) -> int:
+    """Return how many points fit in the free memory at once, 1 where vmap cannot run the model.
+
+    Half of the free memory, over the weights of a point and six of its largest activations: a
+    heuristic; the caller halves the group when memory runs out all the same.
+
+    Args:
+        forward: How the model is called.
+        frozen: The objective on its model and data.
+        moved: The moved parameters at two points, stacked.
+    """
+    batch = next(iter(frozen.batches))
+    first = {name: value[0] for name, value in moved.items()}
+    with _largest_output(frozen.model) as largest:
+        expected = frozen.logits({**frozen.space.values, **first}, batch.inputs)
+    try:
+        with warnings.catch_warnings():  # an operation without a batching rule runs in a loop
+            warnings.filterwarnings("error", "There is a performance drop", UserWarning)
+            outputs = forward.grouped(moved, batch.inputs)
+    except (RuntimeError, UserWarning):  # control flow that depends on data, or no memory
+        return 1
+    if not _close(outputs[0], expected):
+        return 1
+    weights = sum(value[0].numel() * value.element_size() for value in moved.values())
+    return max(
+        1, min(MAX_GROUP, free_memory(frozen.space.device) // 2 // (weights + 6 * max(largest)))
+    )
+
+
+@contextmanager
+def _largest_output(model: nn.Module) -> Iterator[list[int]]:
+    """Yield a list of the bytes of what each module returns, filled while inside."""
+    sizes = [1]
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.numel() * output.element_size())
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(inputs: Inputs, size: int, rows: slice) -> Any:
+    if isinstance(inputs, Mapping):
+        return {name: _rows(value, size, rows) for name, value in inputs.items()}
+    cuts = isinstance(inputs, Tensor) and inputs.dim() > 0 and len(inputs) == size
+    return inputs[rows] if cuts else inputs
+
+
+def _close(outputs: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by rounding alone."""
+    if outputs.shape != expected.shape:
+        return False
+    tolerance = min(1e3 * torch.finfo(expected.dtype).eps, 1e-2)
+    error = (outputs - expected).abs().max()
+    return bool(error <= tolerance * expected.abs().max())

@@ -1,0 +1,95 @@
+"""Weights moved along directions, all tensors of one precision in one flat update."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+class MovedWeights:
+    """θ + Σ_k a_k d_k for any coordinates, computed afresh from θ and rounded once.
+
+    The tensors that move lie one after the other in one vector for each precision, so a point
+    takes as many operations as there are directions, whatever the number of tensors.
+
+    Attributes:
+        start: θ: every parameter by name, in the memory format of the moved ones.
+    """
+
+    def __init__(
+        self,
+        start: Mapping[str, Tensor],
+        vectors: Sequence[Mapping[str, Tensor]],
+        *,
+        channels_last: bool = False,
+    ) -> None:
+        """Lay out θ and the directions.
+
+        Args:
+            start: Every parameter of the model.
+            vectors: The d_k, as `Directions.tensors` gives them.
+            channels_last: Give four-dimensional tensors this memory format.
+        """
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        self.start = {
+            n: t.contiguous(memory_format=form) if t.dim() == 4 else t for n, t in start.items()
+        }
+        groups: dict[torch.dtype, list[str]] = {}
+        for name in vectors[0]:
+            groups.setdefault(start[name].dtype, []).append(name)
+        self._blocks = [
+            _Block(names, dtype, start, vectors, channels_last) for dtype, names in groups.items()
+        ]
+
+    def at(self, points: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+        """Return the parameters that move, of shape `(points, …)`, by name.
+
+        Args:
+            points: Coordinates (a_1, …) of each.
+        """
+        moved: dict[str, Tensor] = {}
+        for block in self._blocks:
+            moved.update(block.at(points))
+        return moved
+
+
+class _Block:
+    """The tensors of one precision as one vector."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        dtype: torch.dtype,
+        start: Mapping[str, Tensor],
+        vectors: Sequence[Mapping[str, Tensor]],
+        channels_last: bool,
+    ) -> None:
+        self._names, self._dtype, self._channels_last = names, dtype, channels_last
+        self._shapes = [start[name].shape for name in names]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        self._directions = [self._flat(vector) for vector in vectors]
+        self._start = self._flat(start).to(self._directions[0].dtype)
+
+    def at(self, points: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+        rows = self._start.new_empty(len(points), len(self._start))
+        for row, steps in zip(rows, points, strict=True):
+            row.copy_(self._start)
+            for step, direction in zip(steps, self._directions, strict=True):
+                row.add_(direction, alpha=float(step))
+        pieces = torch.split(rows.to(self._dtype), self._sizes, dim=1)
+        return {
+            name: self._shaped(piece, shape)
+            for name, piece, shape in zip(self._names, pieces, self._shapes, strict=True)
+        }
+
+    def _flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        chosen = [tensors[name] for name in self._names]
+        if self._channels_last:
+            chosen = [t.permute(0, 2, 3, 1) if t.dim() == 4 else t for t in chosen]
+        return torch.cat([t.reshape(-1) for t in chosen])
+
+    def _shaped(self, piece: Tensor, shape: torch.Size) -> Tensor:
+        if self._channels_last and len(shape) == 4:
+            n, c, h, w = shape
+            return piece.view(len(piece), n, h, w, c).permute(0, 1, 4, 2, 3)
+        return piece.view(len(piece), *shape)

@@ -1,0 +1,236 @@
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from landscape.objective import Objective
+from landscape.probes.directions import random_directions
+from landscape.probes.forward import MAX_GROUP, Forward, vmapped_group
+from landscape.probes.surface import loss_line, loss_surface
+from landscape.probes.weights import MovedWeights
+from tests.cases import MODELS, assert_untouched, make_batches, make_model, snapshot
+
+ALL = ("loss", "accuracy", "ece")
+SIZES = (40, 23)  # both above a part, the second cut unevenly
+
+
+class Viewed(nn.Module):
+    """Its `view` wants channels first in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 3, 1)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+def batch_statistics():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3, track_running_stats=False)
+    )
+
+
+def plain(model, directions, batches, a, b, loss=F.cross_entropy):
+    """The mean loss at one point by hand: a float64 copy, every batch whole."""
+    net = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        for name in directions.names:
+            d1, d2 = (torch.from_numpy(v[name]).double() for v in directions.vectors)
+            net.get_parameter(name).add_(a * d1 + b * d2)
+        total = sum(len(y) * loss(net(x.double()), y) for x, y in batches)
+    return float(total) / sum(len(y) for _, y in batches)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "way"),
+    [
+        (lambda: make_model("conv"), torch.float32, (True, True)),
+        (lambda: make_model("conv"), torch.float64, (True, False)),
+        (lambda: make_model("attention"), torch.float32, (True, False)),
+        (lambda: make_model("tied"), torch.float64, (True, False)),
+        (Viewed, torch.float32, (True, False)),
+        (batch_statistics, torch.float32, (False, False)),
+    ],
+    ids=["conv", "conv float64", "attention", "tied", "view", "batch statistics"],
+)
+def test_batches_are_cut_only_where_that_changes_nothing(make, dtype, way):
+    model, batches = make().to(dtype).train(), make_batches(SIZES, dtype)
+    before = snapshot(model)
+    forward = Forward(Objective().freeze(model, batches))
+    assert (forward.cut, forward.channels_last) == way
+    directions = random_directions(model)
+    surface = loss_surface(model, batches, directions=directions, points=2)
+    assert_untouched(model, before)
+    expected = [[plain(model, directions, batches, a, b) for b in (-1, 1)] for a in (-1, 1)]
+    rtol = 1e-5 if dtype == torch.float32 else 1e-12
+    np.testing.assert_allclose(surface.nll, expected, rtol=rtol)
+
+
+def test_a_loss_of_the_whole_batch_sees_the_whole_batch():
+    model, batches = make_model("attention"), make_batches((40,))
+    hardest = lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none").max()  # noqa: E731
+    directions = random_directions(model)
+    objective = Objective(loss=hardest)
+    surface = loss_surface(model, batches, directions=directions, points=2, objective=objective)
+    expected = plain(model, directions, batches, -1, 1, hardest)
+    assert surface.nll[0, 1] == pytest.approx(expected, rel=1e-12)
+
+
+def test_mapping_batches_are_cut_too():
+    class Named(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.sizes = model, []
+
+        def forward(self, pixels, scale):
+            self.sizes.append(len(pixels))
+            return self.model(pixels * scale)
+
+    model, (x, y) = make_model("attention"), make_batches((40,))[0]
+    named = Named(model)
+    data = [{"pixels": x, "scale": torch.tensor(1.0), "labels": y}]
+    directions = random_directions(named, num=1)
+    line = loss_line(named, data, directions=directions, points=[0.0])
+    assert named.sizes[-3:] == [13, 13, 14]
+    assert line.nll[0] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_moved_weights_are_the_sum_rounded_once_in_the_wanted_format(name):
+    model = make_model(name, torch.bfloat16)
+    directions = random_directions(model)
+    vectors = directions.tensors(model)
+    start = {n: p.detach() for n, p in model.named_parameters()}
+    points = [(0.0, 0.0), (0.5, -1.5), (1.0, 0.25)]
+    for channels_last in (False, True):
+        weights = MovedWeights(start, vectors, channels_last=channels_last)
+        moved = weights.at(points)
+        assert list(moved) == list(directions.names)
+        for key, stacked in moved.items():
+            for value, (a, b) in zip(stacked, points, strict=True):
+                exact = start[key].double() + a * vectors[0][key] + b * vectors[1][key]
+                torch.testing.assert_close(value, exact.float().bfloat16(), rtol=8e-3, atol=0)
+                if channels_last and value.dim() == 4:
+                    assert value.is_contiguous(memory_format=torch.channels_last)
+                    assert weights.start[key].is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(stacked[0], start[key])
+
+
+def grouped(monkeypatch, size):
+    monkeypatch.setattr(Forward, "group_size", lambda self, moved: size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_points_in_groups_equal_points_one_by_one(name, dtype, monkeypatch):
+    """The path of a GPU, on the CPU."""
+    model, batches = make_model(name, dtype).train(), make_batches((9, 4), dtype)
+    arguments = {"points": (3, 4), "metrics": ALL, "objective": Objective(weight_decay=0.1)}
+    alone = loss_surface(model, batches, **arguments)
+    grouped(monkeypatch, 5)
+    before = snapshot(model)
+    with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused one has no batching rule
+        together = loss_surface(model, batches, **arguments)
+    assert_untouched(model, before)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-11
+    for column in ("nll", "nll_stderr", "l2", "accuracy", "ece"):
+        np.testing.assert_allclose(getattr(together, column), getattr(alone, column), rtol=rtol)
+    assert together.provenance.num_forwards == 12
+
+
+def test_a_group_that_does_not_fit_is_halved(monkeypatch, tmp_path):
+    model, batches = make_model("conv"), make_batches((9,))
+    alone = loss_line(model, batches, points=7)
+    grouped(monkeypatch, 4)
+    tried = []
+    whole = Forward.grouped
+
+    def crowded(self, moved, inputs):
+        tried.append(len(next(iter(moved.values()))))
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return whole(self, moved, inputs)
+
+    monkeypatch.setattr(Forward, "grouped", crowded)
+    line = loss_line(model, batches, points=7, resume=tmp_path / "points")
+    np.testing.assert_allclose(line.nll, alone.nll, rtol=1e-11)
+    assert tried == [4, 2, 2, 2]  # and the seventh alone
+    assert line.provenance.num_forwards == 7
+
+    def full(self, state, inputs, size):
+        raise torch.OutOfMemoryError("no memory at all")
+
+    monkeypatch.setattr(Forward, "logits", full)
+    monkeypatch.setattr(
+        Forward, "grouped", lambda self, moved, inputs: full(self, moved, inputs, 0)
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        loss_line(model, batches, points=7)
+
+
+class Branching(nn.Linear):
+    """Control flow that depends on values: vmap cannot run it."""
+
+    def forward(self, x):
+        return super().forward(x) if self.weight.sum() > -1e9 else x
+
+
+def test_the_size_of_a_group_follows_from_free_memory(monkeypatch):
+    model, batches = make_model("conv"), make_batches((9,))
+    frozen = Objective().freeze(model, batches)
+    moved = {n: torch.stack([v, v]) for n, v in frozen.space.values.items()}
+    forward = Forward(frozen)
+    assert forward.group_size(moved) == 1  # a CPU
+    before = snapshot(model)
+    free = [10**12]
+    monkeypatch.setattr("landscape.probes.forward.free_memory", lambda device: free[0])
+    assert vmapped_group(forward, frozen, moved) == MAX_GROUP
+    weights = 8 * frozen.space.dim
+    largest = 8 * 9 * 4 * 2 * 2
+    free[0] = 2 * 3 * (weights + 6 * largest)
+    assert vmapped_group(forward, frozen, moved) == 3
+    free[0] = 0
+    assert vmapped_group(forward, frozen, moved) == 1
+    assert_untouched(model, before)
+    free[0] = 10**12
+
+    def looping(self, moved, inputs):
+        warnings.warn("There is a performance drop because …", UserWarning, stacklevel=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "grouped", looping)
+        assert vmapped_group(forward, frozen, moved) == 1
+        patch.setattr(Forward, "grouped", lambda self, moved, inputs: torch.zeros(2, 9, 3))
+        assert vmapped_group(forward, frozen, moved) == 1
+    assert vmapped_group(forward, frozen, moved) == MAX_GROUP
+    branching = Branching(3, 3, dtype=torch.float64)
+    frozen = Objective().freeze(branching, [(torch.ones(4, 3), torch.zeros(4).long())])
+    moved = {n: torch.stack([v, v]) for n, v in frozen.space.values.items()}
+    assert vmapped_group(Forward(frozen), frozen, moved) == 1
+
+
+class Counting(nn.Module):
+    """Writes to its own buffer, in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.head(x.flatten(1)) / self.calls.clamp(max=1)
+
+
+def test_a_model_that_writes_to_its_buffers_is_left_as_found():
+    model, batches = Counting(), make_batches(SIZES, torch.float32)
+    before = snapshot(model)
+    loss_line(model, batches, points=3)
+    assert_untouched(model, before)
