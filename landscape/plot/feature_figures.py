@@ -173,7 +173,7 @@ def panels(results: "Mapping[str, Result]") -> Figure:
         figure, axes = _panels(2.3, results)
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             result.plot(ax=ax)
-            ax.set_title(name)
+            ax.set_title(name, loc="left")  # notes stand at the right
         figure.draw_without_rendering()
     return figure
 
