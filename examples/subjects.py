@@ -29,6 +29,8 @@ ALTERNET = (
     | {"window": 7, "width": 8, "drop_path": 0.1},
 )
 """Stages of convolutions that end in MSAs, the size of Figure 1's ResNet."""
+QUICK = {"depths": (2, 4), "msas": (0, 2), "heads": (1, 2)}
+"""Sizes of the same in little."""
 
 Results = dict[str, dict[str, Any]]  # kind of result -> model -> result
 
@@ -103,7 +105,9 @@ def _subjects(args: argparse.Namespace, alternet: bool) -> dict[str, Subject]:
         setting = replace(setting, dataset=args.dataset)
     work = work_folder(preset, setting)
     if alternet:
-        setting = replace(setting, models=(*setting.models, ALTERNET))
+        name, constructor, sizes = ALTERNET
+        third = (name, constructor, sizes | QUICK if args.quick else sizes)
+        setting = replace(setting, models=(*setting.models, third))
     last = f"epoch-{setting.epochs:05d}.pt"
     trained = [work / name / last for name, _, _ in setting.models]
     if not all(path.exists() for path in trained):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FIGURE_1 = str(ROOT / "examples/reproduce_fig1.py")
 
 
 def run(*arguments, cwd=ROOT, timeout=170):
@@ -69,31 +70,54 @@ def test_readme_links_and_commands_exist():
         assert (ROOT / script).exists(), script
 
 
-def test_figure_1_in_little_and_again_from_its_results(tmp_path):
-    script = str(ROOT / "examples/reproduce_fig1.py")
-    done = run(script, "--quick", "--out", "out", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def figure_1(tmp_path_factory):
+    """A folder in which Figure 1 was computed in little."""
+    folder = tmp_path_factory.mktemp("figures")
+    done = run(FIGURE_1, "--quick", "--out", "out", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "| claim of the paper |" in done.stdout
-    files = {p.name for p in (tmp_path / "out").iterdir()}
+    return folder
+
+
+def test_figure_1_in_little_and_again_from_its_results(figure_1):
+    files = {p.name for p in (figure_1 / "out").iterdir()}
     assert {"fig1.png", "fig1.pdf", "fig1a.html", "fig1_claims.md", "fig1"} <= files
     # A second run reuses what is finished ...
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.npz")}
+    stamps = {p: p.stat().st_mtime_ns for p in (figure_1 / "runs").rglob("*.npz")}
     assert len(stamps) == 2 * (1 + 1 + 4 + 1)
-    again = run(script, "--quick", "--out", "out", cwd=tmp_path)
+    again = run(FIGURE_1, "--quick", "--out", "out", cwd=figure_1)
     assert again.returncode == 0, again.stderr
-    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.npz")}
+    assert stamps == {p: p.stat().st_mtime_ns for p in (figure_1 / "runs").rglob("*.npz")}
     # ... and drawing needs the results alone.
-    drawn = run(script, "--draw", "out/fig1", "--out", "drawn", cwd=tmp_path)
+    drawn = run(FIGURE_1, "--draw", "out/fig1", "--out", "drawn", cwd=figure_1)
     assert drawn.returncode == 0, drawn.stderr
-    assert (tmp_path / "drawn/fig1.png").exists()
-    table = (tmp_path / "out/fig1_claims.md").read_text().strip()
+    assert (figure_1 / "drawn/fig1.png").exists()
+    table = (figure_1 / "out/fig1_claims.md").read_text().strip()
     assert table in drawn.stdout
-    empty = run(script, "--draw", "runs", "--out", "drawn", cwd=tmp_path)
+    empty = run(FIGURE_1, "--draw", "runs", "--out", "drawn", cwd=figure_1)
     assert empty.returncode != 0
     assert "holds no results" in empty.stderr
 
 
-@pytest.mark.parametrize("script", ["published_fig1a.py", "reproduce_fig1.py"])
+@pytest.mark.parametrize("number", [2, 8, 9, 10])
+def test_later_figures_in_little(figure_1, number):
+    script, name = str(ROOT / f"examples/reproduce_fig{number}.py"), f"fig{number}"
+    done = run(script, "--quick", "--out", "out", cwd=figure_1)
+    assert done.returncode == 0, done.stderr
+    table = (figure_1 / f"out/{name}_claims.md").read_text()
+    assert table.strip() in done.stdout
+    assert "agrees |" in table or "undecided |" in table
+    for suffix in ("png", "pdf", "html"):
+        assert (figure_1 / f"out/{name}.{suffix}").stat().st_size > 5000
+    models = {p.stem.split("_")[1] for p in (figure_1 / "out" / name).glob("*.npz")}
+    assert models == {"ResNet", "ViT"} | ({"AlterNet"} if number != 2 else set())
+    if number == 10:
+        drawn = run(script, "--draw", f"out/{name}", "--out", "out", cwd=figure_1)
+        assert table.strip() in drawn.stdout, drawn.stderr
+
+
+@pytest.mark.parametrize("script", ["any_model.py", "published_fig1a.py", "reproduce_fig1.py"])
 def test_examples_have_help(script):
     done = run(str(ROOT / "examples" / script), "--help")
     assert done.returncode == 0

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from landscape.blocks import Blocks
 from landscape.probes.lesion import lesion_study
 from tests.cases import assert_untouched, snapshot
+from tests.test_package import ROOT, run
 from tests.test_thirdparty import zoo
 
 pytestmark = pytest.mark.thirdparty
@@ -189,3 +191,31 @@ def test_heads_of_a_fused_attention():
     with torch.no_grad():
         weight.unflatten(1, (12, -1))[:, 3] = 0
         torch.testing.assert_close(lesioned, model(images(side)))
+
+
+def test_a_figure_of_a_timm_model_on_a_folder_of_images(tmp_path):
+    model = zoo("timm").create_model("resnet10t")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = rng.integers(0, 256, (190, 200, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.jpg")
+    arguments = ("--model", "timm:resnet10t", "--weights", "weights.pth", "--images", "images")
+    script = str(ROOT / "examples/reproduce_fig9.py")
+    done = run(script, *arguments, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resnet10t Convs" in done.stdout
+    assert (tmp_path / "out/fig9/variance_resnet10t.npz").exists()
+    refused = run(script, "--model", "timm:resnet10t", cwd=tmp_path)
+    assert refused.returncode != 0
+    assert "needs --weights" in refused.stderr
+
+
+def test_any_model_by_name(tmp_path):
+    zoo("timm")
+    done = run(str(ROOT / "examples/any_model.py"), "timm:convnext_atto", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "stages.3.downsample.1: pool" in done.stdout
+    assert (tmp_path / "any_model.png").stat().st_size > 10_000
