@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from landscape.blocks import Blocks
-from landscape.lesions import num_heads
+from landscape.blocks.lesions import num_heads
 from landscape.models import alternet18, resnet20, vit_nano
 from tests.cases import assert_untouched, snapshot
 

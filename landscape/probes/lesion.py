@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_choice
-from landscape.blocks import Blocks, Traced, blocks_of
-from landscape.lesions import Irremovable, Part, num_heads, removal
-from landscape.passes import PartialPasses
+from landscape.blocks import Blocks, blocks_of
+from landscape.blocks.block import Traced
+from landscape.blocks.lesions import Irremovable, Part, num_heads, removal
+from landscape.blocks.passes import PartialPasses
 from landscape.probes.scores import PairedScores, Truths, predict, stream, untouched
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance, Result

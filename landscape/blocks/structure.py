@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-from landscape.tracing import INPUT, Step, Trace
+from landscape.blocks.tracing import INPUT, Step, Trace
 
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head", "other"]
 

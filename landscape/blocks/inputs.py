@@ -1,4 +1,4 @@
-"""Images of a size that a model is likely to accept, where nobody gave an example."""
+"""Batches of inputs: how many samples, of what shape, and likely ones where nobody gave any."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -57,3 +57,26 @@ def _pair(size: Any) -> tuple[int, int] | None:
     if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(s, int) for s in size):
         return size[0], size[1]
     return None
+
+
+def num_samples(inputs: Any) -> int:
+    """Return the number of samples of a batch."""
+    return len(images_of(inputs))
+
+
+def shape_key(inputs: Any) -> tuple[Any, ...]:
+    """Return what the sequence of calls may depend on: shapes without the number of samples."""
+    named = inputs.items() if isinstance(inputs, Mapping) else [("", inputs)]
+    return tuple((k, tuple(t.shape[1:])) for k, t in named if isinstance(t, Tensor))
+
+
+def resized(inputs: Any, count: int) -> Any:
+    """Return `count` samples of a batch, repeated where it has fewer."""
+    size = num_samples(inputs)
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
+            return value
+        return value[torch.arange(count, device=value.device) % size]
+
+    return {k: take(v) for k, v in inputs.items()} if isinstance(inputs, Mapping) else take(inputs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landscape.tracing import Step, Trace
+from landscape.blocks.tracing import Step, Trace
 
 _LAST = frozenset({"layer_norm", "linear", "rms_norm"})
 _SECOND = frozenset(

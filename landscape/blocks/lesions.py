@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from landscape.passes import Handler
-from landscape.structure import ATTENTION, Unit
-from landscape.tracing import Step, Trace
+from landscape.blocks.passes import Handler
+from landscape.blocks.structure import ATTENTION, Unit
+from landscape.blocks.tracing import Step, Trace
 
 Part = Literal["branch", "conv"] | int
 """`"branch"`, `"conv"`, or the index of an attention head."""
@@ -36,7 +36,7 @@ def removal(trace: Trace, unit: Unit, part: Part) -> tuple[int, Handler]:
         part: What of it to remove.
 
     Returns:
-        Ordinal and handler, for `landscape.passes.ControlledPass`.
+        Ordinal and handler, for `ControlledPass`.
 
     Raises:
         Irremovable: If the block has no such part, or it has no lesion.

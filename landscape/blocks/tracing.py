@@ -2,8 +2,8 @@
 
 Every call of a torch function is a step. A step is known by its ordinal in the pass, which is the
 same at every pass with inputs of one shape, so that a later pass can be observed or changed at
-that very call (`landscape.passes`): no hook, no copy, no rewriting of the model. Values are known
-by the step that made them; only values that depend on the model's input are followed.
+that very call (`passes`): no hook, no copy, no rewriting of the model. Values are known by the
+step that made them; only values that depend on the model's input are followed.
 """
 
 from collections.abc import Iterator, Mapping

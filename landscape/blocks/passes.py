@@ -1,10 +1,10 @@
 """A forward pass that is observed or changed at chosen calls, or begun in the middle.
 
-Calls are counted as in `landscape.tracing`. A handler stands in for the call with its ordinal and
-returns what the model goes on with. A pass that begins in the middle makes none of the calls that
+Calls are counted as in `tracing`. A handler stands in for the call with its ordinal and returns
+what the model goes on with. A pass that begins in the middle makes none of the calls that
 depend on the input and come before: each returns an empty stand-in of the right shape, and the
 handler at the beginning returns the value that is already known. What follows depends on that
-value alone if it is a cut of the dataflow (`landscape.structure`).
+value alone if it is a cut of the dataflow (`structure`).
 """
 
 from collections.abc import Callable, Mapping

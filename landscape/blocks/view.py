@@ -7,18 +7,17 @@
     with blocks.lesion("blocks.3.attn"):
         logits = model(images)  # as if that block were the identity
 
-Blocks are found in the dataflow of one forward pass (`landscape.structure`), not by the names of
-classes: every residual sum ends a block, so a transformer has one behind each attention and one
-behind each MLP, after its residual addition as in Park & Kim (2022). A block is observed or
-removed at the very call that computes it, counted from the start of the pass: the model is never
-copied or rewritten, and carries no hook.
+Blocks are found in the dataflow of one forward pass (`structure`), not by the names of classes:
+every residual sum ends a block, so a transformer has one behind each attention and one behind each
+MLP, after its residual addition as in Park & Kim (2022). A block is observed or removed at the very
+call that computes it, counted from the start of the pass: the model is never copied or rewritten,
+and carries no hook.
 """
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,53 +26,20 @@ from torch.utils._pytree import tree_leaves
 
 from landscape._checks import nearest
 from landscape.batches import Placement
-from landscape.layout import Layout, layout_of
-from landscape.lesions import Irremovable, Part, removal
-from landscape.likely_images import images_of, likely_images
+from landscape.blocks.block import Block, Traced, describe
+from landscape.blocks.inputs import likely_images, num_samples, resized, shape_key
+from landscape.blocks.layout import Layout, layout_of
+from landscape.blocks.lesions import Irremovable, Part, removal
+from landscape.blocks.passes import ControlledPass, Handler
+from landscape.blocks.structure import Kind, find_units, named_units
+from landscape.blocks.tracing import Trace, call, function_name, record
 from landscape.objective import as_logits
-from landscape.passes import ControlledPass, Handler
 from landscape.restore import eval_mode
-from landscape.structure import Kind, Unit, find_units, named_units
-from landscape.tracing import Trace, call, function_name, record
 
 Choose = str | Sequence[str]
-Visitor = Callable[["Block", Tensor], None]
+Visitor = Callable[[Block, Tensor], None]
 
 _TRACED = 3  # samples in the traced batch: a size that no other axis is likely to have
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block of a model.
-
-    Attributes:
-        name: Unique name: the module that is the block, or that computes its branch.
-        kind: `"stem"`, `"conv"`, `"msa"`, `"mlp"`, `"pool"`, `"head"` or `"other"`.
-        depth: Relative depth, 0 for the first block and 1 for the last map.
-        stage: Number of blocks up to this one that made the map smaller, the stem aside.
-        subsamples: Whether its map is smaller than that of the block before.
-        is_map: Whether its output is a map (n, c, h, w); that of the head is (n, classes).
-        grid: Rows and columns of its map, `None` without one.
-        channels: Channels of its output.
-    """
-
-    name: str
-    kind: Kind
-    depth: float
-    stage: int
-    subsamples: bool
-    is_map: bool
-    grid: tuple[int, int] | None
-    channels: int
-
-
-@dataclass(frozen=True)
-class Traced:
-    """What is known of the passes with inputs of one shape: where each block is."""
-
-    trace: Trace
-    units: tuple[Unit, ...]
-    layouts: tuple[Layout, ...]
 
 
 class Blocks:
@@ -99,7 +65,7 @@ class Blocks:
         self._choose = None if choose is None else _matching(self.model, choose)
         self._traces: dict[Any, Traced] = {}
         traced = self._first_trace() if example is None else self.traced(example)
-        self._blocks = _describe(traced)
+        self._blocks = describe(traced)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -158,7 +124,7 @@ class Blocks:
         Raises:
             ValueError: If the model makes other calls than in its trace.
         """
-        traced, n = self.traced(inputs), _num_samples(inputs)
+        traced, n = self.traced(inputs), num_samples(inputs)
         handlers: dict[int, Handler] = {}
         for block, unit, layout in zip(self._blocks, traced.units, traced.layouts, strict=True):
             step = traced.trace.steps[unit.value]
@@ -230,12 +196,12 @@ class Blocks:
 
     def traced(self, inputs: Any) -> Traced:
         """Return the trace of passes with inputs of this shape, made at the first of them."""
-        known = self._traces.get(_shape_key(inputs))
+        known = self._traces.get(shape_key(inputs))
         return known or self._remember(inputs, self._record(inputs))
 
     def _record(self, inputs: Any) -> Trace:
         placement = Placement.of(self.model)
-        example = _resized(placement.place(inputs), _TRACED)
+        example = resized(placement.place(inputs), _TRACED)
         with eval_mode(self.model), _own_randomness(placement.device), torch.no_grad():
             call(self.model, example)  # what a model caches at its first pass is there by now
             return record(self.model, example, as_logits)
@@ -257,7 +223,7 @@ class Blocks:
             )
         layouts = tuple(layout_of(trace, unit.value) for unit in units)
         traced = Traced(trace, tuple(units), layouts)
-        self._traces[_shape_key(inputs)] = traced
+        self._traces[shape_key(inputs)] = traced
         return traced
 
     @property
@@ -329,31 +295,6 @@ def _show(
     return out
 
 
-def _describe(traced: Traced) -> tuple[Block, ...]:
-    """Return the blocks of a trace."""
-    body = sum(unit.kind != "head" for unit in traced.units)
-    blocks: list[Block] = []
-    area = stage = 0
-    for position, (unit, layout) in enumerate(zip(traced.units, traced.layouts, strict=True)):
-        here = 0 if layout.grid is None else layout.grid[0] * layout.grid[1]
-        smaller = 0 < here < area
-        stage += smaller
-        area = here or area
-        blocks.append(
-            Block(
-                name=unit.name,
-                kind=unit.kind,
-                depth=min(position / max(body - 1, 1), 1.0),
-                stage=stage,
-                subsamples=smaller,
-                is_map=here > 1,
-                grid=layout.grid if here > 1 else None,
-                channels=layout.shape[layout.channels],
-            )
-        )
-    return tuple(blocks)
-
-
 def _matching(model: nn.Module, choose: Choose) -> list[str]:
     """Return the names of the modules that match, in the order of the model."""
     patterns = [choose] if isinstance(choose, str) else list(choose)
@@ -370,28 +311,6 @@ def _matching(model: nn.Module, choose: Choose) -> list[str]:
     if not chosen:
         raise ValueError("`choose` must hold at least one name or pattern, got none.")
     return [name for name in names if name in chosen]
-
-
-def _num_samples(inputs: Any) -> int:
-    return len(images_of(inputs))
-
-
-def _shape_key(inputs: Any) -> tuple[Any, ...]:
-    """Return what the sequence of calls may depend on: shapes without the number of samples."""
-    named = inputs.items() if isinstance(inputs, Mapping) else [("", inputs)]
-    return tuple((k, tuple(t.shape[1:])) for k, t in named if isinstance(t, Tensor))
-
-
-def _resized(inputs: Any, count: int) -> Any:
-    """Return `count` samples of a batch, repeated where it has fewer."""
-    size = _num_samples(inputs)
-
-    def take(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
-            return value
-        return value[torch.arange(count, device=value.device) % size]
-
-    return {k: take(v) for k, v in inputs.items()} if isinstance(inputs, Mapping) else take(inputs)
 
 
 def _changed(name: str, got: torch.Size, traced: tuple[int, ...]) -> ValueError:
