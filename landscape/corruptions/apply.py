@@ -111,7 +111,7 @@ def corrupt(
         for first in range(0, len(images), chunk):
             part = images[first : first + chunk]
             streams = Streams(key, start + first, len(part))
-            out = kernel(part.float(), *level, streams)
+            out = kernel(part.float().contiguous(), *level, streams)
             parts.append(out.clamp(0, 255).add_(_NUDGE).to(torch.uint8))
     return torch.cat(parts) if parts else images.clone()
 

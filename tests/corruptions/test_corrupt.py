@@ -121,6 +121,13 @@ def test_any_size_from_32_on(size):
                 assert corrupt(x, name, severity, profile=profile).shape == x.shape
 
 
+def test_the_order_in_memory_does_not_matter():
+    x = pictures(3)
+    for name in CORRUPTIONS:
+        last = corrupt(x.contiguous(memory_format=torch.channels_last), name, 3)
+        assert torch.equal(last, corrupt(x, name, 3)), name
+
+
 def test_no_images_give_no_images():
     x = torch.empty(0, 3, 32, 32, dtype=torch.uint8)
     assert corrupt(x, "snow", 1).shape == x.shape
