@@ -53,7 +53,7 @@ _PROFILES: Mapping[str, tuple[dict[str, Kernel], dict[str, tuple[Any, ...]]]] = 
     "cifar": (_CIFAR, CIFAR),
 }
 # Values a kernel takes at a time: a chunk fits into a CPU's cache; a GPU wants many at once.
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 27}
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 # A value that float64 leaves at 200 must not become 199 because float32 leaves it at 199.99999.
 _NUDGE = 1e-4
 
