@@ -95,18 +95,14 @@ def copied_from(moves: Tensor, h: int, w: int) -> Tensor:
     at = torch.arange(h * w, device=moves.device).view(h, w)
     inside = at[start[0] : start[0] + visited_rows, start[1] : start[1] + visited_columns]
     source = inside + moves[..., 1] * w + moves[..., 0]
-    visited = torch.zeros(h * w, dtype=torch.bool, device=moves.device)
-    visited[inside.flatten()] = True
-    visited = visited.index_select(0, source.flatten()).view_as(source)
-    first = torch.where((source > inside) & visited, source, inside)
-    link = at.expand(n, h, w).clone()
-    link[:, start[0] : start[0] + visited_rows, start[1] : start[1] + visited_columns] = first
-    link = link.flatten(1)
+    # Both maps are the identity at the margin, where no pixel is visited.
+    own, link = at.repeat(n, 1, 1), at.repeat(n, 1, 1)
+    for whole, part in ((own, source), (link, torch.maximum(source, inside))):
+        whole[:, start[0] : start[0] + visited_rows, start[1] : start[1] + visited_columns] = part
+    own, link = own.flatten(1), link.flatten(1)
     for _ in range(_DOUBLINGS):
         link = link.gather(1, link)
-    own = at.expand(n, h, w).clone()
-    own[:, start[0] : start[0] + visited_rows, start[1] : start[1] + visited_columns] = source
-    return own.flatten(1).gather(1, link)
+    return own.gather(1, link)
 
 
 def motion_blur(
