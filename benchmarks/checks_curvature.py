@@ -278,17 +278,14 @@ def no_leak(peer: Any) -> None:
     """Operators that were dropped leave no tensor behind."""
     model, batches = net().eval(), data(12)
 
-    def use() -> int:
-        for _ in range(3):
-            peer.product(method(peer, "operator")(model, CROSS, batches), torch.ones(43))
+    def alive() -> int:
         gc.collect()
-        held = [o for o in gc.get_objects() if isinstance(o, Tensor)]
-        graphs = [p.grad for p in model.parameters() if p.grad is not None and p.grad.grad_fn]
-        return len(held) + len(graphs)
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
-    gc.collect()
-    before = sum(isinstance(o, Tensor) for o in gc.get_objects())
-    after = use()
+    before = alive()
+    for _ in range(3):
+        peer.product(method(peer, "operator")(model, CROSS, batches), torch.ones(43))
+    after = alive()
     expect(after <= before, f"{after - before} tensors more than before")
 
 

@@ -83,6 +83,8 @@ def table(results: dict[str, dict[str, dict[str, object]]]) -> str:
     lines = []
     for title, checks in (("Curvature", CURVATURE), ("Surfaces", SURFACES)):
         rows = [check for check in checks if check in results]
+        if not rows:
+            continue
         names = [
             name
             for name in PEERS

@@ -7,9 +7,10 @@ many times as there are points. Beside `landscape.loss_surface`, the same plane 
 loss-landscapes (`planar_interpolation`) where it is installed; its metric is the mean loss over all
 batches in evaluation mode without gradients, written for it here. Everything runs in turn
 (forward, ours, theirs, forward, ours, theirs, …); ratios of CPU time are taken in each round, and
-their medians reported. Ours includes its set-up and checks, two more batches: a sixteenth at 16
-points of two batches, nothing at 441. Errors are against a plain loop in float64 over fresh copies
-of the model, relative, and as a share of the range of the surface.
+their medians reported. Ours includes its set-up and checks, two and a half more batches: 8 % at 16
+points of two batches, nothing at 441; what each further point costs is the difference to a surface
+of a single point. Errors are against a plain loop in float64 over fresh copies of the model,
+relative, and as a share of the range of the surface.
 
     python benchmarks/surface.py [--rounds 3] [--points 4] [--images 256] [--threads 1]
 """
@@ -118,11 +119,15 @@ def compare(model: nn.Module, batches: Batches, steps: int, rounds: int) -> dict
                 for x, _ in batches:
                     model(x)
 
-    def ours() -> np.ndarray:
-        points = (coordinates, coordinates)
+    def ours(count: int) -> np.ndarray:
+        points = (coordinates[:count], coordinates[:count])
         return loss_surface(model, batches, directions=directions, points=points).nll
 
-    ways: dict[str, Callable[[], Any]] = {"forward": forward, "landscape": ours}
+    ways: dict[str, Callable[[], Any]] = {
+        "forward": forward,
+        "landscape": lambda: ours(steps),
+        "one point": lambda: ours(1),
+    }
     if "loss-landscapes" in installed():
         ways["loss-landscapes"] = lambda: loss_landscapes_surface(model, directions, batches, steps)
     exact = plain_loop(model, directions, batches, coordinates)
@@ -134,13 +139,21 @@ def compare(model: nn.Module, batches: Batches, steps: int, rounds: int) -> dict
             took, values[name] = seconds(work)
             times[name].append(took)
     rows = {}
-    for name in ways:
+    alone = times.pop("one point")
+    for name in times:
         ratios = [t / unit for t, unit in zip(times[name], times["forward"], strict=True)]
         rows[name] = {
             "cpu_seconds": round(median(times[name]), 3),
             "forwards_per_point": round(median(ratios), 3),
             "all_rounds": [round(ratio, 3) for ratio in ratios],
         }
+        if name == "landscape":
+            further = [
+                (t - one) / unit * steps**2 / (steps**2 - 1)
+                for t, one, unit in zip(times[name], alone, times["forward"], strict=True)
+            ]
+            rows[name]["forwards_per_further_point"] = round(median(further), 3)
+            rows[name]["all_rounds_further_point"] = [round(ratio, 3) for ratio in further]
         if name != "forward":
             error = np.abs(values[name] - exact) / np.abs(exact)
             rows[name]["largest_relative_error"] = float(f"{error.max():.2g}")
@@ -201,8 +214,8 @@ def main() -> None:
     }
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     print(
-        f"{'model':10s} {'way':16s} {'CPU s':>8s} {'forwards/point':>15s} {'max error':>10s} "
-        f"{'of range':>9s}"
+        f"{'model':10s} {'way':16s} {'CPU s':>8s} {'forwards/point':>15s} {'further point':>14s} "
+        f"{'max error':>10s} {'of range':>9s}"
     )
     for name, result in results.items():
         for way, row in result["ways"].items():
@@ -210,7 +223,7 @@ def main() -> None:
             share = row.get("largest_error_over_range", "")
             print(
                 f"{name:10s} {way:16s} {row['cpu_seconds']:8.2f} {row['forwards_per_point']:15.3f} "
-                f"{error!s:>10s} {share!s:>9s}"
+                f"{row.get('forwards_per_further_point', '')!s:>14s} {error!s:>10s} {share!s:>9s}"
             )
     setting = {
         "points": arguments.points**2,

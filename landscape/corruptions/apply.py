@@ -53,7 +53,7 @@ _PROFILES: Mapping[str, tuple[dict[str, Kernel], dict[str, tuple[Any, ...]]]] = 
     "cifar": (_CIFAR, CIFAR),
 }
 # Values a kernel takes at a time: a chunk fits into a CPU's cache; a GPU wants many at once.
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 27}
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 # A value that float64 leaves at 200 must not become 199 because float32 leaves it at 199.99999.
 _NUDGE = 1e-4
 
@@ -111,7 +111,7 @@ def corrupt(
         for first in range(0, len(images), chunk):
             part = images[first : first + chunk]
             streams = Streams(key, start + first, len(part))
-            out = kernel(part.float(), *level, streams)
+            out = kernel(part.float().contiguous(), *level, streams)
             parts.append(out.clamp(0, 255).add_(_NUDGE).to(torch.uint8))
     return torch.cat(parts) if parts else images.clone()
 

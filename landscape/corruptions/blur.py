@@ -95,18 +95,14 @@ def copied_from(moves: Tensor, h: int, w: int) -> Tensor:
     at = torch.arange(h * w, device=moves.device).view(h, w)
     inside = at[start[0] : start[0] + visited_rows, start[1] : start[1] + visited_columns]
     source = inside + moves[..., 1] * w + moves[..., 0]
-    visited = torch.zeros(h * w, dtype=torch.bool, device=moves.device)
-    visited[inside.flatten()] = True
-    visited = visited.index_select(0, source.flatten()).view_as(source)
-    first = torch.where((source > inside) & visited, source, inside)
-    link = at.expand(n, h, w).clone()
-    link[:, start[0] : start[0] + visited_rows, start[1] : start[1] + visited_columns] = first
-    link = link.flatten(1)
+    # Both maps are the identity at the margin, where no pixel is visited.
+    own, link = at.repeat(n, 1, 1), at.repeat(n, 1, 1)
+    for whole, part in ((own, source), (link, torch.maximum(source, inside))):
+        whole[:, start[0] : start[0] + visited_rows, start[1] : start[1] + visited_columns] = part
+    own, link = own.flatten(1), link.flatten(1)
     for _ in range(_DOUBLINGS):
         link = link.gather(1, link)
-    own = at.expand(n, h, w).clone()
-    own[:, start[0] : start[0] + visited_rows, start[1] : start[1] + visited_columns] = source
-    return own.flatten(1).gather(1, link)
+    return own.gather(1, link)
 
 
 def motion_blur(
@@ -145,13 +141,17 @@ def blur_along(x: Tensor, radius: int, sigma: float, angle: Tensor, *, leave: bo
     if leave:
         weight = weight * ((down.abs() < h) & (right.abs() < w))
     weight = weight.to(x)
-    rows = (torch.arange(h, device=x.device) + down[..., None]).clamp(0, h - 1) * w
-    columns = (torch.arange(w, device=x.device) + right[..., None]).clamp(0, w - 1)
-    flat, out = x.flatten(2), torch.zeros_like(x).flatten(2)
+    # Flat indices of int32, half as wide as those of `gather`: (n, steps, c, h, 1), (…, 1, 1, w).
+    plane = torch.arange(n * c, dtype=torch.int32, device=x.device).view(n, 1, c, 1, 1) * (h * w)
+    rows = (torch.arange(h, device=x.device) + down[..., None]).clamp(0, h - 1).int() * w
+    columns = (torch.arange(w, device=x.device) + right[..., None]).clamp(0, w - 1).int()
+    rows, columns = rows[:, :, None, :, None] + plane, columns[:, :, None, None, :]
+    flat, out = x.flatten(), torch.zeros_like(x)
     for i in range(len(step)):
-        source = (rows[:, i, :, None] + columns[:, i, None, :]).view(n, 1, h * w)
-        out.addcmul_(flat.gather(2, source.expand(-1, c, -1)), weight[:, i, None, None])
-    return out.view_as(x)
+        source = rows[:, i] + columns[:, i]
+        shifted = flat.index_select(0, source.flatten()).view_as(x)
+        out.addcmul_(shifted, weight[:, i].view(n, 1, 1, 1))
+    return out
 
 
 def zoom_blur(

@@ -25,7 +25,11 @@ from landscape.objective import FrozenObjective, as_logits
 from landscape.restore import eval_mode
 
 PART = 16
-"""Samples a part: a heuristic, the best of 8, 16, 32 and 64 for most models on two CPUs."""
+"""Fewest samples a part, a heuristic: the best of 8, 16, 32, 64 for ViTs and for wide ResNets."""
+
+CACHE = 1 << 21
+"""Bytes of the largest activation of a part that may have up to 2 · PART samples, a heuristic: 32
+samples are best for a ResNet-20, whose activations are small."""
 
 MAX_GROUP = 32
 """Most points a vmapped call, a heuristic: launches hardly count any more."""
@@ -36,7 +40,7 @@ class Forward:
 
     Attributes:
         channels_last: Memory format that four-dimensional parameters should have.
-        cut: Whether batches go through the model in parts.
+        part: Most samples that go through the model at once; 0 for whole batches.
     """
 
     def __init__(self, frozen: FrozenObjective) -> None:
@@ -47,7 +51,7 @@ class Forward:
         """
         self._frozen = frozen
         self._parts = _Parts(frozen.model)
-        self.cut, self.channels_last = self._plan()
+        self.part, self.channels_last = self._plan()
 
     def logits(self, state: Mapping[str, Tensor], inputs: Inputs, size: int) -> Tensor:
         """Return the outputs `(size, …)` of one batch.
@@ -57,9 +61,9 @@ class Forward:
             inputs: Inputs of the batch.
             size: Number of its samples.
         """
-        if not self.cut or size <= PART:
+        if not self.part or size <= self.part:
             return self._frozen.logits(state, inputs)
-        return self._cut_logits(state, inputs, size, self.channels_last)
+        return self._cut_logits(state, inputs, size, self.part, self.channels_last)
 
     def grouped(self, moved: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the outputs `(points, size, …)` of one batch at several points at once.
@@ -85,37 +89,40 @@ class Forward:
             return 1
         return vmapped_group(self, self._frozen, moved)
 
-    def _plan(self) -> tuple[bool, bool]:
-        """Return (cut, channels last), the cheapest way that gives the same outputs."""
+    def _plan(self) -> tuple[int, bool]:
+        """Return (samples a part, channels last), the cheapest way that gives the same outputs."""
         frozen = self._frozen
         batch = next(iter(frozen.batches))
         on_cpu = frozen.space.device.type == "cpu"
         if not on_cpu or frozen.objective.loss is None or batch.size <= PART:
-            return False, False
+            return 0, False
         size = min(batch.size, 2 * PART)
         inputs = _rows(batch.inputs, batch.size, slice(0, size))
-        expected = frozen.logits(frozen.space.values, inputs)
+        with _largest_output(frozen.model) as largest:
+            expected = frozen.logits(frozen.space.values, inputs)
+        part = min(max(CACHE * size // max(largest), PART), 2 * PART)
         convolves = any(isinstance(module, nn.Conv2d) for module in frozen.model.modules())
         last = (True, False) if convolves and frozen.space.dtype == torch.float32 else (False,)
         for channels_last in last:
             state = frozen.space.values
             try:
-                outputs = self._cut_logits(state, inputs, size, channels_last)
+                outputs = self._cut_logits(state, inputs, size, PART, channels_last)
             except RuntimeError:  # such as a `view` that wants its channels first
                 continue
             if _close(outputs, expected):
-                return True, channels_last
-        return False, False
+                return part, channels_last
+        return 0, False
 
     def _cut_logits(
-        self, state: Mapping[str, Tensor], inputs: Inputs, size: int, channels_last: bool
+        self, state: Mapping[str, Tensor], inputs: Inputs, size: int, part: int, channels_last: bool
     ) -> Tensor:
         space = self._frozen.space
         buffers = {name: t.clone() for name, t in space.buffers.items()}
         state = {**space.fixed, **buffers, **state}
         with eval_mode(self._frozen.model):
             named = {f"model.{name}": value for name, value in state.items()}
-            outputs: Tensor = functional_call(self._parts, named, (inputs, size, channels_last))
+            call = (inputs, size, part, channels_last)
+            outputs: Tensor = functional_call(self._parts, named, call)
         return outputs
 
 
@@ -126,18 +133,18 @@ class _Parts(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Inputs, size: int, channels_last: bool) -> Tensor:
+    def forward(self, inputs: Inputs, size: int, part: int, channels_last: bool) -> Tensor:
         outputs = []
-        count = -(-size // PART)
+        count = -(-size // part)
         ends = [size * i // count for i in range(count + 1)]
         for start, end in itertools.pairwise(ends):
-            part = _rows(inputs, size, slice(start, end))
-            if isinstance(part, Mapping):
-                outputs.append(as_logits(self.model(**part)))
+            rows = _rows(inputs, size, slice(start, end))
+            if isinstance(rows, Mapping):
+                outputs.append(as_logits(self.model(**rows)))
                 continue
-            if channels_last and part.dim() == 4:
-                part = part.contiguous(memory_format=torch.channels_last)
-            outputs.append(as_logits(self.model(part)))
+            if channels_last and rows.dim() == 4:
+                rows = rows.contiguous(memory_format=torch.channels_last)
+            outputs.append(as_logits(self.model(rows)))
         return torch.cat(outputs)
 
 

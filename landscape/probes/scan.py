@@ -117,35 +117,34 @@ def scan(
 def _adaptive(
     points: "_Points", axes: Sequence[np.ndarray], tol: float, advance: Callable[[int], Any]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Measure the points that have to be and interpolate the others; the L2 term is exact.
+    """Measure the points that have to be and interpolate the others, but for L2.
 
     Returns:
         The values `(points, columns)`, and the fields that tell which were measured.
     """
     x, y = axes if len(axes) == 2 else (axes[0], np.zeros(1))
-    columns = [name for name in points.columns if name != "l2"]
-    places = [points.columns.index(name) for name in columns]
-    penalty = points.penalties()
-    known = np.zeros((len(penalty), len(columns)))
-    known[:, columns.index("nll")] = penalty
+    names, penalty = points.columns, points.penalties()
+    known = np.zeros((len(penalty), len(names)))
+    known[:, names.index("nll")] = penalty
 
     def measure(wanted: np.ndarray) -> np.ndarray:
         points.measure(np.flatnonzero(wanted).tolist(), advance)
-        return points.table()[:, places].reshape(len(x), len(y), -1)
+        return points.table().reshape(len(x), len(y), -1)
 
-    allowed = np.array([np.inf if name == "nll_stderr" else tol for name in columns])
+    controlled = np.array([name not in ("nll_stderr", "l2") for name in names])
+    allowed = np.where(controlled, tol, np.inf)
     found = interpolate(x, y, measure, allowed, known.reshape(len(x), len(y), -1))
+    guess = found.values.reshape(known.shape)
+    guess[:, names.index("l2")] = penalty
+    shares = [name in ("accuracy", "ece") for name in names]
+    guess[:, shares] = guess[:, shares].clip(0, 1)
     measured = points.measured  # a file to resume from may hold more points than were asked for
-    table = points.table()
-    guess = np.column_stack([found.values.reshape(len(table), -1), penalty])
-    for place, column in zip([*places, points.columns.index("l2")], guess.T, strict=True):
-        bounded = points.columns[place] in ("accuracy", "ece")
-        table[~measured, place] = (column.clip(0, 1) if bounded else column)[~measured]
     error = {
-        "loss" if name == "nll" else name: 0.0 if measured.all() else float(value)
-        for name, value in zip(columns, found.error, strict=True)
-        if name != "nll_stderr"
+        "loss" if name == "nll" else name: 0.0 if measured.all() else float(found.error[i])
+        for i, name in enumerate(names)
+        if controlled[i]
     }
+    table = np.where(measured[:, None], points.table(), guess)
     return table, {"evaluated": measured, "interpolation_error": error}
 
 

@@ -121,6 +121,23 @@ def test_any_size_from_32_on(size):
                 assert corrupt(x, name, severity, profile=profile).shape == x.shape
 
 
+@pytest.mark.parametrize(
+    "name", ["contrast", "glass_blur", "elastic_transform", "motion_blur", "pixelate"]
+)
+def test_flat_images_stay_as_they_are(name):
+    x = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(-1, 3, 32, 32)
+    for severity in SEVERITIES:
+        out = corrupt(x, name, severity, profile="cifar")
+        assert torch.equal(out, x), severity  # rounding down must not turn 199.99999 into 199
+
+
+def test_the_order_in_memory_does_not_matter():
+    x = pictures(3)
+    for name in CORRUPTIONS:
+        last = corrupt(x.contiguous(memory_format=torch.channels_last), name, 3)
+        assert torch.equal(last, corrupt(x, name, 3)), name
+
+
 def test_no_images_give_no_images():
     x = torch.empty(0, 3, 32, 32, dtype=torch.uint8)
     assert corrupt(x, "snow", 1).shape == x.shape

@@ -248,14 +248,20 @@ def test_alias_tables_hold_the_poisson_distribution(photons):
     np.testing.assert_allclose(mass, stats.poisson.pmf(count, mean), atol=2e-6)
 
 
-def test_shot_noise_follows_the_tables():
-    level, photons = 100, 12
+@pytest.mark.parametrize(("level", "photons"), [(100, 12), (200, 500)])
+def test_shot_noise_follows_the_tables(level, photons):
     x = torch.full((40, 3, 32, 32), level).float()
     counts = noise.poisson(x, photons, streams(40)).numpy().ravel()
-    expected = stats.poisson.pmf(np.arange(13), photons * level / 255)
-    seen = np.bincount(counts, minlength=13)[:13]
-    score = (seen - len(counts) * expected) / np.sqrt(len(counts) * expected)
-    assert np.abs(score).max() < 4
+    mean = photons * level / 255
+    count = np.arange(int(mean - 2 * mean**0.5), int(mean + 2 * mean**0.5))
+    expected = stats.poisson.pmf(count, mean) * len(counts)
+    seen = np.bincount(counts, minlength=count[-1] + 1)[count]
+    assert np.abs((seen - expected) / np.sqrt(expected)).max() < 4
+    assert counts.mean() == pytest.approx(mean, rel=0.005)
+
+
+def test_shot_noise_is_rounded_down_and_leaves_black_alone():
+    photons = 12
     values = noise.shot_values(torch.tensor([0, 1, 6, 12, 40]), photons).tolist()
     assert values == [0, 21, 127, 255, 255]
     black = noise.shot_noise(torch.zeros(2, 1, 32, 32), photons, streams(2))

@@ -24,7 +24,12 @@ SIZES = [(32, 32), (45, 61)]
 
 def package(x, name, severity):
     """The package's version of bytes (n, c, h, w), int64."""
-    out = [imagecorruptions.corrupt(last(image), severity, name) for image in x]
+    # These two draw from a generator of their own, the others from NumPy's global one.
+    seeds = [{"seed": i} if name in ("impulse_noise", "glass_blur") else {} for i in range(len(x))]
+    out = [
+        imagecorruptions.corrupt(last(image), severity, name, **seed)
+        for image, seed in zip(x, seeds, strict=True)
+    ]
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).long()
 
 

@@ -47,6 +47,11 @@ class Net(nn.Module):
         return self.head(F.adaptive_avg_pool2d(self.norm(x).tanh(), 2).flatten(1))
 
 
+class Never(Net):
+    def forward(self, x):
+        raise AssertionError("the model was called")
+
+
 def normalised(pixels):
     mean, std = (torch.tensor(each, dtype=torch.float64).view(3, 1, 1) for each in (MEAN, STD))
     return (pixels.double() / 255 - mean) / std
@@ -365,10 +370,6 @@ def test_damaged_files_are_refused(tmp_path):
     ],
 )
 def test_errors_come_before_work(changes, message):
-    class Never(Net):
-        def forward(self, x):
-            raise AssertionError("the model was called")
-
     with pytest.raises(ValueError, match=message):
         measure(Never(), **changes)
 
@@ -380,9 +381,13 @@ def test_errors_about_data():
     with pytest.raises(TypeError, match="`data` must be re-iterable"):
         corruption_robustness(Net(), iter([(x, y)]), **options)
     with pytest.raises(ValueError, match="at least 32 pixels a side, got .* pad smaller"):
-        corruption_robustness(Net(), [(x[..., :28], y)], **options)
+        corruption_robustness(Never(), [(x[..., :28], y)], **options)
     with pytest.raises(ValueError, match=r"labels in 0 … 3 .* got labels from 0 to 9"):
         corruption_robustness(Net(), [(x, torch.arange(20) // 2)], **options)
+    with pytest.raises(ValueError, match=r"labels in 0 … 3 .* got labels from 0 to 9"):
+        corruption_robustness(Net(), [(x, y), (x, torch.arange(20) // 2)], **options)
+    with pytest.raises(ValueError, match=r"pixels in 0 … 1 .* pass the `mean`"):
+        corruption_robustness(Net(), [(x, y), (x + 1, y)], **options)
     with pytest.raises(ValueError, match="`data` must yield at least one sample"):
         corruption_robustness(Net(), [], **options)
     with pytest.raises(TypeError, match="`generator` must be a torch.Generator"):

@@ -64,13 +64,21 @@ def test_batches_are_cut_only_where_that_changes_nothing(make, dtype, way):
     model, batches = make().to(dtype).train(), make_batches(SIZES, dtype)
     before = snapshot(model)
     forward = Forward(Objective().freeze(model, batches))
-    assert (forward.cut, forward.channels_last) == way
+    assert (forward.part > 0, forward.channels_last) == way
     directions = random_directions(model)
     surface = loss_surface(model, batches, directions=directions, points=2)
     assert_untouched(model, before)
     expected = [[plain(model, directions, batches, a, b) for b in (-1, 1)] for a in (-1, 1)]
     rtol = 1e-5 if dtype == torch.float32 else 1e-12
     np.testing.assert_allclose(surface.nll, expected, rtol=rtol)
+
+
+def test_parts_are_larger_where_activations_are_small():
+    batches = make_batches((40,), torch.float32)
+    assert Forward(Objective().freeze(make_model("conv", torch.float32), batches)).part == 32
+    for width, part in [(2**15, 16), (22000, 23), (2**14, 32)]:  # 4 bytes · width a sample
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.Linear(width, 3))
+        assert Forward(Objective().freeze(model, batches)).part == part
 
 
 def test_a_loss_of_the_whole_batch_sees_the_whole_batch():
@@ -98,7 +106,7 @@ def test_mapping_batches_are_cut_too():
     data = [{"pixels": x, "scale": torch.tensor(1.0), "labels": y}]
     directions = random_directions(named, num=1)
     line = loss_line(named, data, directions=directions, points=[0.0])
-    assert named.sizes[-3:] == [13, 13, 14]
+    assert named.sizes[-2:] == [20, 20]
     assert line.nll[0] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-12)
 
 

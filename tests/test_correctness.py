@@ -1,0 +1,83 @@
+"""The correctness table of `benchmarks/` as tests: every check is green here, and can turn red."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import checks_curvature
+import peers
+from checks_surface import SURFACES
+from correctness import CHECKS, table
+
+ADAPTERS = {name: adapter for name, (_, adapter) in peers.PEERS.items()}
+
+
+@pytest.fixture(autouse=True)
+def _own_random_state():
+    with torch.random.fork_rng(devices=[]):
+        state = np.random.get_state()  # noqa: NPY002
+        yield
+        np.random.set_state(state)  # noqa: NPY002
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_this_package_passes(check):
+    CHECKS[check](ADAPTERS["landscape"]())
+
+
+class Walking:
+    """Surfaces with the defects that the checks are for."""
+
+    def plane(self, model, ends, loss, batches, steps):
+        plane = ADAPTERS["landscape"]().plane(model, ends, loss, batches, steps)
+        return np.array([row[:: 1 - 2 * (i % 2)] for i, row in enumerate(plane)])
+
+    @torch.no_grad()
+    def random_line(self, model, loss, batches, distance, seed=0):
+        torch.manual_seed(seed)
+        tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
+        filters = [t.reshape(len(t), -1).norm(dim=1).min() for t in tensors]
+        ways = [
+            (torch.rand_like(t) - 2.5) * t.norm() / distance / (shortest > 0)
+            for t, shortest in zip(tensors, filters, strict=True)
+        ]
+        values = []
+        for _ in range(10):
+            for t, way in zip(tensors, ways, strict=True):
+                t.add_(way)
+            values.append(loss(model(batches[0][0]), batches[0][1]).item())
+        return np.array(values)
+
+
+@pytest.mark.parametrize(
+    "check", [c for c in SURFACES if c not in ("shuffled_mixup", "not_finite")]
+)
+def test_a_check_of_surfaces_can_fail(check):
+    with pytest.raises(checks_curvature.Wrong):
+        SURFACES[check](Walking())
+
+
+@pytest.mark.parametrize("check", ["shuffled_mixup", "weight_decay", "walked_plane"])
+def test_what_a_package_does_not_claim_is_outside_its_scope(check):
+    with pytest.raises(peers.OutsideScope):
+        CHECKS[check](ADAPTERS["script with eigsh"]())
+
+
+@pytest.mark.parametrize("check", ["weighted_classes", "dropout", "shuffling", "buffers_and_mode"])
+def test_a_check_of_curvature_can_fail(check):
+    with pytest.raises(checks_curvature.Wrong):
+        CHECKS[check](ADAPTERS["script with eigsh"]())
+
+
+def test_the_table_shows_every_verdict():
+    rows = {name: {"verdict": "not installed"} for name in peers.PEERS}
+    rows |= {"landscape": {"verdict": "right"}, "PyHessian": {"verdict": "wrong"}}
+    text = table({"dropout": rows, "distance": {**rows, "curvlinops": {"verdict": "error"}}})
+    said = "A model left in training mode has one Hessian: two equal products are equal."
+    assert f"| {said} | ✓ | **wrong** |\n" in text
+    assert "| Twice the distance reaches twice as far. | ✓ | **wrong** | error |\n" in text
