@@ -96,7 +96,7 @@ def hessian_spectrum(
     max_iter: int = 200,
     num_probes: int = 1,
     max_basis: int | None = None,
-    certify: bool = True,
+    certify: bool | float = True,
     vectors: bool = False,
     memory: Memory = "auto",
     generator: torch.Generator | None = None,
@@ -120,7 +120,8 @@ def hessian_spectrum(
         num_probes: Random start vectors; more of them narrow trace and density, each at about as
             many products again.
         max_basis: Largest number of basis vectors; by default as many as fit 4 GiB.
-        certify: Look for multiple and missed eigenvalues (`top_eigenpairs`).
+        certify: Look for multiple and missed eigenvalues; a number is the probability of a miss
+            to admit (`top_eigenpairs`).
         vectors: Return the eigenvectors too.
         memory: What the operator may keep between products (`HessianOperator`).
         generator: Source of the start vectors; seed 0 by default.
@@ -202,7 +203,7 @@ def hessian_max_spectrum(
     k: int = 5,
     tol: float = 1e-3,
     max_iter: int = 100,
-    certify: bool = True,
+    certify: bool | float = True,
     num_bootstrap: int = 2000,
     memory: Memory = "auto",
     generator: torch.Generator | None = None,
@@ -221,7 +222,8 @@ def hessian_max_spectrum(
         k: Eigenvalues a mini-batch.
         tol: Relative error of the eigenvalues.
         max_iter: Largest number of products a mini-batch.
-        certify: Look for multiple and missed eigenvalues (`top_eigenpairs`).
+        certify: Look for multiple and missed eigenvalues; a number is the probability of a miss
+            to admit (`top_eigenpairs`).
         num_bootstrap: Resamplings of mini-batches for the intervals.
         memory: What may be kept of a mini-batch's graph between products.
         generator: Source of the start vectors and resamplings; seed 0 by default.
@@ -230,7 +232,7 @@ def hessian_max_spectrum(
         progress: Show a bar.
 
     Returns:
-        Eigenvalues, NEP and APE with intervals. Cost: 15 to 30 products a mini-batch.
+        Eigenvalues, NEP and APE with intervals. Cost: 15 to 25 products a mini-batch.
 
     Raises:
         ValueError: If an argument is out of range, or the loss of a mini-batch is not finite.
