@@ -10,6 +10,7 @@ up to rounding.
 |---|---|
 | convolution | derivatives in the weights by the kernel of the first derivative |
 | batch norm in evaluation mode, after a convolution | as a factor of that one's weights |
+| scale and shift of a layer norm, before a linear layer | as factors of that one's weights |
 | linear | sums of products accumulate in place |
 | GELU | first and second derivative are tables |
 | layer norm, attention | closed forms, with what they share computed once |
@@ -45,12 +46,13 @@ class _Replacing(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._last: _Convolved | None = None
+        self._convolved: _Made | None = None
+        self._normed: _Made | None = None
         self._layers: dict[Any, Callable[..., Tensor | None]] = {
             torch.conv2d: self._conv,
             F.batch_norm: self._batch_norm,
-            F.linear: _linear,
-            F.layer_norm: _layer_norm,
+            F.linear: self._linear,
+            F.layer_norm: self._layer_norm,
             F.gelu: _gelu,
             F.scaled_dot_product_attention: _attention,
         }
@@ -87,7 +89,7 @@ class _Replacing(TorchFunctionMode):
             weight = weight.contiguous(memory_format=torch.channels_last)
         settings = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
         out: Tensor = _apply(_Conv, x, weight, bias, settings, None)
-        self._last = _Convolved(out, x, weight, bias, settings)
+        self._convolved = _Made(out, x, weight, bias, settings)
         return out
 
     def _batch_norm(
@@ -101,8 +103,8 @@ class _Replacing(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor | None:
-        last, self._last = self._last, None
-        if training or last is None or not last.is_still(x):
+        last, self._convolved = self._convolved, None
+        if training or last is None or not last.is_still(x) or last.weight is None:
             return None
         if running_mean is None or running_var is None:
             return None
@@ -118,12 +120,49 @@ class _Replacing(TorchFunctionMode):
         )
         return out
 
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        if x.dim() < 2 or weight.dim() != 2:
+            return None
+        last = self._normed
+        if last is not None and last.is_still(x):
+            # (z s + t) wᵀ + bias = z (w s)ᵀ + (w t + bias)
+            x = last.x
+            if last.bias is not None:
+                bias = weight @ last.bias if bias is None else weight @ last.bias + bias
+            if last.weight is not None:
+                weight = weight * last.weight
+        rows = x.reshape(-1, x.shape[-1])
+        out: Tensor = _apply(_Linear, rows, weight, bias)
+        return out.view(*x.shape[:-1], len(weight))
 
-class _Convolved:
-    """A convolution just made, to be repeated with other weights."""
+    def _layer_norm(
+        self,
+        x: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        if len(normalized_shape) != 1:
+            return None
+        z: Tensor = _apply(_Standardise, x, eps)
+        # The layer keeps z; what is returned may be changed in place.
+        out = z.clone() if weight is None else z * weight
+        out = out if bias is None else out + bias
+        self._normed = _Made(out, z, weight, bias)
+        return out
+
+
+class _Made:
+    """The output of a layer with what it was made of, to be made in another way."""
 
     def __init__(
-        self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        settings: Any = None,
     ) -> None:
         self.x, self.weight, self.bias, self.settings = x, weight, bias, settings
         self._out, self._version = out, out._version
@@ -195,14 +234,6 @@ def _adjoints(
     return tuple(t if wanted else None for t, wanted in zip(found, needed, strict=True))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    if x.dim() < 2 or weight.dim() != 2:
-        return None
-    rows = x.reshape(-1, x.shape[-1])
-    out: Tensor = _apply(_Linear, rows, weight, bias)
-    return out.view(*x.shape[:-1], len(weight))
-
-
 class _Linear(Function):
     """y = x wᵀ + bias, for x with one sample a row."""
 
@@ -267,8 +298,9 @@ class _Gelu(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,) = grads
         x, first, second = ctx.saved_tensors
-        return _apply(_GeluBack, x, grads[0], first, second)
+        return _apply(_GeluBack, x, g, first, second) if torch.is_grad_enabled() else g * first
 
 
 class _GeluBack(Function):
@@ -276,29 +308,14 @@ class _GeluBack(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(g, first, second)
+        ctx.save_for_backward(g * second, first)
         return g * first
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (v,) = grads
-        g, first, second = ctx.saved_tensors
-        return (v * g).mul_(second), v * first, None, None
-
-
-def _layer_norm(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    if len(normalized_shape) != 1:
-        return None
-    out: Tensor = _apply(_Standardise, x, eps)
-    if weight is None:
-        return out.clone()  # the layer keeps its own; this one may be changed in place
-    return out * weight if bias is None else torch.addcmul(bias, out, weight)
+        curved, first = ctx.saved_tensors
+        return v * curved, v * first, None, None
 
 
 class _Standardise(Function):

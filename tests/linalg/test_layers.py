@@ -66,7 +66,25 @@ CASES = {
     "linear of one vector": (F.linear, [(5,), (6, 5)], None),
     "gelu": (F.gelu, [(3, 5)], "_Gelu"),
     "gelu by tanh": (lambda x: F.gelu(x, approximate="tanh"), [(3, 5)], None),
-    "layer norm": (lambda x, *r: F.layer_norm(x, (5,), *r), [(3, 5), (5,), (5,)], "Addcmul"),
+    "layer norm": (lambda x, *r: F.layer_norm(x, (5,), *r), [(3, 5), (5,), (5,)], "Add"),
+    "layer norm, bare of a shift": (lambda x, w: F.layer_norm(x, (5,), w), [(3, 5), (5,)], "Mul"),
+    "layer norm and linear, twice": (
+        lambda x, s, t, w, u, b: sum(
+            F.linear(y, a, c) for y in [F.layer_norm(x, (5,), s, t)] for a, c in ((w, b), (u, None))
+        ),
+        [(4, 3, 5), (5,), (5,), (6, 5), (6, 5), (6,)],
+        "Add",
+    ),
+    "bare layer norm and linear": (
+        lambda x, w: F.linear(F.layer_norm(x, (5,)), w),
+        [(4, 5), (6, 5)],
+        "_Linear",
+    ),
+    "layer norm, changed, linear": (
+        lambda x, s, w: F.linear(F.layer_norm(x, (5,), s).mul_(0.5), w),
+        [(4, 5), (5,), (6, 5)],
+        "_Linear",
+    ),
     "bare layer norm": (lambda x: F.layer_norm(x, (5,)), [(3, 4, 5)], "Clone"),
     "layer norm of two": (lambda x: F.layer_norm(x, (4, 5)), [(3, 4, 5)], None),
     "attention": (F.scaled_dot_product_attention, [(2, 3, 5, 4)] * 3, "_Attention"),
