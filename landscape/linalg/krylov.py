@@ -60,7 +60,11 @@ class KrylovSpace:
     """
 
     def __init__(
-        self, operator: SymmetricOperator, capacity: int, dtype: torch.dtype = torch.float64
+        self,
+        operator: SymmetricOperator,
+        capacity: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
     ) -> None:
         """Start empty.
 
@@ -68,10 +72,13 @@ class KrylovSpace:
             operator: The symmetric operator.
             capacity: Largest number of basis vectors; memory is `capacity × dim` numbers.
             dtype: Precision of the basis and the recurrence.
+            device: Device of the basis; the operator's by default.
         """
         self.operator = operator
         self.capacity = capacity = min(capacity, operator.dim)
-        self._basis = torch.empty(capacity, operator.dim, dtype=dtype, device=operator.device)
+        self._basis = torch.empty(
+            capacity, operator.dim, dtype=dtype, device=device or operator.device
+        )
         self._projection = np.zeros((capacity, capacity))
         self._frontier: list[Tensor] = []
         self._coupling = np.zeros((capacity, 0))  # E
@@ -173,7 +180,7 @@ class KrylovSpace:
         self._marked[:, m] = value
         self.size = m + 1
 
-        w = self.operator.matvec(q.to(self.operator.dtype)).to(q.dtype)
+        w = self.operator.matvec(q).to(q)
         w, column = self._orthogonalise(w)
         self._projection[: m + 1, m] = column
         if m:

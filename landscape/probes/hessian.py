@@ -96,6 +96,8 @@ def hessian_spectrum(
     max_iter: int = 200,
     num_probes: int = 1,
     max_basis: int | None = None,
+    basis_dtype: torch.dtype | None = None,
+    basis_device: torch.device | str | None = None,
     certify: bool | float = True,
     vectors: bool = False,
     memory: Memory = "auto",
@@ -120,6 +122,8 @@ def hessian_spectrum(
         num_probes: Random start vectors; more of them narrow trace and density, each at about as
             many products again.
         max_basis: Largest number of basis vectors; by default as many as fit 4 GiB.
+        basis_dtype: Precision of the basis, float64 or float32 (`top_eigenpairs`).
+        basis_device: Device of the basis; `"cpu"` spares a GPU's memory.
         certify: Look for multiple and missed eigenvalues; a number is the probability of a miss
             to admit (`top_eigenpairs`).
         vectors: Return the eigenvectors too.
@@ -161,6 +165,8 @@ def hessian_spectrum(
         tol=tol,
         max_iter=max_iter,
         max_basis=max_basis,
+        basis_dtype=basis_dtype,
+        basis_device=basis_device,
         generator=generator,
     )
     nothing: tuple[int, ...] = ()

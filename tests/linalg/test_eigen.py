@@ -88,6 +88,25 @@ def test_thick_restart_finds_the_same_in_bounded_memory(max_basis):
         np.testing.assert_allclose(pairs.residuals, residuals(operator, pairs), atol=1e-9)
 
 
+def test_precision_and_place_of_the_basis_are_a_choice(monkeypatch):
+    operator = planted(SPECTRA["simple"] + BULK)
+    exact = wanted(SPECTRA["simple"], 5, "LM")
+    errors = {}
+    for dtype in (torch.float32, torch.float64):
+        pairs = top_eigenpairs(operator, 5, tol=1e-9, basis_dtype=dtype, basis_device="cpu")
+        errors[dtype] = np.abs(pairs.values / exact - 1).max()
+    assert errors[torch.float64] < 1e-9 < errors[torch.float32] < 1e-5
+    with pytest.raises(ValueError, match="`basis_dtype` must be one of"):
+        top_eigenpairs(operator, 5, basis_dtype=torch.float16)
+    # What does not fit in float64 is kept in float32, and restarted where that does not either.
+    monkeypatch.setattr("landscape.linalg.eigen.BASIS_BYTES", 8 * operator.dim * 12)
+    search = EigenSearch(
+        operator, {"top": (5, "LM")}, tol=1e-3, max_iter=90, max_basis=None,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    assert (search.space.capacity, search.space._basis.dtype) == (16, torch.float32)
+
+
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 1e7])
 def test_no_absolute_epsilon(scale):
     spectrum = np.array(SPECTRA["triple"] + BULK)
