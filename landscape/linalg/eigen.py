@@ -103,7 +103,8 @@ def top_eigenpairs(
         certify: Look for multiple and missed eigenvalues, at about a third as many products again;
             a number instead of `True` is the probability of a miss to admit.
         vectors: Return the eigenvectors too.
-        start: First start vector, shape `(dim,)`; random by default.
+        start: First start vector, shape `(dim,)`, or vectors whose sum is taken, shape `(m, dim)`,
+            such as the eigenvectors at the checkpoint before; random by default.
         generator: Source of the random start vectors.
 
     Returns:
@@ -187,6 +188,7 @@ class EigenSearch:
         self.basis_at_restart: tuple[RitzPairs, np.ndarray] | None = None
         self._wanted, self._tol, self._max_iter = wanted, tol, max_iter
         self._generator = generator
+        self._own = False  # whether the first start vector was given
         self.num_matvecs = 0
         self.miss = 1.0
 
@@ -206,7 +208,7 @@ class EigenSearch:
             certify: Look for multiple and missed eigenvalues afterwards; a number is the
                 probability of a miss to admit.
             min_iter: Fewest products.
-            first: First start vector instead of a random one.
+            first: Start vector, or vectors whose sum is taken, instead of the first random one.
             tick: Called after each product.
 
         Raises:
@@ -214,8 +216,12 @@ class EigenSearch:
         """
         admitted = check_certify(certify)
         space = self.space
-        for index in range(starts):
-            space.start(first if index == 0 and first is not None else self._random())
+        if first is not None:
+            _check_start(first, space.operator.dim)
+            space.start(first.sum(0) if first.dim() == 2 else first)
+            self._own = True
+        while len(space.alive) < starts:
+            space.start(self._random())
         found = known = None
         target = min_iter  # number of products before the next look at convergence
         while self.num_matvecs < self._max_iter:
@@ -256,7 +262,8 @@ class EigenSearch:
             space.start(self._random())
             space.watch(np.concatenate(self._marks()))
             self.miss = 1.0
-            target = self.num_matvecs + (found or 2)
+            # A start vector of one's own may tell the pairs apart at once; that says nothing here.
+            target = self.num_matvecs + max(found or 2, 2 * len(values) if self._own else 0)
         if space.size == space.operator.dim:
             self.miss = 0.0  # nothing lies outside
 
@@ -281,11 +288,16 @@ class EigenSearch:
             values, residuals, errors, converged, which, self.num_matvecs, found, self.miss
         )
 
-    def snapshot(self, starts: int) -> tuple[RitzPairs, np.ndarray]:
-        """Return Ritz pairs and quadrature weights of the first start vectors.
+    def snapshot(self, starts: int) -> tuple[RitzPairs, np.ndarray] | None:
+        """Return Ritz pairs and quadrature weights of the first random start vectors.
 
-        Taken before the first restart, which forgets part of the Krylov space.
+        Taken before the first restart, which forgets part of the Krylov space. After a start vector
+        of one's own the only random one is that of the certificate; `None` where it is missing.
         """
+        if self._own:
+            if self.basis_at_restart is not None or self.space.num_starts < 2:
+                return None
+            return self._ritz, self.space.start_weights(self._ritz, 1, first=1)
         if self.basis_at_restart is not None:
             return self.basis_at_restart
         return self._ritz, self.space.start_weights(self._ritz, starts)
@@ -428,6 +440,13 @@ def _basis_size(
         return min(max_basis, dim), dtype
     room = BASIS_BYTES // (dtype.itemsize * dim)
     return (needed, dtype) if room >= needed else (room - 8, dtype)  # 8: work vectors
+
+
+def _check_start(start: torch.Tensor, dim: int) -> None:
+    if start.dim() not in (1, 2) or start.shape[-1] != dim or not len(start):
+        raise ValueError(
+            f"`start` must have shape ({dim},) or (m, {dim}), got {tuple(start.shape)}."
+        )
 
 
 def _same(values: np.ndarray, known: np.ndarray | None, tol: float) -> bool:

@@ -101,6 +101,11 @@ class KrylovSpace:
         """Chains that can still grow."""
         return [chain for chain, alive in enumerate(self._alive) if alive]
 
+    @property
+    def num_starts(self) -> int:
+        """Number of chains that were opened."""
+        return len(self._alive)
+
     def start(self, vector: Tensor) -> int:
         """Open a chain from a start vector, and return its number.
 
@@ -210,17 +215,19 @@ class KrylovSpace:
         small = torch.from_numpy(np.ascontiguousarray(coordinates.T)).to(self._basis)
         return small @ self._basis[: self.size]
 
-    def start_weights(self, ritz: RitzPairs, starts: int) -> np.ndarray:
-        """Return the squared coordinates of the first start vectors in the Ritz vectors.
+    def start_weights(self, ritz: RitzPairs, starts: int, first: int = 0) -> np.ndarray:
+        """Return the squared coordinates of some start vectors in the Ritz vectors.
 
         Args:
             ritz: Ritz pairs of the current space.
-            starts: Number of start vectors, from the first.
+            starts: Number of start vectors.
+            first: Number of the first of them.
 
         Returns:
             Quadrature weights of shape `(starts, m)`; each row sums to 1.
         """
-        weights = (self._starts[: self.size, :starts].T @ ritz.coordinates) ** 2
+        chosen = self._starts[: self.size, first : first + starts]
+        weights = (chosen.T @ ritz.coordinates) ** 2
         normalised: np.ndarray = weights / weights.sum(1, keepdims=True)
         return normalised
 
