@@ -11,9 +11,11 @@
 | W5 | W1's and W2's models, 10 mini-batches of 16: 5 largest of each mini-batch's own Hessian |
 
 Weights after 200 training steps on Fashion-MNIST. Solvers take turns in one process (A B A B …),
-each next to its own timings of one gradient on the same batch, the unit of cost: the median of the
-ratios is reported. Reference: `eigsh` at 1e-8 on float64 products of plain autograd. `--quick`
-only shows that everything runs; the default takes parts of W3 to W5; `--full` is the whole table.
+each next to its own timings of one gradient on the same batch, the unit of cost: the mean of the
+ratios over the turns is reported; each turn has a start vector of its own. Reference: `eigsh` at
+1e-8 on float64 products of plain autograd. `--quick` only shows that everything runs; the default
+gives peers fewer turns, and takes parts of W3 and W4; `--full` is the whole table. W1 and W2 are
+drawn too: cost against the largest error, `results/hessian.png`.
 """
 
 import argparse
@@ -27,11 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import matplotlib.pyplot as plt
 import numpy as np
 import solvers
 import torch
 import torch.nn.functional as F
 import workloads
+from matplotlib.lines import Line2D
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -62,14 +66,15 @@ class Preset:
     minibatches: int
     minibatch: int
     peers: dict[str, tuple[str, ...]]  # workload -> its solvers; all where it is not named
-    rounds: dict[str, int]  # workload -> turns of each solver; 1 where it is not named
+    rounds: dict[str, dict[str, int]]  # workload -> solver -> turns; 1 where it is not named
 
 
 FULL_SIZES: dict[str, dict[str, int]] = {"resnet20": {}, "vit_micro": {}}
 QUICK_SIZES = {"resnet20": {"width": 4}, "vit_nano": {"dim": 24, "depth": 2, "heads": 3}}
 ALL = tuple(solvers.EIGENVALUES)
 OURS = ("landscape", "landscape, certify=False")
-CORE = (*OURS, "PyHessian", "kept graph + eigsh")
+DEFAULT = tuple(solver for solver in ALL if solver not in solvers.SLOW)
+STARTS = {"landscape": 5, "landscape, certify=False": 3, "kept graph + eigsh": 2}
 PRESETS = {
     "quick": Preset(
         batch=8,
@@ -79,7 +84,7 @@ PRESETS = {
         densities=((12, 1),),
         minibatches=2,
         minibatch=4,
-        peers={"W1": ALL, "W2": ALL, "W3": CORE, "W5": CORE},
+        peers={"W1": DEFAULT, "W2": DEFAULT, "W3": OURS, "W5": OURS},
         rounds={},
     ),
     "default": Preset(
@@ -88,16 +93,16 @@ PRESETS = {
         sizes=FULL_SIZES,
         several=2,
         densities=((80, 1),),
-        minibatches=2,
+        minibatches=10,
         minibatch=16,
         peers={
-            "W1": CORE,
-            "W2": CORE,
+            "W1": DEFAULT,
+            "W2": DEFAULT,
             "W3": (*OURS, "kept graph + eigsh"),
-            "W4": ("landscape", "PyHessian"),
-            "W5": CORE,
+            "W4": ("landscape", "products alone", "PyHessian"),
+            "W5": ("landscape", "PyHessian"),
         },
-        rounds={"W1": 2, "W2": 2},
+        rounds={"W1": STARTS, "W2": STARTS, "W4": {"landscape": 3, "products alone": 3}},
     ),
     "full": Preset(
         batch=64,
@@ -108,7 +113,12 @@ PRESETS = {
         minibatches=10,
         minibatch=16,
         peers={},
-        rounds={"W1": 3, "W2": 3, "W5": 2},
+        rounds={
+            "W1": dict.fromkeys(ALL, 5),
+            "W2": dict.fromkeys(ALL, 5),
+            "W4": {"landscape": 3, "products alone": 3},
+            "W5": dict.fromkeys(ALL, 2),
+        },
     ),
 }
 
@@ -150,22 +160,27 @@ def compare(values: np.ndarray, exact: np.ndarray) -> tuple[int, float]:
 def take_turns(
     contenders: dict[str, Callable[[int], Any]],
     unit: Callable[[], None],
-    rounds: int,
+    rounds: dict[str, int],
     label: str,
 ) -> Iterator[tuple[str, list[float], list[float], list[Any], str | None]]:
-    """Run every contender `rounds` times in turns; yield (name, ratios, seconds, outcomes, error).
+    """Run every contender some times in turns; yield (name, ratios, seconds, outcomes, error).
 
     Args:
         contenders: Name to a function of the seed.
         unit: One gradient on the same data.
-        rounds: How many turns each has.
+        rounds: How many turns each has; 1 where it is not named.
         label: Shown on the progress bar.
     """
     ratios: dict[str, list[float]] = {name: [] for name in contenders}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     outcomes: dict[str, list[Any]] = {name: [] for name in contenders}
     errors: dict[str, str] = {}
-    turns = [(seed, name) for seed in range(rounds) for name in contenders]
+    turns = [
+        (seed, name)
+        for seed in range(max(rounds.get(name, 1) for name in contenders))
+        for name in contenders
+        if seed < rounds.get(name, 1)
+    ]
     for seed, name in tqdm(turns, desc=label, leave=False):
         if name in errors:
             continue
@@ -207,14 +222,14 @@ def eigenvalue_rows(
     for solver, ratios, seconds, outcomes, error in take_turns(
         contenders,
         lambda: gradient(model, batches),
-        preset.rounds.get(workload, 1),
+        preset.rounds.get(workload, {}),
         f"{workload} {name}",
     ):
         compared = [compare(outcome.values, exact) for outcome in outcomes]
         rows.append(
             row(workload, name, solver, ratios, seconds, error)
             | {
-                "hvps": median(outcome.num_hvps for outcome in outcomes),
+                "hvps": mean(outcome.num_hvps for outcome in outcomes),
                 "right": mean(right for right, _ in compared),
                 "error": worst(err for _, err in compared),
                 "values": [outcome.values.tolist() for outcome in outcomes],
@@ -241,11 +256,12 @@ def minibatch_rows(preset: Preset, name: str) -> list[dict[str, Any]]:
 
     warm_up(model, data)
     contenders = {n: run(solve) for n, solve in chosen(preset, "W5", solvers.EIGENVALUES).items()}
-    contenders["landscape"] = run_native(certify=True)
-    contenders["landscape, certify=False"] = run_native(certify=False)
+    for name_of_ours, certify in zip(OURS, (True, False), strict=True):
+        if name_of_ours in contenders:
+            contenders[name_of_ours] = run_native(certify)
     rows = []
     for solver, ratios, seconds, outcomes, error in take_turns(
-        contenders, lambda: gradient(model, data), preset.rounds.get("W5", 1), f"W5 {name}"
+        contenders, lambda: gradient(model, data), preset.rounds.get("W5", {}), f"W5 {name}"
     ):
         compared = [
             compare(outcome.values, values)
@@ -294,15 +310,15 @@ def density_rows(preset: Preset) -> list[dict[str, Any]]:
         for solver, ratios, seconds, outcomes, error in take_turns(
             contenders,
             lambda: gradient(model, data),
-            preset.rounds.get("W4", 1),
+            preset.rounds.get("W4", {}),
             f"W4 {steps} x {probes}",
         ):
             compared = [compare(np.array(outcome.extremes), edges) for outcome in outcomes]
             rows.append(
                 row(f"W4 {steps} x {probes}", name, solver, ratios, seconds, error)
                 | {
-                    "hvps": median(outcome.num_hvps for outcome in outcomes),
-                    "mass": median(outcome.mass for outcome in outcomes),
+                    "hvps": mean(outcome.num_hvps for outcome in outcomes),
+                    "mass": mean(outcome.mass for outcome in outcomes),
                     "error": worst(err for _, err in compared),
                     "extremes": [list(map(float, outcome.extremes)) for outcome in outcomes],
                     "reference": edges.tolist(),
@@ -325,16 +341,10 @@ def row(
         "model": model,
         "solver": solver,
         "status": "ok" if error is None else error,
-        "gradients": median(ratios),
+        "gradients": mean(ratios),
         "ratios": ratios,
         "seconds": seconds,
     }
-
-
-def median(numbers: Any) -> float | None:
-    """Return the median, or None of nothing."""
-    numbers = list(numbers)
-    return float(np.median(numbers)) if numbers else None
 
 
 def mean(numbers: Any) -> float | None:
@@ -359,7 +369,7 @@ def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
         f"{described['began']} to {described['ended']}; preset `{described['preset']}`.",
         f"Commit {described['commit']}, Python {described['python']}, {versions}.",
         "",
-        "Cost in gradients on the same data (median of the turns), Hessian-vector products over "
+        "Cost in gradients on the same data (mean over the turns), Hessian-vector products over "
         f"all of the data, how many of the {K} largest by magnitude are right to {RIGHT:g} (mean "
         "over turns and mini-batches), and the largest relative error against float64. W4: error "
         "of the extreme nodes, mass of the density. GPU: not measured.",
@@ -372,11 +382,51 @@ def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
             cells = [f"fails: {r['status']}", "", "", "", ""]
         else:
             right = f"{r['right']:.3g} of {K}" if "right" in r else f"mass {r['mass']:.3f}"
+            right = right.replace("mass nan", "")
             error = "not given" if np.isnan(r["error"]) else f"{r['error']:.1e}"
             turns = str(len(r["ratios"]))
             cells = [f"{r['gradients']:.1f}", f"{r['hvps']:.1f}", right, error, turns]
         lines.append("| " + " | ".join([r["workload"], r["model"], r["solver"], *cells]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw cost against the largest error of W1 and W2; a hollow mark is a wrong set."""
+    workload_rows = {w: [r for r in rows if r["workload"] == w] for w in ("W1", "W2")}
+    titles = {"W1": "ResNet-20", "W2": "ViT, dim 96, depth 6"}
+    names = list(dict.fromkeys(r["solver"] for each in workload_rows.values() for r in each))
+    if not names:
+        return
+    with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.1), sharey=True, layout="constrained")
+        for ax, (workload, each) in zip(axes, workload_rows.items(), strict=True):
+            for r in each:
+                if r["status"] != "ok" or not np.isfinite(r["error"]):
+                    continue
+                color = f"C{names.index(r['solver'])}"
+                ax.plot(
+                    r["gradients"],
+                    r["error"],
+                    marker="*" if r["solver"] in OURS else "o",
+                    ms=10 if r["solver"] in OURS else 6,
+                    ls="",
+                    color=color,
+                    mfc=color if r["right"] == K else "none",
+                )
+            ax.axhline(RIGHT, color="0.6", lw=0.8, ls="--", zorder=0)
+            ax.set(yscale="log", title=titles[workload], xlabel="Cost [gradients]")
+            ax.set_xlim(left=0)
+        axes[0].set_ylabel(f"Largest relative error, top {K}")
+        handles = [
+            Line2D([], [], ls="", marker="*" if n in OURS else "o", color=f"C{i}", label=n)
+            for i, n in enumerate(names)
+        ]
+        handles.append(
+            Line2D([], [], ls="", marker="o", mfc="none", color="0.4", label="not all 5 right")
+        )
+        fig.legend(handles=handles, loc="outside right center", frameon=False, fontsize=7)
+        fig.savefig(path, dpi=150)
+        plt.close(fig)
 
 
 def main() -> None:
@@ -396,7 +446,8 @@ def main() -> None:
     if unknown := set(only) - {"W1", "W2", "W3", "W4", "W5"}:
         parser.error(f"--only takes W1 to W5, got {', '.join(sorted(unknown))}")
     if arguments.rounds:
-        preset.rounds.update(dict.fromkeys(("W1", "W2", "W3", "W4", "W5"), arguments.rounds))
+        turns = dict.fromkeys((*ALL, *solvers.DENSITIES), arguments.rounds)
+        preset.rounds.update(dict.fromkeys(("W1", "W2", "W3", "W4", "W5"), turns))
     output = arguments.output or (RESULTS if name != "quick" else RESULTS / "quick")
     described = machine.describe(PACKAGES) | {"preset": name}
     conv, vit = preset.sizes
@@ -422,6 +473,7 @@ def main() -> None:
                 content = {"machine": described, "unit": "one gradient", "rows": rows}
                 (output / "hessian.json").write_text(json.dumps(content, indent=1) + "\n")
                 (output / "hessian.md").write_text(table(rows, described))
+                draw(rows, output / "hessian.png")
     print(table(rows, described))
 
 

@@ -3,11 +3,25 @@
 A residual r = ‖A y − θ y‖ of a unit vector y bounds the distance from θ to an eigenvalue of A by r,
 and by r² / gap where θ is separated by `gap` from the rest of the spectrum (Parlett, 1998, sec.
 11.7). Both shrink in step with the true error, so the iteration stops on them, never on a change.
+
+No residual tells that an eigenvalue is missing. A Krylov space of one start vector holds a single
+vector of each eigenspace, so of a multiple eigenvalue it sees one copy. Let x be a unit
+eigenvector, of eigenvalue μ, that is orthogonal to all start vectors but the last, a random u. A
+vector b = … + p(A) u of the space then has b·x = p(μ) u·x, so that
+
+    |u·x| ≤ ‖b‖ / |p(μ)|    for every b of the space,
+
+and the space knows the least right side, a Christoffel function (`KrylovSpace.amplification`).
+Since u·x √n is a standard normal g, an x that is missed has |g| ≤ δ = √n ‖b‖ / |p(μ)|, which has
+the probability erf(δ/√2) whenever one stops. In exact arithmetic this is no estimate: the
+probability is over u alone, whatever the spectrum. It says more than the bounds of Kuczyński &
+Woźniakowski (1992), which hold for the worst spectrum.
 """
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import erf, sqrt
 from typing import Literal
 
 import numpy as np
@@ -22,6 +36,8 @@ Which = Literal["LM", "LA", "SA"]
 Select = Callable[[np.ndarray], np.ndarray]  # Ritz values -> indices of the wanted, in order
 
 BASIS_BYTES = 4 << 30
+MISS = 0.01
+"""Probability of missing a copy of an eigenvalue that `certify=True` admits."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,8 @@ class Eigenpairs(Result):
         which: Which end of the spectrum.
         num_matvecs: Products that were spent.
         vectors: Unit eigenvectors, one a row, shape `(k, dim)`, where they were asked for.
+        miss: Bound on the probability that a copy of one of the values is missing, over the random
+            start vectors; 1 where it was not looked for.
     """
 
     values: np.ndarray
@@ -45,6 +63,7 @@ class Eigenpairs(Result):
     which: str
     num_matvecs: int
     vectors: np.ndarray | None = None
+    miss: float = 1.0
 
 
 def top_eigenpairs(
@@ -55,18 +74,21 @@ def top_eigenpairs(
     tol: float = 1e-3,
     max_iter: int = 300,
     max_basis: int | None = None,
-    certify: bool = True,
+    basis_dtype: torch.dtype | None = None,
+    basis_device: torch.device | str | None = None,
+    certify: bool | float = True,
     vectors: bool = False,
     start: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     """Extreme eigenpairs by Lanczos with full reorthogonalisation and thick restart.
 
-    A Krylov space of one start vector holds a single vector of each eigenspace, so it cannot see
-    that an eigenvalue is multiple. With `certify`, once all wanted pairs have converged, a chain
-    from a fresh random start vector grows in their orthogonal complement for as long as the first
-    took to tell the wanted pairs apart (relative error 10 %); what it finds joins the wanted set,
-    until a chain finds nothing new.
+    A Krylov space of one start vector cannot see that an eigenvalue is multiple. With `certify`,
+    once all wanted pairs have converged, a chain from a fresh random start vector grows in their
+    orthogonal complement until a copy of any of them, or an eigenvalue larger than the last, would
+    have shown itself but with a probability of 1 % (the module says how that is known), and at most
+    for as long as the first chain took to tell the wanted pairs apart (relative error 10 %). What
+    it finds joins the wanted set, until a chain finds nothing new.
 
     Args:
         operator: Any symmetric operator.
@@ -75,13 +97,19 @@ def top_eigenpairs(
         tol: Stop when every error estimate is at most `tol` · |θ|.
         max_iter: Largest number of products.
         max_basis: Largest number of basis vectors kept; by default as many as fit 4 GiB.
-        certify: Look for multiple and missed eigenvalues, at about half as many products again.
+        basis_dtype: Precision of the basis: float64 by default where that fits, else float32, which
+            bounds the relative error of the values from below by about 5e-5.
+        basis_device: Device of the basis; the operator's by default, `"cpu"` spares a GPU's memory.
+        certify: Look for multiple and missed eigenvalues, at about a third as many products again;
+            a number instead of `True` is the probability of a miss to admit.
         vectors: Return the eigenvectors too.
-        start: First start vector, shape `(dim,)`; random by default.
+        start: First start vector, shape `(dim,)`, or vectors whose sum is taken, shape `(m, dim)`,
+            such as the eigenvectors at the checkpoint before; random by default.
         generator: Source of the random start vectors.
 
     Returns:
-        The eigenpairs, with residuals. A simple isolated set of 5 takes 10 to 20 products.
+        The eigenpairs, with residuals. A simple isolated set of 5 takes 10 to 17 products, and 4
+        to 8 more to certify.
 
     Raises:
         ValueError: If an argument is out of range or a product is not finite.
@@ -93,6 +121,8 @@ def top_eigenpairs(
         tol=tol,
         max_iter=max_iter,
         max_basis=max_basis,
+        basis_dtype=basis_dtype,
+        basis_device=basis_device,
         generator=check_generator(generator),
     )
     search.run(starts=1, certify=certify, first=start)
@@ -107,6 +137,8 @@ class EigenSearch:
     Attributes:
         space: The Krylov space.
         basis_at_restart: Ritz pairs and start weights just before the first restart, if any.
+        num_matvecs: Products spent.
+        miss: Bound on the probability that a copy of a wanted value is missing.
     """
 
     def __init__(
@@ -118,6 +150,8 @@ class EigenSearch:
         max_iter: int,
         max_basis: int | None,
         generator: torch.Generator,
+        basis_dtype: torch.dtype | None = None,
+        basis_device: torch.device | str | None = None,
     ) -> None:
         """Set out the search.
 
@@ -128,6 +162,8 @@ class EigenSearch:
             max_iter: Largest number of products.
             max_basis: Largest number of basis vectors, or `None` for what fits 4 GiB.
             generator: Source of the random start vectors.
+            basis_dtype: Precision of the basis, float64 or float32, or `None` for what fits.
+            basis_device: Device of the basis, or `None` for the operator's.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -140,22 +176,27 @@ class EigenSearch:
         check_at_least("max_iter", max_iter, min(total, operator.dim))
         if not tol > 0:
             raise ValueError(f"`tol` must be positive, got {tol}.")
-        capacity, dtype = _basis_size(operator.dim, max(max_iter, total + 2), max_basis)
+        check_choice("basis_dtype", basis_dtype, (None, torch.float64, torch.float32))
+        capacity, dtype = _basis_size(
+            operator.dim, max(max_iter, total + 2), max_basis, basis_dtype
+        )
         if capacity < min(total + 2, operator.dim):
             raise ValueError(
                 f"`max_basis` must be at least {total + 2} for {total} pairs, got {capacity}."
             )
-        self.space = KrylovSpace(operator, capacity, dtype)
+        self.space = KrylovSpace(operator, capacity, dtype, basis_device)
         self.basis_at_restart: tuple[RitzPairs, np.ndarray] | None = None
         self._wanted, self._tol, self._max_iter = wanted, tol, max_iter
         self._generator = generator
+        self._own = False  # whether the first start vector was given
         self.num_matvecs = 0
+        self.miss = 1.0
 
     def run(
         self,
         *,
         starts: int,
-        certify: bool,
+        certify: bool | float,
         min_iter: int = 0,
         first: torch.Tensor | None = None,
         tick: Callable[[], object] = lambda: None,
@@ -164,14 +205,23 @@ class EigenSearch:
 
         Args:
             starts: Number of random start vectors (chains) grown together.
-            certify: Look for multiple and missed eigenvalues afterwards.
+            certify: Look for multiple and missed eigenvalues afterwards; a number is the
+                probability of a miss to admit.
             min_iter: Fewest products.
-            first: First start vector instead of a random one.
+            first: Start vector, or vectors whose sum is taken, instead of the first random one.
             tick: Called after each product.
+
+        Raises:
+            ValueError: If `certify` is a number outside (0, 1), or a product is not finite.
         """
+        admitted = check_certify(certify)
         space = self.space
-        for index in range(starts):
-            space.start(first if index == 0 and first is not None else self._random())
+        if first is not None:
+            _check_start(first, space.operator.dim)
+            space.start(first.sum(0) if first.dim() == 2 else first)
+            self._own = True
+        while len(space.alive) < starts:
+            space.start(self._random())
         found = known = None
         target = min_iter  # number of products before the next look at convergence
         while self.num_matvecs < self._max_iter:
@@ -189,14 +239,18 @@ class EigenSearch:
                 raise ValueError("`operator` must give finite products, got NaN or infinity.")
             if found is None and self._all_within(0.1):
                 found = max(self.num_matvecs, 2)
-            if self.num_matvecs < target and space.alive:
+            waiting = bool(space.alive) and self.num_matvecs < target
+            if known is not None:
+                self.miss = self._bound_of_a_miss()
+                waiting = waiting and self.miss > admitted
+            if waiting:
                 continue
             if not self._all_within(self._tol):
                 space.resume()
                 continue
             values = self._wanted_values()
             if (
-                not certify
+                not admitted
                 or space.size == space.operator.dim
                 or _same(values, known, 2 * self._tol)
             ):
@@ -206,7 +260,12 @@ class EigenSearch:
             for chain in space.alive:
                 space.stop(chain)
             space.start(self._random())
-            target = self.num_matvecs + (found or 2)
+            space.watch(np.concatenate(self._marks()))
+            self.miss = 1.0
+            # A start vector of one's own may tell the pairs apart at once; that says nothing here.
+            target = self.num_matvecs + max(found or 2, 2 * len(values) if self._own else 0)
+        if space.size == space.operator.dim:
+            self.miss = 0.0  # nothing lies outside
 
     def pairs(self, name: str, vectors: bool = False) -> Eigenpairs:
         """Return one wanted set.
@@ -224,15 +283,21 @@ class EigenSearch:
         if vectors:
             rows = self.space.vectors(self._ritz.coordinates[:, chosen])
             found = rows.to(self.space.operator.dtype).cpu().numpy()
+        residuals = self._ritz.residuals[chosen]
         return Eigenpairs(
-            values, self._ritz.residuals[chosen], errors, converged, which, self.num_matvecs, found
+            values, residuals, errors, converged, which, self.num_matvecs, found, self.miss
         )
 
-    def snapshot(self, starts: int) -> tuple[RitzPairs, np.ndarray]:
-        """Return Ritz pairs and quadrature weights of the first start vectors.
+    def snapshot(self, starts: int) -> tuple[RitzPairs, np.ndarray] | None:
+        """Return Ritz pairs and quadrature weights of the first random start vectors.
 
-        Taken before the first restart, which forgets part of the Krylov space.
+        Taken before the first restart, which forgets part of the Krylov space. After a start vector
+        of one's own the only random one is that of the certificate; `None` where it is missing.
         """
+        if self._own:
+            if self.basis_at_restart is not None or self.space.num_starts < 2:
+                return None
+            return self._ritz, self.space.start_weights(self._ritz, 1, first=1)
         if self.basis_at_restart is not None:
             return self.basis_at_restart
         return self._ritz, self.space.start_weights(self._ritz, starts)
@@ -272,6 +337,31 @@ class EigenSearch:
             if (~within & (reach > rank(values[chosen], which).min())).any():
                 return False
         return True
+
+    def _marks(self) -> list[np.ndarray]:
+        """Return where each wanted set is looked for copies, and for values beyond its last."""
+        marks = []
+        for k, which in self._wanted.values():
+            values = self._ritz.values[select(self._ritz.values, k, which)]
+            marks.append(np.append(values, -values[-1]) if which == "LM" else values)
+        return marks
+
+    def _bound_of_a_miss(self) -> float:
+        """Return the probability with which the last chain has missed what it was to find."""
+        values, errors = self._ritz.values, error_estimates(self._ritz)
+        close = 2 * self._tolerances(values, self._tol)
+        amplification = self.space.amplification()
+        least, seen = np.inf, 0
+        for k, which in self._wanted.values():
+            squares = amplification[seen : seen + k + (which == "LM")]
+            marks = self.space.marks[seen : seen + len(squares)]
+            seen += len(squares)
+            last, *after = select(values, k + 1, which)[k - 1 :]
+            if after and errors[after[0]] + abs(values[after[0]] - values[last]) <= close[last]:
+                # One copy more of the last wanted value than is wanted: others change nothing.
+                squares = squares[rank(marks, which) > rank(values, which)[last] + close[last]]
+            least = min(least, squares.min(initial=np.inf))
+        return erf(sqrt(self.space.operator.dim / 2 / least))
 
     def _wanted_values(self) -> np.ndarray:
         chosen = [select(self._ritz.values, k, which) for k, which in self._wanted.values()]
@@ -325,15 +415,38 @@ def random_unit_vector(operator: SymmetricOperator, generator: torch.Generator) 
     return v.to(operator.device)
 
 
-def _basis_size(dim: int, max_iter: int, max_basis: int | None) -> tuple[int, torch.dtype]:
+def check_certify(certify: bool | float) -> float:
+    """Return the probability of a miss to admit, or 0 where none is to be looked for.
+
+    Raises:
+        ValueError: If it is a number outside (0, 1).
+    """
+    if isinstance(certify, bool):
+        return MISS if certify else 0.0
+    if not 0 < certify < 1:
+        raise ValueError(f"`certify` must be a bool or a probability in (0, 1), got {certify}.")
+    return certify
+
+
+def _basis_size(
+    dim: int, max_iter: int, max_basis: int | None, dtype: torch.dtype | None
+) -> tuple[int, torch.dtype]:
     """Return the number of basis vectors and their precision: float64 where all products fit."""
-    if max_basis is not None:
-        return min(max_basis, dim), torch.float64
-    room = BASIS_BYTES // (8 * dim)
     needed = min(max_iter, dim)
-    if room >= needed:
-        return needed, torch.float64
-    return min(needed, 2 * room - 8), torch.float32  # 8: work vectors
+    if dtype is None:
+        fits = max_basis is not None or BASIS_BYTES // (8 * dim) >= needed
+        dtype = torch.float64 if fits else torch.float32
+    if max_basis is not None:
+        return min(max_basis, dim), dtype
+    room = BASIS_BYTES // (dtype.itemsize * dim)
+    return (needed, dtype) if room >= needed else (room - 8, dtype)  # 8: work vectors
+
+
+def _check_start(start: torch.Tensor, dim: int) -> None:
+    if start.dim() not in (1, 2) or start.shape[-1] != dim or not len(start):
+        raise ValueError(
+            f"`start` must have shape ({dim},) or (m, {dim}), got {tuple(start.shape)}."
+        )
 
 
 def _same(values: np.ndarray, known: np.ndarray | None, tol: float) -> bool:

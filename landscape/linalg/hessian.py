@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape._checks import check_at_least
 from landscape.batches import PreparedBatch
+from landscape.linalg.layers import cheap_second_derivatives
 from landscape.linalg.operators import SymmetricOperator
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective
@@ -179,7 +180,8 @@ class _GradientGraph:
             if measure
             else torch.enable_grad(),
         ):
-            loss = frozen.data_term(leaves, batch)
+            with cheap_second_derivatives():
+                loss = frozen.data_term(leaves, batch)
             self.loss = loss.detach()
             # A parameter that the loss ignores has a zero gradient, and a zero row.
             self.gradient = (

@@ -10,9 +10,18 @@ several chains make a band Lanczos process (Ruhe, 1979), and a chain may start a
 this one relation follow, without further products, the Ritz pairs (eigenpairs of T), the residual
 norm of each, and, for a start vector v = V c, the quadrature vᵀ f(A) v ≈ cᵀ f(T) c.
 
-Orthogonality is kept by two passes of Gram-Schmidt against the whole basis (Parlett, 1998, sec.
-6.9). When the basis is full it is compressed to chosen Ritz vectors (thick restart, Wu & Simon,
-2000). Basis and recurrence are float64 by default, whatever the precision of the products.
+Every vector of the space is Σ_j p_j(A) v_j over its start vectors v_j, with polynomials p_j. For
+one chain c and points μ the space can keep the values p_c(μ) of its basis vectors, y (m), with
+
+    μ yᵀ = yᵀ T + fᵀ Eᵀ,    f (p) the values of the residual directions R
+
+so that 1 / |y|² is the least ‖b‖² of a vector b of the space with p_c(μ) = 1 (a Christoffel
+function). `landscape.linalg.eigen` concludes from it that an eigenvalue was not missed.
+
+Orthogonality is kept by Gram-Schmidt against the whole basis, with a second pass where the first
+cancels too much (Parlett, 1998, sec. 6.9). When the basis is full it is compressed to chosen Ritz
+vectors (thick restart, Wu & Simon, 2000). Basis and recurrence are float64 by default, whatever the
+precision of the products.
 """
 
 from dataclasses import dataclass
@@ -46,11 +55,16 @@ class KrylovSpace:
         operator: The symmetric operator.
         capacity: Largest number of basis vectors.
         size: Number of basis vectors.
+        marks: Points at which the polynomials of a chain are watched, shape `(marks,)`.
         asymmetry: Largest measured |uᵀA v − vᵀA u| over basis vectors: rounding of the products.
     """
 
     def __init__(
-        self, operator: SymmetricOperator, capacity: int, dtype: torch.dtype = torch.float64
+        self,
+        operator: SymmetricOperator,
+        capacity: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
     ) -> None:
         """Start empty.
 
@@ -58,16 +72,22 @@ class KrylovSpace:
             operator: The symmetric operator.
             capacity: Largest number of basis vectors; memory is `capacity × dim` numbers.
             dtype: Precision of the basis and the recurrence.
+            device: Device of the basis; the operator's by default.
         """
         self.operator = operator
         self.capacity = capacity = min(capacity, operator.dim)
-        self._basis = torch.empty(capacity, operator.dim, dtype=dtype, device=operator.device)
+        self._basis = torch.empty(
+            capacity, operator.dim, dtype=dtype, device=device or operator.device
+        )
         self._projection = np.zeros((capacity, capacity))
         self._frontier: list[Tensor] = []
         self._coupling = np.zeros((capacity, 0))  # E
         self._starts = np.zeros((capacity, 0))  # coordinates of the start vectors in V ...
         self._pending = np.zeros((0, 0))  # ... and in R: (chains, start vectors)
         self._alive: list[bool] = []
+        self.marks = np.zeros(0)  # μ
+        self._marked = np.zeros((0, capacity))  # y, one row a mark ...
+        self._marked_frontier = np.zeros((0, 0))  # ... and f: (marks, chains)
         self.size = 0
         self.asymmetry = 0.0
 
@@ -80,6 +100,11 @@ class KrylovSpace:
     def alive(self) -> list[int]:
         """Chains that can still grow."""
         return [chain for chain, alive in enumerate(self._alive) if alive]
+
+    @property
+    def num_starts(self) -> int:
+        """Number of chains that were opened."""
+        return len(self._alive)
 
     def start(self, vector: Tensor) -> int:
         """Open a chain from a start vector, and return its number.
@@ -98,7 +123,27 @@ class KrylovSpace:
         self._starts[: self.size, starts] = coordinates
         self._pending = np.pad(self._pending, ((0, 1), (0, 1)))
         self._pending[chains, starts] = 1.0
+        self._marked_frontier = np.pad(self._marked_frontier, ((0, 0), (0, 1)))
         return chains
+
+    def watch(self, marks: np.ndarray) -> None:
+        """Keep the polynomials' values at `marks` for the chain opened last, yet without a step.
+
+        Args:
+            marks: Points μ, shape `(marks,)`; earlier ones are forgotten.
+        """
+        self.marks = marks
+        self._marked = np.zeros((len(marks), self.capacity))
+        self._marked_frontier = np.zeros((len(marks), len(self._frontier)))
+        self._marked_frontier[:, -1] = 1.0
+
+    def amplification(self) -> np.ndarray:
+        """Return the largest p(μ)² / ‖b‖² of the watched chain over the space, shape `(marks,)`."""
+        f = self._marked_frontier
+        inverse = np.linalg.pinv(self._gram(), rcond=1e-12, hermitian=True)
+        squares: np.ndarray = np.einsum("ai,ij,aj->a", f, inverse, f)
+        squares += (self._marked[:, : self.size] ** 2).sum(1)
+        return squares
 
     def stop(self, chain: int) -> None:
         """Let a chain grow no further; its residual direction stays known."""
@@ -135,13 +180,17 @@ class KrylovSpace:
         self._starts[m] = share @ self._pending
         self._coupling[:, chain] = 0.0
         self._pending[chain] = 0.0
+        value = self._marked_frontier[:, chain] / beta
+        self._marked_frontier -= np.outer(value, share)
+        self._marked[:, m] = value
         self.size = m + 1
 
-        w = self.operator.matvec(q.to(self.operator.dtype)).to(q.dtype)
+        w = self.operator.matvec(q).to(q)
         w, column = self._orthogonalise(w)
         self._projection[: m + 1, m] = column
         if m:
             self.asymmetry = max(self.asymmetry, float(np.abs(column[:m] - row).max()))
+        self._marked_frontier[:, chain] = self.marks * value - self._marked[:, : m + 1] @ column
         self._coupling[m, chain] = 1.0
         self._frontier[chain] = w
         scale = np.abs(self._projection[: m + 1, : m + 1]).max()
@@ -156,12 +205,8 @@ class KrylovSpace:
         m = self.size
         projection = self._projection[:m, :m]
         values, coordinates = np.linalg.eigh((projection + projection.T) / 2)
-        gram = np.zeros((len(self._frontier),) * 2)
-        for i, a in enumerate(self._frontier):
-            for j in range(i + 1):
-                gram[i, j] = gram[j, i] = float(a @ self._frontier[j])
         tails = self._coupling[:m].T @ coordinates
-        squares = np.einsum("im,ij,jm->m", tails, gram, tails)
+        squares = np.einsum("im,ij,jm->m", tails, self._gram(), tails)
         residuals = np.sqrt(np.maximum(squares, 0.0) + self.asymmetry**2)
         return RitzPairs(values, residuals, coordinates)
 
@@ -170,17 +215,19 @@ class KrylovSpace:
         small = torch.from_numpy(np.ascontiguousarray(coordinates.T)).to(self._basis)
         return small @ self._basis[: self.size]
 
-    def start_weights(self, ritz: RitzPairs, starts: int) -> np.ndarray:
-        """Return the squared coordinates of the first start vectors in the Ritz vectors.
+    def start_weights(self, ritz: RitzPairs, starts: int, first: int = 0) -> np.ndarray:
+        """Return the squared coordinates of some start vectors in the Ritz vectors.
 
         Args:
             ritz: Ritz pairs of the current space.
-            starts: Number of start vectors, from the first.
+            starts: Number of start vectors.
+            first: Number of the first of them.
 
         Returns:
             Quadrature weights of shape `(starts, m)`; each row sums to 1.
         """
-        weights = (self._starts[: self.size, :starts].T @ ritz.coordinates) ** 2
+        chosen = self._starts[: self.size, first : first + starts]
+        weights = (chosen.T @ ritz.coordinates) ** 2
         normalised: np.ndarray = weights / weights.sum(1, keepdims=True)
         return normalised
 
@@ -199,9 +246,11 @@ class KrylovSpace:
         coupling = small.T @ self._coupling[:m]
         starts = small.T @ self._starts[:m]
         projection = small.T @ self._projection[:m, :m] @ small
+        marked = self._marked[:, :m] @ small
         for table, part in (
             (self._coupling, coupling),
             (self._starts, starts),
+            (self._marked.T, marked.T),
         ):
             table[:] = 0.0
             table[:kept] = part
@@ -209,17 +258,42 @@ class KrylovSpace:
         self._projection[:kept, :kept] = projection
         self.size = kept
 
+    def _gram(self) -> np.ndarray:
+        """Return RᵀR."""
+        gram = np.zeros((len(self._frontier),) * 2)
+        for i, a in enumerate(self._frontier):
+            for j in range(i + 1):
+                gram[i, j] = gram[j, i] = float(a @ self._frontier[j])
+        return gram
+
     def _orthogonalise(self, w: Tensor) -> tuple[Tensor, np.ndarray]:
         """Return `w` without its components along the basis, and those components."""
-        basis = self._basis[: self.size]
-        total = torch.zeros(self.size, dtype=w.dtype, device=w.device)
-        for _ in range(2):
-            part = basis @ w
-            w = torch.addmv(w, basis.T, part, alpha=-1)
-            total += part
-        return w, total.double().cpu().numpy()
+        return orthogonalise(w, self._basis[: self.size])
+
+
+def orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, np.ndarray]:
+    """Take from a vector its components along orthonormal ones.
+
+    Args:
+        w: Vector of shape `(dim,)`; not changed.
+        basis: Orthonormal vectors, one a row, shape `(m, dim)`.
+
+    Returns:
+        The rest of `w`, orthogonal to the basis to a tenth of a millionth of a millionth where the
+        precision allows, and the components, shape `(m,)`.
+    """
+    total = torch.zeros(len(basis), dtype=w.dtype, device=w.device)
+    for _ in range(2):
+        part = basis @ w
+        w = torch.addmv(w, basis.T, part, alpha=-1)
+        total += part
+        # One pass leaves ε |part| along the basis: enough unless that much was cancelled.
+        if float(w.norm()) * _ORTHOGONAL > torch.finfo(w.dtype).eps * float(total.norm()):
+            break
+    return w, total.double().cpu().numpy()
 
 
 _CANCELLED = 1e-3  # of the scale of A
 _NEGLIGIBLE = 1e-10  # of a unit start vector: it lies in the space already
+_ORTHOGONAL = 1e-13  # a unit vector's component along the basis that does no harm
 _CHUNK = 1 << 16

@@ -19,6 +19,7 @@ import torch
 
 from landscape._checks import check_at_least
 from landscape.linalg.eigen import BASIS_BYTES, random_unit_vector
+from landscape.linalg.krylov import orthogonalise
 from landscape.linalg.operators import SymmetricOperator
 from landscape.results import Result
 
@@ -150,8 +151,7 @@ def lanczos_quadrature(
         basis[step % window] = q
         w = operator.matvec(q.to(operator.dtype)).double()
         diagonal.append(float(q @ w))
-        for _ in range(2):
-            w -= basis.T @ (basis @ w)
+        w, _ = orthogonalise(w, basis[: step + 1])
         norm = float(w.norm())
         if not np.isfinite(norm):
             raise ValueError("`operator` must give finite products, got NaN or infinity.")

@@ -96,8 +96,11 @@ def hessian_spectrum(
     max_iter: int = 200,
     num_probes: int = 1,
     max_basis: int | None = None,
-    certify: bool = True,
+    basis_dtype: torch.dtype | None = None,
+    basis_device: torch.device | str | None = None,
+    certify: bool | float = True,
     vectors: bool = False,
+    start: HessianSpectrum | Eigenpairs | np.ndarray | torch.Tensor | None = None,
     memory: Memory = "auto",
     generator: torch.Generator | None = None,
     engine: Engine = "native",
@@ -120,8 +123,14 @@ def hessian_spectrum(
         num_probes: Random start vectors; more of them narrow trace and density, each at about as
             many products again.
         max_basis: Largest number of basis vectors; by default as many as fit 4 GiB.
-        certify: Look for multiple and missed eigenvalues (`top_eigenpairs`).
+        basis_dtype: Precision of the basis, float64 or float32 (`top_eigenpairs`).
+        basis_device: Device of the basis; `"cpu"` spares a GPU's memory.
+        certify: Look for multiple and missed eigenvalues; a number is the probability of a miss
+            to admit (`top_eigenpairs`).
         vectors: Return the eigenvectors too.
+        start: What was found at a checkpoint before, with `vectors`, or vectors `(m, dim)`: the
+            Krylov space starts from their sum. Needs `density=False`, as a density is that of
+            random start vectors; the trace is then that of the certificate's, or NaN without one.
         memory: What the operator may keep between products (`HessianOperator`).
         generator: Source of the start vectors; seed 0 by default.
         engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion
@@ -137,6 +146,11 @@ def hessian_spectrum(
     """
     began = time.perf_counter()
     generator = _check(k, num_probes, engine, generator)
+    first = start_vectors(start)
+    if first is not None and engine != "native":
+        raise ValueError(f"`start` needs engine='native', got {engine!r}.")
+    if first is not None and density:
+        raise ValueError("`start` needs `density=False`, got `density=True`.")
     seed = generator.initial_seed()
     operator = HessianOperator(model, data, objective, memory=memory)
     k = min(k, operator.dim)
@@ -160,25 +174,29 @@ def hessian_spectrum(
         tol=tol,
         max_iter=max_iter,
         max_basis=max_basis,
+        basis_dtype=basis_dtype,
+        basis_device=basis_device,
         generator=generator,
     )
     nothing: tuple[int, ...] = ()
     with track(nothing, "Hessian spectrum", progress, total=max_iter) as bar:
         search.run(
-            starts=num_probes,
+            starts=num_probes if first is None else 1,
             certify=certify,
             min_iter=40 * num_probes if density else 0,
+            first=first,
             tick=bar.update,
         )
     largest, smallest = search.pairs("largest", vectors), search.pairs("smallest", vectors)
     warn_unconverged([largest.converged, smallest.converged], search.num_matvecs, tol)
-    measure = _density(*search.snapshot(num_probes), operator.dim, k if certify else 0)
+    taken = search.snapshot(num_probes)
+    measure = None if taken is None else _density(*taken, operator.dim, k if certify else 0)
     return HessianSpectrum(
         largest=largest,
         smallest=smallest,
         density=measure if density else None,
-        trace=measure.trace,
-        trace_stderr=measure.trace_stderr,
+        trace=float("nan") if measure is None else measure.trace,
+        trace_stderr=float("nan") if measure is None else measure.trace_stderr,
         dim=operator.dim,
         num_hvps=search.num_matvecs,
         asymmetry=search.space.asymmetry,
@@ -188,7 +206,7 @@ def hessian_spectrum(
             seconds=time.perf_counter() - began,
             num_hvps=search.num_matvecs,
             settings={"engine": engine, "k": k, "tol": tol}
-            | {"num_probes": num_probes, "certify": certify}
+            | {"num_probes": num_probes, "certify": certify, "warm": first is not None}
             | {"kept_batches": operator.num_kept, "num_batches": operator.frozen.num_batches},
         ),
     )
@@ -202,8 +220,9 @@ def hessian_max_spectrum(
     k: int = 5,
     tol: float = 1e-3,
     max_iter: int = 100,
-    certify: bool = True,
+    certify: bool | float = True,
     num_bootstrap: int = 2000,
+    start: HessianSpectrum | Eigenpairs | np.ndarray | torch.Tensor | None = None,
     memory: Memory = "auto",
     generator: torch.Generator | None = None,
     engine: Engine = "native",
@@ -221,8 +240,11 @@ def hessian_max_spectrum(
         k: Eigenvalues a mini-batch.
         tol: Relative error of the eigenvalues.
         max_iter: Largest number of products a mini-batch.
-        certify: Look for multiple and missed eigenvalues (`top_eigenpairs`).
+        certify: Look for multiple and missed eigenvalues; a number is the probability of a miss
+            to admit (`top_eigenpairs`).
         num_bootstrap: Resamplings of mini-batches for the intervals.
+        start: What was found before, with vectors, or vectors `(m, dim)`: every mini-batch's Krylov
+            space starts from their sum instead of a random vector.
         memory: What may be kept of a mini-batch's graph between products.
         generator: Source of the start vectors and resamplings; seed 0 by default.
         engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion
@@ -230,7 +252,7 @@ def hessian_max_spectrum(
         progress: Show a bar.
 
     Returns:
-        Eigenvalues, NEP and APE with intervals. Cost: 15 to 30 products a mini-batch.
+        Eigenvalues, NEP and APE with intervals. Cost: 15 to 25 products a mini-batch.
 
     Raises:
         ValueError: If an argument is out of range, or the loss of a mini-batch is not finite.
@@ -238,6 +260,9 @@ def hessian_max_spectrum(
     """
     began = time.perf_counter()
     generator = _check(k, 1, engine, generator)
+    first = start_vectors(start)
+    if first is not None and engine != "native":
+        raise ValueError(f"`start` needs engine='native', got {engine!r}.")
     seed = generator.initial_seed()
     frozen = objective.freeze(model, data, check_mean=False)
     if k > frozen.space.dim:
@@ -263,7 +288,7 @@ def hessian_max_spectrum(
             max_basis=None,
             generator=generator,
         )
-        search.run(starts=1, certify=certify)
+        search.run(starts=1, certify=certify, first=first)
         rows.append(search.pairs("top"))
     eigenvalues = np.stack([row.values for row in rows])
     converged = np.stack([row.converged for row in rows])
@@ -360,6 +385,30 @@ def hessian_trace(
     """
     operator = HessianOperator(model, data, objective, memory=memory)
     return hutch_plus_plus(operator, num_matvecs=num_matvecs, generator=check_generator(generator))
+
+
+def start_vectors(
+    start: HessianSpectrum | Eigenpairs | np.ndarray | torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Return the vectors to start from, shape `(m, dim)` or `(dim,)`.
+
+    Args:
+        start: Vectors, or a result with its vectors.
+
+    Raises:
+        ValueError: If a result was computed without vectors.
+    """
+    if start is None or isinstance(start, torch.Tensor):
+        return start
+    if isinstance(start, np.ndarray):
+        return torch.from_numpy(start)
+    parts = [start.largest, start.smallest] if isinstance(start, HessianSpectrum) else [start]
+    vectors = [part.vectors for part in parts if part.vectors is not None]
+    if not vectors:
+        raise ValueError(
+            "`start` must hold eigenvectors, got none; compute it with `vectors=True`."
+        )
+    return torch.from_numpy(np.concatenate(vectors))
 
 
 def _check(

@@ -59,6 +59,26 @@ def test_without_certificate_one_krylov_space_sees_one_copy():
     assert one.num_matvecs < top_eigenpairs(operator, 4, "LM").num_matvecs
 
 
+def test_a_miss_is_at_most_as_likely_as_stated():
+    """Of 10, which is double, one copy is missed in at most the stated share of runs."""
+    operator = planted([10.0, 10.0, 8.0, 6.0, 4.0] + BULK)
+    bounds, missed, products = [], [], []
+    for seed in range(150):
+        generator = torch.Generator().manual_seed(seed)
+        pairs = top_eigenpairs(operator, 3, certify=0.5, generator=generator)
+        bounds.append(pairs.miss)
+        missed.append(abs(pairs.values[1] - 10) > 0.1)
+        products.append(pairs.num_matvecs)
+    assert 0 < np.sum(missed) < 0.5 * len(missed)
+    assert np.max(bounds) <= 0.5
+    sure = top_eigenpairs(operator, 3, certify=1e-6)
+    usual = top_eigenpairs(operator, 3)
+    np.testing.assert_allclose(sure.values, [10, 10, 8], rtol=1e-3)
+    assert sure.miss <= 1e-6 < usual.miss <= 0.01
+    assert np.median(products) < usual.num_matvecs < sure.num_matvecs
+    assert top_eigenpairs(operator, 3, certify=False).miss == 1.0
+
+
 @pytest.mark.parametrize("max_basis", [8, 12, 40])
 def test_thick_restart_finds_the_same_in_bounded_memory(max_basis):
     for name in ("simple", "triple", "close"):
@@ -66,6 +86,25 @@ def test_thick_restart_finds_the_same_in_bounded_memory(max_basis):
         pairs = top_eigenpairs(operator, 5, "LM", max_basis=max_basis, tol=1e-6, vectors=True)
         np.testing.assert_allclose(pairs.values, wanted(SPECTRA[name], 5, "LM"), rtol=1e-5)
         np.testing.assert_allclose(pairs.residuals, residuals(operator, pairs), atol=1e-9)
+
+
+def test_precision_and_place_of_the_basis_are_a_choice(monkeypatch):
+    operator = planted(SPECTRA["simple"] + BULK)
+    exact = wanted(SPECTRA["simple"], 5, "LM")
+    errors = {}
+    for dtype in (torch.float32, torch.float64):
+        pairs = top_eigenpairs(operator, 5, tol=1e-9, basis_dtype=dtype, basis_device="cpu")
+        errors[dtype] = np.abs(pairs.values / exact - 1).max()
+    assert errors[torch.float64] < 1e-9 < errors[torch.float32] < 1e-5
+    with pytest.raises(ValueError, match="`basis_dtype` must be one of"):
+        top_eigenpairs(operator, 5, basis_dtype=torch.float16)
+    # What does not fit in float64 is kept in float32, and restarted where that does not either.
+    monkeypatch.setattr("landscape.linalg.eigen.BASIS_BYTES", 8 * operator.dim * 12)
+    search = EigenSearch(
+        operator, {"top": (5, "LM")}, tol=1e-3, max_iter=90, max_basis=None,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    assert (search.space.capacity, search.space._basis.dtype) == (16, torch.float32)
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 1e7])
@@ -159,6 +198,8 @@ def test_bad_input_is_refused():
         top_eigenpairs(operator, 1, "BE")
     with pytest.raises(ValueError, match="`tol` must be positive"):
         top_eigenpairs(operator, 1, tol=0.0)
+    with pytest.raises(ValueError, match=r"`certify` must be a bool or a probability"):
+        top_eigenpairs(operator, 1, certify=1.0)
     with pytest.raises(ValueError, match="`max_basis` must be at least 7"):
         top_eigenpairs(planted(BULK), 5, max_basis=6)
     with pytest.raises(ValueError, match="finite products"):
@@ -207,3 +248,41 @@ def test_the_defining_relation_of_the_krylov_space(generator):
     for _ in range(6):
         space.step(second)
     check()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_amplification_is_the_largest_over_the_space(restart, generator):
+    """The largest q(μ)² / ‖p(A) v + q(A) u‖², by the powers of A."""
+    operator = planted([10, 8, 6, -5, 4, 3] + BULK)
+    space = KrylovSpace(operator, 30)
+    v, u = (torch.randn(operator.dim, generator=generator, dtype=torch.float64) for _ in range(2))
+    first = space.start(v)
+    for _ in range(4):
+        space.step(first)
+    second = space.start(u)
+    space.watch(np.array([10.0, -7.0]))
+    for _ in range(3):
+        space.step(second)
+    found = space.amplification()
+    if restart:  # a part of the space: a weaker bound, never a stronger one
+        space.compress(space.ritz(), np.array([0, 1, 4, 5, 6]))
+        assert (space.amplification() <= found * (1 + 1e-9)).all()
+        return
+
+    # Every vector of the space as p(A) v + q(A) u, and from it q(μ).
+    def powers(x, count):
+        columns = [x / x.norm()]
+        for _ in range(count - 1):
+            columns.append(operator.matrix @ columns[-1] / 10)
+        return torch.stack(columns, 1)
+
+    vectors = torch.cat([space._basis[: space.size], torch.stack(space._frontier)]).T
+    both = torch.cat([powers(v, 8), powers(u, 4)], 1)
+    coefficients = torch.linalg.lstsq(both, vectors).solution
+    torch.testing.assert_close(both @ coefficients, vectors, rtol=0, atol=1e-9)
+    orthonormal, triangle = torch.linalg.qr(vectors)
+    for mu, squares in zip((10.0, -7.0), found, strict=True):
+        values = (mu / 10) ** torch.arange(4, dtype=torch.float64) @ coefficients[8:]
+        # ‖b‖² = |R a|² is least at q(μ) = values · a = 1 where 1 / ‖b‖² = |R⁻ᵀ values|²
+        largest = torch.linalg.solve_triangular(triangle.T, values[:, None], upper=False)
+        assert squares == pytest.approx(largest.square().sum().item(), rel=1e-6)

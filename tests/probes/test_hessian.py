@@ -163,6 +163,52 @@ def test_a_random_transform_is_frozen_and_follows_the_seed():
     np.testing.assert_allclose(landscape.hessian_max_spectrum(model, drawn).eigenvalues, first)
 
 
+def test_a_warm_start_saves_products_and_finds_the_same():
+    model, batches = make_model("conv"), make_batches((7, 3))
+    kwargs = {"objective": OBJECTIVE, "k": 2, "density": False, "vectors": True}
+    before = landscape.hessian_spectrum(model, batches, **kwargs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1e-4 * torch.ones_like(p))
+    cold = landscape.hessian_spectrum(model, batches, **kwargs)
+    starts = {
+        "result": before,
+        "array": np.concatenate([before.largest.vectors, before.smallest.vectors]),
+        "tensor": torch.from_numpy(
+            np.concatenate([before.largest.vectors, before.smallest.vectors])
+        ),
+    }
+    warm = {
+        n: landscape.hessian_spectrum(model, batches, start=s, **kwargs) for n, s in starts.items()
+    }
+    exact = eigenvalues(model, batches, weight_decay=0.05)
+    for result in warm.values():
+        assert result.num_hvps < cold.num_hvps
+        np.testing.assert_allclose(result.largest.values, exact[::-1][:2], rtol=1e-3)
+        np.testing.assert_allclose(result.smallest.values, exact[:2], rtol=1e-3)
+        np.testing.assert_array_equal(result.largest.values, warm["array"].largest.values)
+        assert abs(result.trace - exact.sum()) <= 3 * result.trace_stderr
+        assert result.provenance.settings["warm"]
+        assert not cold.provenance.settings["warm"]
+    bare = landscape.hessian_spectrum(model, batches, start=before, certify=False, **kwargs)
+    assert np.isnan(bare.trace)
+    assert bare.num_hvps < warm["result"].num_hvps
+    first = landscape.hessian_max_spectrum(model, batches[:1], k=2)
+    again = landscape.hessian_max_spectrum(model, batches[:1], k=2, start=before.largest)
+    np.testing.assert_allclose(again.eigenvalues, first.eigenvalues, rtol=1e-3)
+    for probe in (landscape.hessian_spectrum, landscape.hessian_max_spectrum):
+        with pytest.raises(ValueError, match="`start` needs engine='native'"):
+            probe(model, batches, start=before, engine="pyhessian")
+    with pytest.raises(ValueError, match="`start` needs `density=False`"):
+        landscape.hessian_spectrum(model, batches, start=before)
+    with pytest.raises(ValueError, match="compute it with `vectors=True`"):
+        landscape.hessian_max_spectrum(
+            model, batches, start=dataclasses.replace(before.largest, vectors=None)
+        )
+    with pytest.raises(ValueError, match=r"`start` must have shape \(\d+,\) or \(m, \d+\), got"):
+        landscape.hessian_max_spectrum(model, batches, start=torch.ones(3, 2))
+
+
 def test_model_is_untouched_even_by_an_interrupt():
     model, batches = make_model("conv"), make_batches((7, 3))
     model[1].eval()

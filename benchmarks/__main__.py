@@ -1,0 +1,114 @@
+"""Run every comparison, one script after the other, and write the README's performance table.
+
+    python -m benchmarks [--only hessian,surface] [--table-only]
+
+Under 20 minutes on two quiet CPU cores (2 more the first time, for training). Each script runs in a
+process of its own and writes `results/<name>.json`; a script that fails is reported and the others
+still run. The table is `results/README_TABLE.md`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+SCRIPTS = (
+    "hessian",
+    "warm_start",
+    "scale",
+    "memory",
+    "surface",
+    "corruptions",
+    "augmentation",
+    "correctness",
+)
+TITLES = {
+    "W1": "ResNet-20, 64 images, top 5",
+    "W2": "ViT (dim 96, depth 6), 64 images, top 5",
+    "W3": "ResNet-20, 2 batches of 64, top 5",
+    "W5": "10 mini-batches of 16, top 5 of each",
+}
+
+
+def main() -> None:
+    """Run the scripts that exist, then write the table."""
+    parser = argparse.ArgumentParser(description="Run all benchmarks and write the table.")
+    parser.add_argument("--only", default=",".join(SCRIPTS), help="scripts, comma-separated")
+    parser.add_argument("--table-only", action="store_true", help="from results that are there")
+    arguments = parser.parse_args()
+    chosen = arguments.only.split(",")
+    if unknown := set(chosen) - set(SCRIPTS):
+        parser.error(f"--only takes {', '.join(SCRIPTS)}, got {', '.join(sorted(unknown))}")
+    failed = []
+    for name in () if arguments.table_only else chosen:
+        script = HERE / f"{name}.py"
+        if not script.exists():
+            continue
+        began = time.perf_counter()
+        print(f"== {name}", flush=True)
+        code = subprocess.run(
+            [sys.executable, str(script)], cwd=HERE.parent, check=False
+        ).returncode
+        print(f"== {name}: {time.perf_counter() - began:.0f} s, exit status {code}", flush=True)
+        if code:
+            failed.append(name)
+    text = table()
+    (RESULTS / "README_TABLE.md").write_text(text)
+    print(text)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def table() -> str:
+    """Return the performance table from the results on disk, as Markdown."""
+    hessian = _read("hessian")
+    if hessian is None:
+        return "No results yet: run `python -m benchmarks`.\n"
+    machine = hessian["machine"]
+    lines = [
+        "Cost in gradients on the same data (mean over start vectors), and eigenvalues right to "
+        f"1e-3; {machine['cpu']}, {machine['threads']} thread(s), {machine['began'][:10]}. GPU: "
+        "not measured.",
+        "",
+        "| workload | solver | gradients | products | right of 5 | largest error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in hessian["rows"]:
+        if row["workload"] not in TITLES:
+            continue
+        title = TITLES[row["workload"]]
+        if row["workload"] == "W5":
+            title += f" ({row['model']})"
+        if row["status"] == "ok":
+            numbers = f"{row['gradients']:.1f} | {row['hvps']:.1f} | {row['right']:.3g}"
+            lines.append(f"| {title} | {row['solver']} | {numbers} | {row['error']:.1e} |")
+        else:
+            lines.append(f"| {title} | {row['solver']} | fails | | | |")
+    lines.append("")
+    density = [r for r in hessian["rows"] if r["workload"].startswith("W4 80")]
+    cost = {r["solver"]: r["gradients"] for r in density if r["status"] == "ok"}
+    if {"landscape", "products alone"} <= cost.keys():
+        ratio = cost["landscape"] / cost["products alone"]
+        lines.append(f"- Density of 80 steps: {ratio:.2f} times the time of 80 products.")
+    for name in ("warm_start", "scale", "memory"):
+        found = _read(name)
+        if found is not None:
+            lines += [f"- {sentence}" for sentence in found["summary"]]
+    return "\n".join(lines) + "\n"
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+if __name__ == "__main__":
+    main()

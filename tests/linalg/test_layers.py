@@ -1,0 +1,200 @@
+"""Every layer against PyTorch's own function: value, gradient, Hessian-vector product."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from landscape import HessianOperator
+from landscape.linalg.layers import cheap_second_derivatives
+from tests.cases import make_batches, make_model
+
+BAND = torch.ones(5, 5, dtype=torch.bool).tril(1)
+NOTHING = BAND & (torch.arange(5) != 2)[:, None]  # query 2 may attend to nothing
+BIAS = torch.linspace(-1, 1, 25, dtype=torch.float64).view(5, 5)
+
+
+def batch_norm(x, *rest, training=False):
+    mean, var = torch.linspace(-1, 1, 6).double(), torch.linspace(0.5, 2, 6).double()
+    return F.batch_norm(x, mean, var, *rest, training=training)
+
+
+def halved(x, w, *rest):
+    y = F.conv2d(x, w)
+    y.mul_(0.5)
+    return batch_norm(y, *rest)
+
+
+# name: (function of its tensors, their shapes, the node that replaces PyTorch's)
+CASES = {
+    "conv": (F.conv2d, [(2, 4, 5, 5), (6, 4, 3, 3), (6,)], "_Conv"),
+    "conv in groups": (
+        lambda x, w: F.conv2d(x, w, stride=2, padding=(1, 0), dilation=2, groups=2),
+        [(2, 4, 7, 7), (6, 2, 3, 3)],
+        "_Conv",
+    ),
+    "conv, same padding": (
+        lambda x, w: F.conv2d(x, w, padding="same"),
+        [(2, 4, 5, 5), (6, 4, 3, 3)],
+        None,
+    ),
+    "conv of one image": (F.conv2d, [(4, 5, 5), (6, 4, 3, 3)], None),
+    "conv and norm": (
+        lambda x, w, s, b: batch_norm(F.conv2d(x, w), s, b),
+        [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)],
+        "_Conv",
+    ),
+    "conv with bias and bare norm": (
+        lambda x, w, b: batch_norm(F.conv2d(x, w, b)),
+        [(2, 4, 5, 5), (6, 4, 3, 3), (6,)],
+        "_Conv",
+    ),
+    "conv and norm in training": (
+        lambda x, w, s, b: batch_norm(F.conv2d(x, w), s, b, training=True),
+        [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)],
+        None,
+    ),
+    "conv, changed, norm": (halved, [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)], None),
+    "norm alone": (batch_norm, [(2, 6, 5, 5), (6,), (6,)], None),
+    "linear": (F.linear, [(4, 3, 5), (6, 5), (6,)], "_Linear"),
+    "linear without bias": (F.linear, [(4, 5), (6, 5)], "_Linear"),
+    "linear of one vector": (F.linear, [(5,), (6, 5)], None),
+    "gelu": (F.gelu, [(3, 5)], "_Gelu"),
+    "gelu by tanh": (lambda x: F.gelu(x, approximate="tanh"), [(3, 5)], None),
+    "layer norm": (lambda x, *r: F.layer_norm(x, (5,), *r), [(3, 5), (5,), (5,)], "Add"),
+    "layer norm, bare of a shift": (lambda x, w: F.layer_norm(x, (5,), w), [(3, 5), (5,)], "Mul"),
+    "layer norm and linear, twice": (
+        lambda x, s, t, w, u, b: sum(
+            F.linear(y, a, c) for y in [F.layer_norm(x, (5,), s, t)] for a, c in ((w, b), (u, None))
+        ),
+        [(4, 3, 5), (5,), (5,), (6, 5), (6, 5), (6,)],
+        "Add",
+    ),
+    "bare layer norm and linear": (
+        lambda x, w: F.linear(F.layer_norm(x, (5,)), w),
+        [(4, 5), (6, 5)],
+        "_Linear",
+    ),
+    "layer norm, changed, linear": (
+        lambda x, s, w: F.linear(F.layer_norm(x, (5,), s).mul_(0.5), w),
+        [(4, 5), (5,), (6, 5)],
+        "_Linear",
+    ),
+    "bare layer norm": (lambda x: F.layer_norm(x, (5,)), [(3, 4, 5)], "Clone"),
+    "layer norm of two": (lambda x: F.layer_norm(x, (4, 5)), [(3, 4, 5)], None),
+    "attention": (F.scaled_dot_product_attention, [(2, 3, 5, 4)] * 3, "_Attention"),
+    "attention in a band": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, BAND, scale=0.3),
+        [(2, 3, 5, 4)] * 3,
+        "_Attention",
+    ),
+    "attention to nothing": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=NOTHING),
+        [(2, 5, 4)] * 3,
+        "_Attention",
+    ),
+    "attention to fewer keys, with a bias": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=BIAS[:, :3]),
+        [(2, 5, 4), (2, 3, 4), (2, 3, 4)],
+        "_Attention",
+    ),
+    "attention with a trained bias": (
+        F.scaled_dot_product_attention,
+        [(2, 5, 4), (2, 5, 4), (2, 5, 4), (5, 5)],
+        None,
+    ),
+    "causal attention": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        [(2, 5, 4)] * 3,
+        None,
+    ),
+    "a layer under vmap": (lambda x: vmap(F.gelu)(x), [(3, 5)], None),
+}
+
+
+def evaluate(function, tensors, tangents):
+    """Output, gradient and Hessian-vector product of Σ sin(function) at the tensors."""
+    with sdpa_kernel(SDPBackend.MATH):
+        out = function(*tensors)
+        wanted = [t for t in tensors if t.requires_grad]
+        gradient = torch.autograd.grad(out.sin().sum(), wanted, create_graph=True)
+        pairs = [(g, v) for g, v in zip(gradient, tangents, strict=True) if v is not None]
+        product = torch.autograd.grad([g for g, _ in pairs], wanted, [v for _, v in pairs])
+    return out, [*gradient, *product]
+
+
+def in_place(function):
+    """What follows a layer in place, as `nn.ReLU(inplace=True)` does."""
+    return lambda *tensors: function(*tensors).mul_(0.7)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layer_equals_pytorch(name, generator):
+    function, shapes, node = CASES[name]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    tangents = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+    def compare(needed, directions):
+        leaves = [t.clone().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
+        expected, derivatives = evaluate(function, leaves, directions)
+        with cheap_second_derivatives():
+            out, found = evaluate(function, leaves, directions)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, derivatives, rtol=1e-9, atol=1e-11)
+        assert _made_by(out).startswith(node or _made_by(expected))
+        _, expected = evaluate(in_place(function), leaves, directions)
+        with cheap_second_derivatives():
+            _, found = evaluate(in_place(function), leaves, directions)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+    compare([True] * len(shapes), tangents)
+    for index in range(len(shapes)):
+        # a direction that leaves out one tensor, and a tensor that is no variable
+        if len(shapes) > 1:
+            compare(
+                [True] * len(shapes), [t if i != index else None for i, t in enumerate(tangents)]
+            )
+            if name != "attention with a trained bias":
+                compare(
+                    [i != index for i in range(len(shapes))],
+                    [t for i, t in enumerate(tangents) if i != index],
+                )
+
+
+def _made_by(tensor):
+    node = tensor.grad_fn
+    while type(node).__name__ == "ViewBackward0":
+        node = node.next_functions[0][0]
+    return type(node).__name__
+
+
+def test_autocast_and_half_precision_are_left_alone():
+    x, w = torch.randn(3, 5), torch.randn(4, 5, requires_grad=True)
+    with cheap_second_derivatives():
+        assert _made_by(F.linear(x, w)) == "_LinearBackward"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = F.linear(x, w)
+        assert out.dtype == torch.bfloat16
+        half = F.linear(x.bfloat16(), w.bfloat16())
+    assert _made_by(half) != "_LinearBackward" != _made_by(F.linear(x, w))
+
+
+def test_a_dropped_graph_is_freed():
+    gc.collect()
+    gc.disable()  # what only the collector could free is a reference cycle
+    try:
+        model = nn.Sequential(nn.Flatten(2), nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU())
+        model = nn.Sequential(model, nn.Flatten(), nn.Linear(16, 3)).double()
+        for made in (model, make_model("attention"), make_model("conv")):
+            operator = HessianOperator(made, make_batches((7,)))
+            operator @ torch.ones(operator.dim)
+            graph = weakref.ref(operator._graphs[0].gradient[0])
+            del operator
+            assert graph() is None
+    finally:
+        gc.enable()
