@@ -262,10 +262,10 @@ def _image_multiple(model: AlterNet) -> int:
     """Return what the sides of the images must be multiples of for every window to fit."""
     stem_stride = 4 if hasattr(model.stem, "pool") else 1
     multiples = [
-        stem_stride * 2**i * block.branch.attention.window
+        stem_stride * 2**i * module.window
         for i, stage in enumerate(resnet_stages(model))
-        for block in stage
-        if isinstance(block, MSABlock)
+        for module in stage.modules()
+        if isinstance(module, WindowAttention)
     ]
     return math.lcm(*multiples)
 

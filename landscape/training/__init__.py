@@ -24,6 +24,8 @@ from landscape.training.mixing import CutMix, LabelSmoothing, Mixup, OneOf, reci
 from landscape.training.randaugment import RandAugment
 from landscape.training.run import FitResult
 from landscape.training.schedule import Schedule, WarmupCosine, adamw
+from landscape.training.watch import Watch, WatchHistory
+from landscape.training.watch_adapters import LightningWatch, TrainerWatch
 
 __all__ = [
     # data
@@ -51,4 +53,9 @@ __all__ = [
     "WarmupCosine",
     "adamw",
     "fit",
+    # probes meanwhile
+    "LightningWatch",
+    "TrainerWatch",
+    "Watch",
+    "WatchHistory",
 ]

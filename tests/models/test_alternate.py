@@ -133,6 +133,7 @@ def test_new_blocks_take_over_precision_mode_and_stochastic_depth():
     assert (new.window, new.branch.attention.heads) == (8, 12)
     assert new.branch.attention.query.weight.shape == (12 * 4, 16, 1, 1)
     assert new.branch.attention.query.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert new.branch.conv.weight.std().item() == pytest.approx((2 / 16) ** 0.5, rel=0.1)
     other = alternate(plain, (0, 1, 1), heads=(1, 2, 4), head_dim=3, window=(9, 4, 2))
     assert other.stages[2][2].branch.attention.query.weight.shape == (4 * 3, 16, 1, 1)
     assert [other.stages[i][2].window for i in (1, 2)] == [4, 2]
