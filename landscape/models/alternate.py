@@ -122,7 +122,8 @@ def alternate(
 
     Raises:
         ValueError: If `model` is no ResNet that is known, `stages` asks for more MSAs than fit or
-            fewer than there are, a size is below 1, or the windows do not tile the maps.
+            fewer than there are, a size is below 1, or windows, new or there already, do not tile
+            the maps.
     """
     model = copy.deepcopy(model)
     parts = resnet_stages(model)
@@ -218,7 +219,7 @@ def _windows(
     image_size: int,
 ) -> list[int]:
     """Return the window of each stage, checked against the maps of those that have MSAs."""
-    sides = _sides(model, parts, image_size)
+    sides = _sides(model, image_size)
     if window is None and sides[-1] < 2:
         raise ValueError(
             f"`image_size` must leave the last stage a map of at least 2x2, got {image_size}, "
@@ -241,17 +242,12 @@ def _windows(
     return windows
 
 
-def _sides(model: nn.Module, parts: list[nn.Sequential], image_size: int) -> list[int]:
-    """Return the side of the map of each stage, from one pass of a copy without its MSAs."""
+def _sides(model: nn.Module, image_size: int) -> list[int]:
+    """Return the side of the map of each stage, from one forward pass of a copy."""
     twin = copy.deepcopy(model).eval()
     found: list[int] = []
     for stage in resnet_stages(twin):
-        for position, block in enumerate(stage):
-            if isinstance(block, MSABlock | PostActMSABlock):  # its window may be another one
-                stage[position] = nn.Identity()
         stage.register_forward_hook(lambda _, __, out: found.append(out.shape[-1]))
-    if isinstance(twin, AlterNet):
-        twin.image_multiple = 1
     weight = next(module for module in twin.modules() if isinstance(module, nn.Conv2d)).weight
     with torch.no_grad():
         twin(weight.new_zeros(1, weight.shape[1], image_size, image_size))

@@ -16,6 +16,8 @@ from landscape.training.augment import (
     RandomCrop,
     RandomErasing,
 )
+from landscape.training.build_up import build_up
+from landscape.training.build_up_table import BuildUp
 from landscape.training.data import DeviceImages, denormalize, normalize
 from landscape.training.datasets import load_images
 from landscape.training.fit import fit
@@ -53,6 +55,9 @@ __all__ = [
     "WarmupCosine",
     "adamw",
     "fit",
+    # the build-up of an AlterNet
+    "BuildUp",
+    "build_up",
     # probes meanwhile
     "LightningWatch",
     "TrainerWatch",

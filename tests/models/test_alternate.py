@@ -115,8 +115,10 @@ def test_a_network_built_up_in_two_steps_keeps_its_first_msa():
     assert kinds(second) == ["CCC", "CCCC", "CCCACA", "CCA"]
     state = {n: t for n, t in first.state_dict().items() if n.startswith("stages.3")}
     assert all(torch.equal(t, second.state_dict()[n]) for n, t in state.items())
-    preact = alternate(alternet18(width=4, msas=(0, 0, 1, 0)), (0, 1, 1, 0), window=(2, 16, 2, 2))
-    assert preact.image_multiple == 32  # 2 * 16 of the new one, 4 * 4 of that which was there
+    preact = alternet18(width=4, msas=(0, 0, 1, 0))
+    preact = alternet18(width=4, msas=(0, 0, 1, 0))
+    preact = alternate(preact, (0, 1, 1, 0), window=(2, 12, 2, 2), image_size=48)
+    assert preact.image_multiple == 48  # both 2 * 12, of the new one, and 4 * 4, of the old one
     with pytest.raises(
         ValueError, match="`stages` must keep the MSAs that are there, 1 in stage 4"
     ):
