@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from landscape._checks import nearest
+from landscape.models.alternate import alternate
 from landscape.models.alternet import AlterNet, alternet18, alternet34, alternet50
 from landscape.models.reference import load_reference_checkpoint
 from landscape.models.resnet import ResNet, resnet18, resnet20, resnet34, resnet50, resnet101
@@ -19,6 +20,8 @@ __all__ = [
     "VisionTransformer",
     # published weights
     "load_reference_checkpoint",
+    # the build-up rule
+    "alternate",
     # constructors
     "create_model",
     "alternet18",

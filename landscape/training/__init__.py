@@ -16,6 +16,8 @@ from landscape.training.augment import (
     RandomCrop,
     RandomErasing,
 )
+from landscape.training.build_up import build_up
+from landscape.training.build_up_table import BuildUp
 from landscape.training.data import DeviceImages, denormalize, normalize
 from landscape.training.datasets import load_images
 from landscape.training.fit import fit
@@ -24,6 +26,8 @@ from landscape.training.mixing import CutMix, LabelSmoothing, Mixup, OneOf, reci
 from landscape.training.randaugment import RandAugment
 from landscape.training.run import FitResult
 from landscape.training.schedule import Schedule, WarmupCosine, adamw
+from landscape.training.watch import Watch, WatchHistory
+from landscape.training.watch_adapters import LightningWatch, TrainerWatch
 
 __all__ = [
     # data
@@ -51,4 +55,12 @@ __all__ = [
     "WarmupCosine",
     "adamw",
     "fit",
+    # the build-up of an AlterNet
+    "BuildUp",
+    "build_up",
+    # probes meanwhile
+    "LightningWatch",
+    "TrainerWatch",
+    "Watch",
+    "WatchHistory",
 ]

@@ -10,7 +10,7 @@ and resumed equals the uninterrupted one bit for bit on a CPU with the same numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -49,6 +49,7 @@ def fit(
     channels_last: bool | None = None,
     seed: int = 0,
     callback: Callable[[FitResult], None] | None = None,
+    callbacks: Sequence[Callable[[nn.Module, int], object]] = (),
     progress: bool = False,
 ) -> FitResult:
     """Train a model in place; return the history and the checkpoints.
@@ -84,6 +85,8 @@ def fit(
             convolution with overlapping windows.
         seed: Seed of `transform`, dropout and stochastic depth; `DeviceImages` has its own.
         callback: Called with the history so far after every epoch, once it is on disk.
+        callbacks: Each called with the model and the number of epochs done, before the first epoch
+            of this call and after every one, once it is on disk; a `Watch` is one.
         progress: Whether to show a bar.
 
     Returns:
@@ -119,7 +122,7 @@ def fit(
         channels_last = loop.is_convolutional(model)
     with loop.channels_last_format(model, channels_last), loop.training_mode(model):
         try:
-            history = _train(this, resume, callback, progress)
+            history = _train(this, resume, callback, callbacks, progress)
         finally:
             optimizer.zero_grad(set_to_none=True)
             if not isinstance(schedule, LRScheduler):
@@ -129,11 +132,17 @@ def fit(
 
 
 def _train(
-    this: run.Run, resume: bool, callback: Callable[[FitResult], None] | None, progress: bool
+    this: run.Run,
+    resume: bool,
+    callback: Callable[[FitResult], None] | None,
+    callbacks: Sequence[Callable[[nn.Module, int], object]],
+    progress: bool,
 ) -> run.History:
     """Run the epochs that are not done yet and return the history of all."""
     history = run.start(this, resume)
     done = len(history["epoch"])
+    for watch in callbacks:
+        watch(this.step.model, done)
     nothing: tuple[int, ...] = ()
     with track(nothing, "Training", progress, total=this.epochs * this.num_batches) as bar:
         bar.update(done * this.num_batches)
@@ -142,4 +151,6 @@ def _train(
             run.write(this, history)
             if callback is not None:
                 callback(run.result(this, history))
+            for watch in callbacks:
+                watch(this.step.model, epoch + 1)
     return history

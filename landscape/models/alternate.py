@@ -1,0 +1,311 @@
+"""The build-up rule on a network that is there: convolution blocks become MSA blocks.
+
+Park & Kim (2022, sec. 4.1): convolution blocks are replaced by MSA blocks alternately, from the end
+of a stage. A stage of `n` blocks with `m` MSAs is `[C] * (n - 2 m) + [C, A] * m`, so that a stage
+never begins with an MSA and no MSA follows another.
+
+The MSA block has the form of the blocks around it:
+
+| network | convolution block | MSA block |
+|---|---|---|
+| pre-activation (`AlterNet`) | `x + branch(preact(x))` | `MSABlock`, that of the paper |
+| post-activation (`ResNet`, timm, torchvision) | `relu(x + branch(x))` | `PostActMSABlock` |
+
+The paper's networks are pre-activation ones. `PostActMSABlock` is its block in the other order: the
+norm that came first comes last, and the activation follows the sum.
+
+Heads and channels follow the paper's network, which is 64 channels wide: stage `i` has `3 * 2**i`
+heads, each of as many channels as the 3x3 convolutions of the first stage.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from landscape._checks import check_at_least
+from landscape.models.alternet import AlterNet, MSABlock, PreActBasicBlock, PreActBottleneck
+from landscape.models.layers import (
+    DropPath,
+    WindowAttention,
+    chain,
+    check_sizes,
+    init_conv_net,
+    init_transformer,
+)
+from landscape.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+
+class PostActMSABlock(nn.Module):
+    """`relu(x + drop_path(norm(attention(norm(conv(x))))))`, with windowed attention."""
+
+    def __init__(
+        self, channels: int, inner: int, attention: WindowAttention, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.branch = chain(
+            conv=conv1x1(channels, inner),
+            norm1=nn.BatchNorm2d(inner),
+            attention=attention,
+            norm2=nn.BatchNorm2d(channels),
+        )
+        self.window = attention.window
+        self.drop_path = DropPath(drop_path)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(n, channels, h, w)` to the same shape.
+
+        Raises:
+            ValueError: If the windows do not tile the map.
+        """
+        h, w = x.shape[2:]
+        if h % self.window or w % self.window:
+            raise ValueError(
+                f"`window` must divide the maps of its stage, got {self.window} for a map of "
+                f"{h}x{w}; resize the images, or pass their `image_size` to `alternate`."
+            )
+        out: Tensor = self.act(x + self.drop_path(self.branch(x)))
+        return out
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What an MSA block takes over from the convolution block in its place."""
+
+    channels: int
+    inner: int
+    drop_path: float
+    keeps_shape: bool
+    is_preact: bool
+
+
+def alternate(
+    model: nn.Module,
+    stages: Sequence[int],
+    *,
+    heads: Sequence[int] | None = None,
+    head_dim: int | None = None,
+    window: int | Sequence[int] | None = None,
+    image_size: int = 32,
+) -> nn.Module:
+    """Return a copy of a ResNet with MSA blocks at the end of its stages (Park & Kim, 2022).
+
+    With `stages = (0, 1, 3, 2)` the last block of stage 2, the last, third and fifth last of stage
+    3, and the last and third last of stage 4 are MSAs. All other blocks keep their weights, and so
+    does an MSA that is there already: a network can be built up step by step. New blocks are
+    initialised as in `AlterNet`, from PyTorch's global generator, on the device and in the
+    precision of what they replace, and take over its stochastic depth rate.
+
+    Args:
+        model: A `ResNet`, an `AlterNet`, or a ResNet of timm or torchvision: children `layer1`,
+            `layer2`, … that are `nn.Sequential` of blocks with `conv1`, `bn1`, `conv2`, `bn2`. It
+            is left as it was.
+        stages: MSAs per stage in all, one number for each stage of `model`, each at most half of
+            the blocks of that stage.
+        heads: Attention heads per stage; by default 3, 6, 12, … as in the paper.
+        head_dim: Channels per head; by default as many as the inner channels of the first stage.
+        window: Side of the attention windows, for all stages or for each. By default the side of
+            the last stage's map, which tiles the earlier ones where each is twice as large: 4 for
+            CIFAR as the authors released it, 7 for ImageNet.
+        image_size: Side of the images, from which the side of every map is found by one forward
+            pass of one image.
+
+    Returns:
+        The alternating network, of the class of `model`.
+
+    Raises:
+        ValueError: If `model` is no ResNet that is known, `stages` asks for more MSAs than fit or
+            fewer than there are, a size is below 1, or windows, new or there already, do not tile
+            the maps.
+    """
+    model = copy.deepcopy(model)
+    parts = resnet_stages(model)
+    _check_counts(parts, stages)
+    if not any(stages):
+        return model
+    heads = [3 * 2**i for i in range(len(parts))] if heads is None else list(heads)
+    first = _shape(parts[0][0])
+    head_dim = (first.inner if first else 0) if head_dim is None else head_dim
+    if len(heads) != len(parts):
+        raise ValueError(f"`heads` must have one entry per stage ({len(parts)}), got {len(heads)}.")
+    check_sizes(heads=min(heads), head_dim=head_dim, image_size=image_size)
+    windows = _windows(model, parts, stages, window, image_size)
+    for i, (stage, count) in enumerate(zip(parts, stages, strict=True)):
+        for position in msa_positions(len(stage), count):
+            block = stage[position]
+            if not isinstance(block, MSABlock | PostActMSABlock):
+                stage[position] = _msa_block(block, heads[i], head_dim, windows[i])
+    if isinstance(model, AlterNet):
+        model.image_multiple = _image_multiple(model)
+    return model
+
+
+def resnet_stages(model: nn.Module) -> list[nn.Sequential]:
+    """Return the stages of a ResNet, each a sequence of residual blocks.
+
+    Args:
+        model: As in `alternate`.
+
+    Raises:
+        ValueError: If the stages or their blocks are not of a kind that is known.
+    """
+    stages = getattr(model, "stages", None)
+    found = (
+        list(stages.children())
+        if isinstance(stages, nn.Sequential)
+        else [part for name, part in model.named_children() if re.fullmatch(r"layer\d+", name)]
+    )
+    parts = [part for part in found if isinstance(part, nn.Sequential) and len(part)]
+    if not parts or len(parts) < len(found):
+        raise ValueError(
+            "`model` must be a ResNet, an AlterNet, or have stages `layer1`, `layer2`, … as those "
+            f"of timm and torchvision, got a {type(model).__name__}."
+        )
+    for block in (block for part in parts for block in part):
+        if not isinstance(block, MSABlock | PostActMSABlock) and _shape(block) is None:
+            raise ValueError(
+                "`model` must consist of residual blocks with `conv1`, `bn1`, `conv2`, `bn2`, in "
+                f"that order, got a {type(block).__name__} in a {type(model).__name__}."
+            )
+    return parts
+
+
+def msa_positions(depth: int, count: int) -> list[int]:
+    """Return which blocks of a stage are MSAs: every second one, `count` of them, from the end.
+
+    Args:
+        depth: Blocks of the stage.
+        count: Its MSAs.
+    """
+    return [depth - 1 - 2 * i for i in range(count)]
+
+
+def count_msas(stage: nn.Sequential) -> int:
+    """Return how many blocks of a stage are MSAs."""
+    return sum(isinstance(block, MSABlock | PostActMSABlock) for block in stage)
+
+
+def _check_counts(parts: list[nn.Sequential], stages: Sequence[int]) -> None:
+    if len(stages) != len(parts):
+        raise ValueError(
+            f"`stages` must have one number of MSAs per stage, {len(parts)} in all, got "
+            f"{len(stages)}."
+        )
+    for i, (stage, count) in enumerate(zip(parts, stages, strict=True), start=1):
+        if not 0 <= 2 * count <= len(stage):
+            raise ValueError(
+                f"`stages` must be 0 to {len(stage) // 2} in stage {i}, which has {len(stage)} "
+                f"blocks (each MSA follows a convolution block), got {count}."
+            )
+        if count_msas(stage) > count:
+            raise ValueError(
+                f"`stages` must keep the MSAs that are there, {count_msas(stage)} in stage {i}, "
+                f"got {count}; begin with the network without them."
+            )
+
+
+def _windows(
+    model: nn.Module,
+    parts: list[nn.Sequential],
+    stages: Sequence[int],
+    window: int | Sequence[int] | None,
+    image_size: int,
+) -> list[int]:
+    """Return the window of each stage, checked against the maps of those that have MSAs."""
+    sides = _sides(model, image_size)
+    if window is None and sides[-1] < 2:
+        raise ValueError(
+            f"`image_size` must leave the last stage a map of at least 2x2, got {image_size}, "
+            f"which leaves {sides[-1]}x{sides[-1]}; pass the size of your images, or a `window`."
+        )
+    chosen = sides[-1] if window is None else window
+    windows = [chosen] * len(parts) if isinstance(chosen, int) else list(chosen)
+    if len(windows) != len(parts):
+        raise ValueError(
+            f"`window` must be one number or one per stage ({len(parts)}), got {len(windows)}."
+        )
+    check_at_least("window", min(windows), 1)
+    for i, (side, size, count) in enumerate(zip(sides, windows, stages, strict=True), start=1):
+        if count and side % size:
+            fits = [k for k in range(2, side + 1) if side % k == 0]
+            raise ValueError(
+                f"`window` must divide the side of the maps, got {size} for the {side}x{side} maps "
+                f"of stage {i} at `image_size` {image_size}; there {fits} do."
+            )
+    return windows
+
+
+def _sides(model: nn.Module, image_size: int) -> list[int]:
+    """Return the side of the map of each stage, from one forward pass of a copy."""
+    twin = copy.deepcopy(model).eval()
+    found: list[int] = []
+    for stage in resnet_stages(twin):
+        stage.register_forward_hook(lambda _, __, out: found.append(out.shape[-1]))
+    weight = next(module for module in twin.modules() if isinstance(module, nn.Conv2d)).weight
+    with torch.no_grad():
+        twin(weight.new_zeros(1, weight.shape[1], image_size, image_size))
+    return found
+
+
+def _image_multiple(model: AlterNet) -> int:
+    """Return what the sides of the images must be multiples of for every window to fit."""
+    stem_stride = 4 if hasattr(model.stem, "pool") else 1
+    multiples = [
+        stem_stride * 2**i * module.window
+        for i, stage in enumerate(resnet_stages(model))
+        for module in stage.modules()
+        if isinstance(module, WindowAttention)
+    ]
+    return math.lcm(*multiples)
+
+
+def _msa_block(block: nn.Module, heads: int, head_dim: int, window: int) -> nn.Module:
+    """Return the MSA block that takes the place of a convolution block."""
+    shape = _shape(block)
+    if shape is None or not shape.keeps_shape:
+        raise ValueError(
+            "`model` must keep the shape of the map in the blocks to replace, but a "
+            f"{type(block).__name__} there changes it."
+        )
+    attention = WindowAttention(
+        shape.inner, shape.channels, heads=heads, head_dim=head_dim, window=window
+    )
+    kind = MSABlock if shape.is_preact else PostActMSABlock
+    new = kind(shape.channels, shape.inner, attention, shape.drop_path)
+    init_conv_net(new)
+    projections = (attention.query, attention.key_value, attention.project)
+    init_transformer(*projections, attention.position_bias)
+    old = next(block.parameters())
+    return new.to(device=old.device, dtype=old.dtype).train(block.training)
+
+
+def _shape(block: nn.Module) -> _Shape | None:
+    """Return what is to be known of a convolution block, `None` where it is of no known form."""
+    is_preact = isinstance(block, PreActBasicBlock | PreActBottleneck)
+    if is_preact or isinstance(block, BasicBlock | Bottleneck):
+        layers = dict(block.branch.named_children())  # type: ignore[union-attr]
+    else:
+        layers = dict(block.named_children())
+        names = [name for name in layers if name in {"conv1", "bn1", "conv2", "bn2"}]
+        if names != ["conv1", "bn1", "conv2", "bn2"]:  # a pre-activation block has `bn1` first
+            return None
+    convs = [layers[name] for name in ("conv1", "conv2", "conv3") if name in layers]
+    if not all(isinstance(conv, nn.Conv2d) for conv in convs):
+        return None
+    entry, last = convs[0], convs[-1]
+    strides = [conv.stride for conv in convs]
+    drop = getattr(block, "drop_path", None)
+    return _Shape(
+        channels=int(last.out_channels),
+        inner=int(entry.out_channels),
+        drop_path=float(getattr(drop, "rate", getattr(drop, "drop_prob", None)) or 0.0),
+        keeps_shape=entry.in_channels == last.out_channels and set(strides) == {(1, 1)},
+        is_preact=is_preact,
+    )
