@@ -32,7 +32,7 @@ from landscape.provenance import forward_provenance
 from landscape.training.build_up_table import BuildUp, Row, load_table, rows_of, table_of
 from landscape.training.checkpoints import save
 from landscape.training.fit import fit
-from landscape.training.loop import global_stream
+from landscape.training.loop import GlobalStream
 
 Criterion = Literal["accuracy", "nll"]
 Train = Callable[[nn.Module, Iterable[Any]], object]
@@ -111,7 +111,7 @@ def build_up(
     depths = tuple(len(stage) for stage in stages)
     start = tuple(count_msas(stage) for stage in stages)
     device = next(model.parameters()).device
-    with global_stream(device, seed):
+    with GlobalStream(device, seed).entered():
         grow(tuple(depth // 2 for depth in depths))  # what does not fit is refused before any work
     where = None if folder is None else Path(folder)
     source = forward_provenance(
@@ -129,7 +129,7 @@ def build_up(
         bar.update(len(rows))
         while (step := next_step(depths, start, [(r.stage, r.kept) for r in rows])) is not None:
             began = time.perf_counter()
-            with global_stream(device, seed):
+            with GlobalStream(device, seed).entered():
                 network = grow(step[1])
                 _train(network, data, train, where, len(rows), seed)
             scores = evaluate(network, validation)

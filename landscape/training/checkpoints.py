@@ -136,7 +136,7 @@ def load(path: Path) -> Any:
 
 
 def save_resume(folder: Path, epoch: int, content: Mapping[str, Any]) -> None:
-    """Write the state after `epoch` epochs and drop the ones that are too old.
+    """Write the state after `epoch` epochs.
 
     Args:
         folder: Folder of the run.
@@ -144,17 +144,26 @@ def save_resume(folder: Path, epoch: int, content: Mapping[str, Any]) -> None:
         content: State of model, optimizer and schedule, and the history.
     """
     save(folder / f"resume-{epoch:05d}.pt", dict(content))
-    for path in _resume_files(folder)[:-_KEPT]:
+
+
+def drop_old(folder: Path) -> None:
+    """Remove all states but the last and a spare, and what a killed run left half written.
+
+    Args:
+        folder: Folder of the run.
+    """
+    for path in (*_resume_files(folder)[:-_KEPT], *folder.glob(".*.part")):
         path.unlink(missing_ok=True)
 
 
-def load_resume(folder: Path) -> dict[str, Any] | None:
+def load_resume(folder: Path, latest: int | None = None) -> dict[str, Any] | None:
     """Return the latest state that is whole, or `None` where there is none.
 
     A damaged file is refused with a warning and the one before it is used.
 
     Args:
         folder: Folder of the run.
+        latest: Epoch whose state, or one before it, is wanted; `None` is any.
 
     Returns:
         What was given to `save_resume`.
@@ -162,7 +171,7 @@ def load_resume(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: If there are states but all are damaged.
     """
-    files = _resume_files(folder)
+    files = [p for p in _resume_files(folder) if latest is None or _epoch(p) <= latest]
     for path in reversed(files):
         try:
             content: dict[str, Any] = load(path)
@@ -178,9 +187,10 @@ def load_resume(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def has_run(folder: Path) -> bool:
-    """Return whether the folder holds states of a run."""
-    return bool(_resume_files(folder))
+def last_epoch(folder: Path) -> int | None:
+    """Return the epoch of the latest state in the folder, `None` where there is none."""
+    files = _resume_files(folder)
+    return _epoch(files[-1]) if files else None
 
 
 def write_log(path: Path, columns: Mapping[str, Sequence[float]]) -> None:
@@ -199,7 +209,12 @@ def write_log(path: Path, columns: Mapping[str, Sequence[float]]) -> None:
 
 def _resume_files(folder: Path) -> list[Path]:
     """Return the resume files, oldest first."""
-    return sorted(folder.glob("resume-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
+    return sorted(folder.glob("resume-*.pt"), key=_epoch)
+
+
+def _epoch(path: Path) -> int:
+    """Return the epoch that a resume file belongs to."""
+    return int(path.stem.split("-")[1])
 
 
 def _to_cpu(content: Any) -> Any:

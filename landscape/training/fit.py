@@ -20,14 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from landscape._checks import check_at_least, check_data
 from landscape._progress import track
 from landscape.batches import Transform
 from landscape.objective import Loss
-from landscape.training import loop, run
-from landscape.training.checkpoints import Named, plan
+from landscape.training import loop, run, states
+from landscape.training.checkpoints import Named
 from landscape.training.run import FitResult
-from landscape.training.schedule import Schedule, WarmupCosine, adamw
+from landscape.training.schedule import Schedule, adamw
 
 
 def fit(
@@ -96,38 +95,28 @@ def fit(
         ValueError: If an argument is out of range, or `folder` holds another run.
         FloatingPointError: If loss or weights become NaN or infinite. The model then holds the
             weights of the end of the last good epoch, and so does the state in `folder`.
+        OSError: If an epoch cannot be written to `folder`, a full disk for instance; the states
+            written before are left as they were.
     """
-    check_data(data)
-    if validation is not None:
-        check_data(validation)
-    check_at_least("epochs", epochs, 1)
-    if clip is not None and not clip > 0:
-        raise ValueError(f"`clip` must be positive or None, got {clip}.")
     optimizer = optimizer or adamw(model)
-    schedule = schedule or WarmupCosine(epochs, min(5, epochs - 1))
     step = loop.Step(model, optimizer, loss, transform, clip, bfloat16=False)
     if bfloat16 or (bfloat16 is None and step.device.type == "cuda"):
         step = replace(step, bfloat16=True)
-    this = run.Run(
-        step=step,
-        data=data,
-        validation=validation,
+    this = run.make_run(
+        step,
+        data,
         schedule=schedule,
         epochs=epochs,
+        validation=validation,
+        folder=folder,
+        checkpoints=checkpoints,
+        trajectory=trajectory,
         seed=seed,
-        saves=plan(folder, checkpoints, trajectory, epochs, schedule),
-        rates=tuple(group["lr"] for group in optimizer.param_groups),
     )
     if channels_last is None:
         channels_last = loop.is_convolutional(model)
-    with loop.channels_last_format(model, channels_last), loop.training_mode(model):
-        try:
-            history = _train(this, resume, callback, callbacks, progress)
-        finally:
-            optimizer.zero_grad(set_to_none=True)
-            if not isinstance(schedule, LRScheduler):
-                for group, rate in zip(optimizer.param_groups, this.rates, strict=True):
-                    group["lr"] = rate
+    with run.training(this, channels_last):
+        history = _train(this, resume, callback, callbacks, progress)
     return run.result(this, history)
 
 
@@ -139,7 +128,7 @@ def _train(
     progress: bool,
 ) -> run.History:
     """Run the epochs that are not done yet and return the history of all."""
-    history = run.start(this, resume)
+    history = states.begin(this, states.find(this, resume))
     done = len(history["epoch"])
     for watch in callbacks:
         watch(this.step.model, done)
@@ -148,7 +137,8 @@ def _train(
         bar.update(done * this.num_batches)
         for epoch in range(done, this.epochs):
             run.run_epoch(this, epoch, history, bar)
-            run.write(this, history)
+            states.write(this, history)
+            states.tidy(this)
             if callback is not None:
                 callback(run.result(this, history))
             for watch in callbacks:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landscape.batches import Inputs, Transform, split_batch
+from landscape.batches import Inputs, Placement, Transform, split_batch
 from landscape.losses import amount_averaged
 from landscape.objective import Loss, as_logits
 from landscape.restore import eval_mode
@@ -53,20 +53,29 @@ class Means:
         self._correct: Tensor | float = 0.0
         self._size = 0
 
-    def add(self, step: Step, value: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Count the mean loss `value` and the outputs of one batch."""
-        value, logits, size = value.detach(), logits.detach(), len(targets)
-        amount = amount_averaged(step.loss, targets, size)
+    def add(self, value: Tensor, amount: Tensor, share: Tensor, size: int) -> None:
+        """Count a batch of `size` samples: what `forward` returns, scalars or one a member."""
+        value = value.detach()
         self._losses.append(value)
         self._loss = self._loss + value.double() * amount
         self._amount = self._amount + amount
-        self._correct = self._correct + _share_correct(logits, targets) * size
+        self._correct = self._correct + share * size
         self._size += size
 
     @property
     def num_batches(self) -> int:
         """Number of batches counted."""
         return len(self._losses)
+
+    def member(self, index: int) -> Means:
+        """Return the means of one member, where values of several `(members,)` were counted."""
+        own = Means()
+        own._losses = [value[index] for value in self._losses]
+        own._loss, own._amount, own._correct = (
+            torch.as_tensor(total)[index] for total in (self._loss, self._amount, self._correct)
+        )
+        own._size = self._size
+        return own
 
     def first_bad(self) -> int | None:
         """Return the index of the first batch whose loss is not finite, or `None`."""
@@ -107,16 +116,14 @@ def train_epoch(
     parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
     for index, raw in enumerate(batches):
         before_step(index)
-        inputs, targets = _prepare(step, raw, index)
-        if step.transform is not None:
-            inputs, targets = step.transform(inputs, targets, generator)
-        logits, value = _forward(step, inputs, targets)
+        inputs, targets = prepare(step, raw, index, generator)
+        value, amount, share = forward(step, step.model, inputs, targets)
         step.optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
         if step.clip is not None:
             nn.utils.clip_grad_norm_(parameters, step.clip)
         step.optimizer.step()
-        means.add(step, value, logits, targets)
+        means.add(value, amount, share, len(targets))
     if not means.num_batches:
         raise ValueError("`data` must yield at least one batch, got none; is it empty?")
     return means
@@ -135,9 +142,8 @@ def validate(step: Step, data: Iterable[Any]) -> Means:
     means = Means()
     with torch.no_grad(), eval_mode(step.model):
         for index, raw in enumerate(data):
-            inputs, targets = _prepare(step, raw, index)
-            logits, value = _forward(step, inputs, targets)
-            means.add(step, value, logits, targets)
+            inputs, targets = prepare(step, raw, index)
+            means.add(*forward(step, step.model, inputs, targets), len(targets))
     return means
 
 
@@ -146,17 +152,36 @@ def epoch_batches(data: Iterable[Any], epoch: int) -> Iterable[Any]:
     return data.batches(epoch) if isinstance(data, DeviceImages) else data
 
 
-@contextmanager
-def global_stream(device: torch.device, seed: int) -> Iterator[None]:
-    """Give PyTorch's global random streams a seed, and put them back as they were afterwards."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        # `torch.manual_seed` would also seed devices that are not forked here.
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
+class GlobalStream:
+    """PyTorch's global random streams as one run sees them, from a seed on.
+
+    Attributes:
+        device: Device of the model: its stream and that of the CPU are meant.
+        seed: Where both streams begin.
+    """
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.device, self.seed = device, seed
+        self._states: tuple[Tensor, ...] | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Go on with the streams where they were left, and put back those found afterwards."""
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            if self._states is None:
+                # `torch.manual_seed` would also seed devices that are not forked here.
+                torch.default_generator.manual_seed(self.seed)
+                if cuda:
+                    with torch.cuda.device(self.device):
+                        torch.cuda.manual_seed(self.seed)
+            else:
+                torch.set_rng_state(self._states[0])
+                if cuda:
+                    torch.cuda.set_rng_state(self._states[1], self.device)
+            yield
+            on_cuda = (torch.cuda.get_rng_state(self.device),) if cuda else ()
+            self._states = (torch.get_rng_state(), *on_cuda)
 
 
 @contextmanager
@@ -196,31 +221,63 @@ def is_convolutional(model: nn.Module) -> bool:
     )
 
 
-def _prepare(step: Step, raw: Any, index: int) -> tuple[Inputs, Tensor]:
-    """Return the inputs and targets of a raw batch where the model is and in its precision."""
+def prepare(
+    step: Step, raw: Any, index: int, generator: torch.Generator | None = None
+) -> tuple[Inputs, Tensor]:
+    """Return a raw batch where the model is, in its precision, transformed if it is for training.
+
+    Args:
+        step: Says model and transform.
+        raw: Batch `(x, y)` or a mapping.
+        index: Its number, for messages.
+        generator: Source of the transform; `None` does not transform.
+
+    Returns:
+        Inputs and targets.
+
+    Raises:
+        ValueError: If the batch has no targets.
+    """
     inputs, targets = split_batch(raw, index)
     if targets is None:
         raise ValueError(f"`data` must hold targets, got none in batch {index}; pass (x, y).")
-    parameter = next(step.model.parameters())
-
-    def place(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
-
-    if isinstance(inputs, Mapping):
-        return {name: place(value) for name, value in inputs.items()}, place(targets)
-    return place(inputs), place(targets)
+    placement = Placement.of(step.model)
+    inputs, targets = placement.place(inputs), placement.place(targets)
+    if step.transform is not None and generator is not None:
+        inputs, targets = step.transform(inputs, targets, generator)
+    return inputs, targets
 
 
-def _forward(step: Step, inputs: Inputs, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits and mean loss of a batch."""
+def forward(
+    step: Step, call: Callable[..., Any], inputs: Inputs, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a batch counts; for `Means.add`, and the first for the gradient.
+
+    Args:
+        step: Says the loss and the precision.
+        call: The model, or a function that calls it with other weights.
+        inputs: For `call`.
+        targets: Targets of the batch.
+
+    Returns:
+        Mean loss; the amount it is averaged over; the share of predictions that are correct, NaN
+        where the targets are no classes. Scalars, the last two in float64.
+    """
     with torch.autocast(step.device.type, torch.bfloat16, enabled=step.bfloat16):
-        if isinstance(inputs, Mapping):
-            logits = as_logits(step.model(**inputs))
-        else:
-            logits = as_logits(step.model(inputs))
-        return logits, step.loss(logits, targets)
+        outputs = call(**inputs) if isinstance(inputs, Mapping) else call(inputs)
+        logits = as_logits(outputs)
+        value = step.loss(logits, targets)
+    counts = (
+        amount_averaged(step.loss, targets, len(targets)),
+        _share_correct(logits.detach(), targets),
+    )
+    amount, share = (
+        count
+        if isinstance(count, Tensor)
+        else value.detach().new_full((), count, dtype=torch.float64)
+        for count in counts
+    )
+    return value, amount, share
 
 
 def _share_correct(logits: Tensor, targets: Tensor) -> Tensor | float:

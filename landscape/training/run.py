@@ -1,29 +1,32 @@
-"""One training run from epoch to epoch: what it keeps, how it starts, what it writes."""
+"""One training run from epoch to epoch: what it is made of and what an epoch does."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sized
+from collections.abc import Collection, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from landscape._checks import check_at_least, check_data
 from landscape.results import Result
-from landscape.training import checkpoints as files
 from landscape.training import loop
-from landscape.training.checkpoints import Named, Saves
-from landscape.training.schedule import Schedule
+from landscape.training.checkpoints import Named, Saves, plan
+from landscape.training.schedule import Schedule, WarmupCosine
 from landscape.training.seeding import stream, stream_seed
 
 Floats = NDArray[np.float64]
 History = dict[str, list[float]]
 
-_COLUMNS = (
+COLUMNS = (
     "epoch",
     "learning_rate",
     "train_loss",
@@ -101,47 +104,68 @@ class Run:
         }
 
 
-def start(run: Run, resume: bool) -> History:
-    """Return the history so far, after loading the state that belongs to it.
+def make_run(
+    step: loop.Step,
+    data: Iterable[Any],
+    *,
+    schedule: Schedule | LRScheduler | None,
+    epochs: int,
+    validation: Iterable[Any] | None,
+    folder: str | PathLike[str] | None,
+    checkpoints: Collection[Named],
+    trajectory: bool | int,
+    seed: int,
+) -> Run:
+    """Return a run after checking what `fit` was given; its arguments are explained there.
 
     Args:
-        run: The run; its model, optimizer and schedule get the state of the last epoch done.
-        resume: Whether to look for such a state, rather than to insist that there is none.
+        step: What every step does.
+        data: Re-iterable of batches.
+        schedule: Schedule, or `None` for the paper's.
+        epochs: Number of epochs.
+        validation: Re-iterable of batches, or `None`.
+        folder: Where the run is kept, or `None`.
+        checkpoints: Epochs whose weights are kept.
+        trajectory: Every how many epochs weights are kept besides.
+        seed: Seed of the run.
 
     Returns:
-        Values by column, empty for a run that starts.
+        The run.
 
     Raises:
-        ValueError: If the folder holds a run that is not to be resumed, or another one.
+        ValueError: If an argument is out of range.
     """
-    folder = run.saves.folder
-    state = None
-    if resume:
-        if folder is None:
-            raise ValueError("`folder` must be given to `resume` from it.")
-        state = files.load_resume(folder)
-        if state is not None:
-            files.write_log(folder / "log.csv", state["history"])
-    elif folder is not None and files.has_run(folder):
-        raise ValueError(
-            f"`folder` must hold no run yet, but {folder} does; pass `resume=True` to go on with "
-            "it, or another folder."
-        )
-    if state is None:
-        run.saves.write(run.step.model, 0)
-        return {column: [] for column in _COLUMNS}
-    for name, value in run.identity().items():
-        if state["run"].get(name) != value:
-            raise ValueError(
-                f"`folder` must hold the same run, but there `{name}` is "
-                f"{state['run'].get(name)!r} and here {value!r}; choose another folder."
-            )
-    run.step.model.load_state_dict(state["model"])
-    run.step.optimizer.load_state_dict(state["optimizer"])
-    if isinstance(run.schedule, LRScheduler):
-        run.schedule.load_state_dict(state["schedule"])
-    history: History = state["history"]
-    return history
+    check_data(data)
+    if validation is not None:
+        check_data(validation)
+    check_at_least("epochs", epochs, 1)
+    if step.clip is not None and not step.clip > 0:
+        raise ValueError(f"`clip` must be positive or None, got {step.clip}.")
+    schedule = schedule or WarmupCosine(epochs, min(5, epochs - 1))
+    return Run(
+        step=step,
+        data=data,
+        validation=validation,
+        schedule=schedule,
+        epochs=epochs,
+        seed=seed,
+        saves=plan(folder, checkpoints, trajectory, epochs, schedule),
+        rates=tuple(group["lr"] for group in step.optimizer.param_groups),
+    )
+
+
+@contextmanager
+def training(run: Run, channels_last: bool) -> Iterator[None]:
+    """Train inside; memory format, flags and learning rates are put back, gradients cleared."""
+    model, optimizer = run.step.model, run.step.optimizer
+    with loop.channels_last_format(model, channels_last), loop.training_mode(model):
+        try:
+            yield
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+            if not isinstance(run.schedule, LRScheduler):
+                for group, rate in zip(optimizer.param_groups, run.rates, strict=True):
+                    group["lr"] = rate
 
 
 def run_epoch(run: Run, epoch: int, history: History, bar: tqdm[Any]) -> None:
@@ -157,61 +181,74 @@ def run_epoch(run: Run, epoch: int, history: History, bar: tqdm[Any]) -> None:
         FloatingPointError: If loss or weights become NaN or infinite.
     """
     started = time.perf_counter()
-    step = run.step
-    good = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
+    good = weights(run)
 
     def before_step(index: int) -> None:
         bar.update()
-        if not isinstance(run.schedule, LRScheduler):
-            factor = run.schedule(epoch + index / run.num_batches)
-            for group, rate in zip(step.optimizer.param_groups, run.rates, strict=True):
-                group["lr"] = rate * factor
+        set_rates(run, epoch, index)
 
     bar.set_description(f"Epoch {epoch + 1}/{run.epochs}")
-    with loop.global_stream(step.device, stream_seed(run.seed, epoch, _GLOBAL)):
-        generator = stream(run.seed, epoch, _TRANSFORM)
-        train = loop.train_epoch(step, loop.epoch_batches(run.data, epoch), generator, before_step)
-        _check_finite(run, train, epoch, good)
-        validation = loop.validate(step, run.validation if run.validation is not None else ())
+    with global_stream(run, epoch).entered():
+        batches = loop.epoch_batches(run.data, epoch)
+        train = loop.train_epoch(run.step, batches, transform_stream(run, epoch), before_step)
+        check_finite(run, train, epoch, good)
+        validation = loop.validate(run.step, run.validation if run.validation is not None else ())
+    finish_epoch(run, history, train, validation, time.perf_counter() - started)
+    bar.set_postfix(loss=f"{train.loss():.4f}", accuracy=f"{train.accuracy():.4f}")
+
+
+def global_stream(run: Run, epoch: int) -> loop.GlobalStream:
+    """Return PyTorch's global stream of an epoch: of dropout and stochastic depth."""
+    return loop.GlobalStream(run.step.device, stream_seed(run.seed, epoch, _GLOBAL))
+
+
+def transform_stream(run: Run, epoch: int) -> torch.Generator:
+    """Return the stream that the transform draws from in an epoch."""
+    return stream(run.seed, epoch, _TRANSFORM)
+
+
+def set_rates(run: Run, epoch: int, index: int) -> None:
+    """Set the learning rates of a step, where the schedule is a function of the position.
+
+    Args:
+        run: The run.
+        epoch: Epochs done before.
+        index: Steps done before in this epoch.
+    """
+    if isinstance(run.schedule, LRScheduler):
+        return
+    factor = run.schedule(epoch + index / run.num_batches)
+    for group, rate in zip(run.step.optimizer.param_groups, run.rates, strict=True):
+        group["lr"] = rate * factor
+
+
+def finish_epoch(
+    run: Run, history: History, train: loop.Means, validation: loop.Means, seconds: float
+) -> None:
+    """Append the row of an epoch to the history, and step a PyTorch scheduler.
+
+    Args:
+        run: The run.
+        history: Gets one value a column.
+        train: Means over the training batches.
+        validation: Means over the validation data, empty without.
+        seconds: Wall time.
+    """
     row = (
-        float(epoch + 1),
-        float(step.optimizer.param_groups[0]["lr"]),
+        len(history["epoch"]) + 1.0,
+        float(run.step.optimizer.param_groups[0]["lr"]),
         train.loss(),
         train.accuracy(),
         validation.loss(),
         validation.accuracy(),
-        time.perf_counter() - started,
+        seconds,
     )
-    for column, value in zip(_COLUMNS, row, strict=True):
+    for column, value in zip(COLUMNS, row, strict=True):
         history[column].append(value)
-    bar.set_postfix(loss=f"{row[2]:.4f}", accuracy=f"{row[3]:.4f}")
     if isinstance(run.schedule, ReduceLROnPlateau):
         run.schedule.step(row[4] if run.validation is not None else row[2])
     elif isinstance(run.schedule, LRScheduler):
         run.schedule.step()
-
-
-def write(run: Run, history: History) -> None:
-    """Write what belongs on disk after an epoch: weights if wanted, resume state, log.
-
-    Args:
-        run: The run.
-        history: Its history, the epoch just done included.
-    """
-    folder, epoch = run.saves.folder, len(history["epoch"])
-    if folder is None:
-        return
-    run.saves.write(run.step.model, epoch)
-    scheduler = run.schedule if isinstance(run.schedule, LRScheduler) else None
-    state = {
-        "run": run.identity(),
-        "model": run.step.model.state_dict(),
-        "optimizer": run.step.optimizer.state_dict(),
-        "schedule": None if scheduler is None else scheduler.state_dict(),
-        "history": history,
-    }
-    files.save_resume(folder, epoch, state)
-    files.write_log(folder / "log.csv", history)
 
 
 def result(run: Run, history: History) -> FitResult:
@@ -232,8 +269,23 @@ def result(run: Run, history: History) -> FitResult:
     )
 
 
-def _check_finite(run: Run, means: loop.Means, epoch: int, good: dict[str, torch.Tensor]) -> None:
-    """Raise, with the last good weights put back, if the epoch went wrong; one transfer."""
+def weights(run: Run) -> dict[str, Tensor]:
+    """Return a copy of the model's parameters and buffers."""
+    return {name: tensor.clone() for name, tensor in run.step.model.state_dict().items()}
+
+
+def check_finite(run: Run, means: loop.Means, epoch: int, good: dict[str, Tensor]) -> None:
+    """Raise, with the last good weights put back, if the epoch went wrong; one transfer.
+
+    Args:
+        run: The run.
+        means: Means over the training batches.
+        epoch: Epochs done before.
+        good: Weights before the epoch.
+
+    Raises:
+        FloatingPointError: If loss or weights are NaN or infinite.
+    """
     parameters = list(run.step.model.parameters())
     finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters]).all()
     bad = means.first_bad()

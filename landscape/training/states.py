@@ -1,0 +1,112 @@
+"""The state of a run on disk: what it is resumed from, found again, written, tidied up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from landscape.training import checkpoints as files
+from landscape.training.run import COLUMNS, History, Run
+
+
+def find(run: Run, resume: bool, latest: int | None = None) -> dict[str, Any] | None:
+    """Return the state in the folder to go on from, or `None` where there is none.
+
+    Args:
+        run: The run.
+        resume: Whether to look for a state, rather than to insist that there is none.
+        latest: Epoch whose state, or one before it, is wanted; `None` is any.
+
+    Returns:
+        What `write` wrote.
+
+    Raises:
+        ValueError: If the folder holds a run that is not to be resumed, or another one.
+    """
+    folder = run.saves.folder
+    if not resume:
+        if folder is not None and files.last_epoch(folder) is not None:
+            raise ValueError(
+                f"`folder` must hold no run yet, but {folder} does; pass `resume=True` to go on "
+                "with it, or another folder."
+            )
+        return None
+    if folder is None:
+        raise ValueError("`folder` must be given to `resume` from it.")
+    state = files.load_resume(folder, latest)
+    if state is None:
+        return None
+    for name, value in run.identity().items():
+        if state["run"].get(name) != value:
+            raise ValueError(
+                f"`folder` must hold the same run, but there `{name}` is "
+                f"{state['run'].get(name)!r} and here {value!r}; choose another folder."
+            )
+    return state
+
+
+def begin(run: Run, state: dict[str, Any] | None) -> History:
+    """Return the history so far, after loading the state that belongs to it.
+
+    Args:
+        run: The run; its model, optimizer and schedule get the state.
+        state: What `find` found; `None` begins at epoch 0.
+
+    Returns:
+        Values by column, empty for a run that starts.
+    """
+    if state is None:
+        run.saves.write(run.step.model, 0)
+        return {column: [] for column in COLUMNS}
+    run.step.model.load_state_dict(state["model"])
+    run.step.optimizer.load_state_dict(state["optimizer"])
+    if isinstance(run.schedule, LRScheduler):
+        run.schedule.load_state_dict(state["schedule"])
+    history: History = state["history"]
+    if run.saves.folder is not None:  # a run may be killed between state and log
+        files.write_log(run.saves.folder / "log.csv", history)
+    return history
+
+
+def write(run: Run, history: History) -> None:
+    """Write what belongs on disk after an epoch: weights if wanted, resume state, log.
+
+    Args:
+        run: The run.
+        history: Its history, the epoch just done included.
+
+    Raises:
+        OSError: If it cannot be written, a full disk for instance. The states written before are
+            left as they were.
+    """
+    folder, epoch = run.saves.folder, len(history["epoch"])
+    if folder is None:
+        return
+    scheduler = run.schedule if isinstance(run.schedule, LRScheduler) else None
+    state = {
+        "run": run.identity(),
+        "model": run.step.model.state_dict(),
+        "optimizer": run.step.optimizer.state_dict(),
+        "schedule": None if scheduler is None else scheduler.state_dict(),
+        "history": history,
+    }
+    try:
+        run.saves.write(run.step.model, epoch)
+        files.save_resume(folder, epoch, state)
+        files.write_log(folder / "log.csv", history)
+    except OSError as error:
+        last = files.last_epoch(folder)
+        kept = "no state" if last is None else f"the state after epoch {last}"
+        raise OSError(
+            error.errno,
+            f"Epoch {epoch} was trained but could not be written ({error.strerror}); the folder "
+            f"still holds {kept}. Make room, then go on with `resume=True`",
+            str(folder),
+        ) from error
+
+
+def tidy(run: Run) -> None:
+    """Remove states that are too old, once a newer one is written."""
+    if run.saves.folder is not None:
+        files.drop_old(run.saves.folder)

@@ -1,0 +1,163 @@
+"""Killed at any point, out of disk space, diverged: what is left, and what is said."""
+
+import errno
+import functools
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.runs import assert_same, run, soften
+
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_call(number, action, function):
+    """Return `function` with `action` in place of its call of that number, counted from 1."""
+    calls = 0
+
+    @functools.wraps(function)
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return (action if calls == number else function)(*args, **kwargs)
+
+    return counted
+
+
+# An epoch has three steps, and writes weights, state and log: each a sync, then a replace. Epoch 0
+# writes its weights only.
+POINTS = {
+    "first step": ("step", 1),
+    "fourth epoch": ("step", 11),
+    "first weights half written": ("fsync", 1),
+    "first state half written": ("fsync", 3),
+    "weights written, not in place": ("replace", 8),
+    "state written, not in place": ("replace", 9),
+    "log written, not in place": ("replace", 10),
+    "before the old state is dropped": ("unlink", 11),
+    "last state half written": ("fsync", 18),
+    "before the callback": ("callback", 5),
+}
+
+
+def run_and_die(folder, where, number):
+    """Train, killed at the `number`th call of what `where` says."""
+    transform, callback = soften, None
+    if where == "step":
+        transform = on_call(number, kill, soften)
+    elif where == "callback":
+        callback = on_call(number, kill, lambda history: None)
+    else:
+        owner = os if where == "fsync" else Path
+        setattr(owner, where, on_call(number, kill, getattr(owner, where)))
+    run(folder, transform=transform, callback=callback)
+
+
+def run_out_of_space(folder):
+    """Train; after the second epoch no file may grow beyond 2000 bytes."""
+
+    def limit(history):
+        if len(history.epoch) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+    run(folder, callback=limit)
+
+
+def in_another_process(*arguments):
+    # Sums over threads round by their number: the other process has as many as this one.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **threads}
+    return subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)],
+        env=environment,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing happened to."""
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Where the runs killed at each point lie."""
+    folder = tmp_path_factory.mktemp("killed")
+    process = in_another_process("kill", folder)
+    assert process.stdout.split() == [str(signal.SIGKILL.value)] * len(POINTS), process.stderr
+    return folder
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_run_resumes_to_the_same_weights(killed, whole, point):
+    assert_same(run(killed / point, resume=True), whole)
+    states = {path.name for path in (killed / point).iterdir()} - {"log.csv"}
+    epochs = {f"epoch-{epoch:05d}.pt" for epoch in range(7)}
+    assert states == epochs | {"resume-00005.pt", "resume-00006.pt"}  # nothing half written
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("file", ["weights", "state", "log"])
+def test_full_disk_ends_with_what_is_kept_and_what_to_do(whole, tmp_path, monkeypatch, file):
+    # The third epoch's: one file before the first epoch, three an epoch.
+    number = 1 + 2 * 3 + ["weights", "state", "log"].index(file) + 1
+    kept = 3 if file == "log" else 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", on_call(number, no_space, os.fsync))
+        with pytest.raises(OSError, match=f"Epoch 3 .*No space.* after epoch {kept}") as caught:
+            run(tmp_path / "parts")
+    assert caught.value.errno == errno.ENOSPC
+    assert "resume=True" in str(caught.value)
+    assert not list((tmp_path / "parts").glob(".*"))
+    assert_same(run(tmp_path / "parts", resume=True), whole)
+
+
+def test_full_disk_before_any_state_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", on_call(3, no_space, os.fsync))
+    with pytest.raises(OSError, match="Epoch 1 .* still holds no state"):
+        run(tmp_path)
+
+
+def test_limit_on_the_size_of_files(whole, tmp_path):
+    """The kernel itself refuses to write on, in the middle of a file."""
+    process = in_another_process("limit", tmp_path / "parts")
+    assert process.returncode == 1
+    assert "Epoch 3 was trained but could not be written (File too large)" in process.stderr
+    assert "holds the state after epoch 2" in process.stderr
+    assert_same(run(tmp_path / "parts", resume=True), whole)
+
+
+def test_nan_keeps_the_last_good_state_to_resume_from(whole, tmp_path):
+    poison = on_call(11, lambda x, y, generator: (x * float("nan"), y), soften)
+    with pytest.raises(FloatingPointError, match="loss of step 2 in epoch 4 .* end of epoch 3"):
+        run(tmp_path / "parts", transform=poison)
+    assert_same(run(tmp_path / "parts", resume=True), whole)
+
+
+if __name__ == "__main__":
+    job, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    if job == "limit":
+        run_out_of_space(folder)
+    if job == "kill":
+        run(folder / "imports", epochs=3)  # what PyTorch imports late, once for all children
+    for point, (where, number) in POINTS.items() if job == "kill" else ():
+        child = os.fork()
+        if child == 0:
+            run_and_die(folder / point, where, number)
+            os._exit(0)
+        print(os.waitpid(child, 0)[1], flush=True)
