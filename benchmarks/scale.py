@@ -72,7 +72,7 @@ def large() -> dict[str, Any]:
     """Return what the spectrum of ResNet-50 took in this process."""
     torch.manual_seed(0)
     model = create_model("resnet50").eval()
-    data = workloads.batches(2, 8)
+    data = workloads.batches(1, 8)
     began = time.perf_counter()
     spectrum = landscape.hessian_spectrum(
         model, data, k=1, density=False, max_iter=40, max_basis=16, tol=1e-2,
