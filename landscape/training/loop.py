@@ -124,9 +124,18 @@ def train_epoch(
             nn.utils.clip_grad_norm_(parameters, step.clip)
         step.optimizer.step()
         means.add(value, amount, share, len(targets))
+    check_any(means)
+    return means
+
+
+def check_any(means: Means) -> None:
+    """Refuse an epoch without a batch.
+
+    Raises:
+        ValueError: If nothing was counted.
+    """
     if not means.num_batches:
         raise ValueError("`data` must yield at least one batch, got none; is it empty?")
-    return means
 
 
 def validate(step: Step, data: Iterable[Any]) -> Means:

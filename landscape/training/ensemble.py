@@ -1,0 +1,290 @@
+"""Several models of one architecture trained at once, each as `fit` would train it alone.
+
+Small models leave a processor idle: a step consists of many small operations, and starting them
+takes longer than doing them. K models stacked along a new dimension need as many operations as one
+of them (`torch.func.stack_module_state` tells the idea, `landscape.training.stacking` does it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from landscape._checks import check_choice
+from landscape._progress import track
+from landscape.batches import Transform, split_batch
+from landscape.objective import Loss
+from landscape.results import Result
+from landscape.training import loop, run, stacking, states, together
+from landscape.training.checkpoints import Named
+from landscape.training.draws import Draws
+from landscape.training.run import FitResult, History, Run
+from landscape.training.schedule import Schedule, adamw
+
+Method = Literal["auto", "vmap", "loop"]
+
+_LARGEST_BATCH_ON_CPU = 16  # a heuristic, see `fit_ensemble`
+
+
+@dataclass(frozen=True)
+class EnsembleResult(Result):
+    """Histories of models that were trained together.
+
+    Attributes:
+        members: History and checkpoints of each model, in the order given.
+        method: `"vmap"` (all at once) or `"loop"` (one after another).
+    """
+
+    members: tuple[FitResult, ...]
+    method: str
+
+
+def fit_ensemble(
+    models: Sequence[nn.Module],
+    data: Iterable[Any],
+    *,
+    epochs: int,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
+    schedule: Schedule | Sequence[Schedule | LRScheduler] | None = None,
+    loss: Loss = F.cross_entropy,
+    transform: Transform | None = None,
+    clip: float | None = 5.0,
+    validation: Iterable[Any] | None = None,
+    folder: str | PathLike[str] | None = None,
+    checkpoints: Collection[Named] = (),
+    trajectory: bool | int = False,
+    resume: bool = False,
+    method: Method = "auto",
+    bfloat16: bool = False,
+    seeds: Sequence[int] | None = None,
+    callback: Callable[[EnsembleResult], None] | None = None,
+    progress: bool = False,
+) -> EnsembleResult:
+    """Train models of one architecture in place, all at once; return the history of each.
+
+    Member k ends with the weights of `fit(models[k], data, optimizer=optimizers[k],
+    seed=seeds[k], …)` up to rounding: batches, augmentation, dropout and stochastic depth (of
+    `nn.Dropout` and `landscape.models`), BatchNorm statistics, clipping, schedule, checkpoints and
+    log are its own. Random layers that do not call `torch.nn.functional.dropout` draw for each
+    member independently, but not what `fit` draws. In float32 rounding grows from step to step in
+    networks with BatchNorm (a relative 5e-3 in 12 steps was measured); in float64 it does not
+    show.
+
+    `method="auto"` takes `vmap` on accelerators, and on a CPU for batches of at most 16, where
+    starting operations is what takes time; at larger batches a CPU is busy with one model, and a
+    loop over the members is as fast or faster. This is a heuristic from measurements of small
+    ResNets and ViTs on two cores (`benchmarks/training.py`). A step under `vmap` needs the memory
+    of all members' activations. Validation goes member by member either way.
+
+    Args:
+        models: At least one, alike in everything but their weights.
+        data: Re-iterable of batches that all members see, as for `fit`; or a list of one a member,
+            with equally many batches of equal size, such as `[data.with_(seed=s) for s in seeds]`
+            for an order of each's own, or subsets of equal length.
+        epochs: Number of epochs in all, those of the warm-up included.
+        optimizers: One a model, with its own learning rate and weight decay; `adamw(model)` by
+            default. Of AdamW all members are updated at once, other optimizers step one by one.
+        schedule: Schedule of all members, or one a member; a PyTorch scheduler is one member's.
+        loss: `loss(outputs, targets)`, mean over the samples of a batch.
+        transform: Applied to every batch of every member, with a stream of the member's own.
+        clip: Largest norm of a member's gradient; `None` does not clip.
+        validation: Re-iterable of batches, evaluated for every member after every epoch.
+        folder: Member k is kept in `folder/member-00k`, as `fit` would keep it.
+        checkpoints: Epochs whose weights are kept, see `fit`.
+        trajectory: Every how many epochs weights are kept besides, see `fit`.
+        resume: Go on after the last epoch that all members in `folder` have done.
+        method: `"vmap"`, `"loop"`, or `"auto"` for whichever should be faster. A run may be
+            resumed with another method.
+        bfloat16: Forward passes under bfloat16 autocast, in a loop only: `vmap` ignores autocast.
+        seeds: Seed of each member's transform, dropout and stochastic depth; 0, 1, … by default.
+        callback: Called with the histories so far after every epoch, once they are on disk.
+        progress: Whether to show a bar.
+
+    Returns:
+        Histories, checkpoints and trajectories. Under `vmap` the seconds of an epoch are those of
+        all members together.
+
+    Raises:
+        ValueError: If an argument is out of range, there are not as many optimizers, schedules,
+            seeds or data as models, the models differ in architecture, batches have different
+            shapes under `vmap`, or `folder` holds another run.
+        FloatingPointError: If loss or weights of a member become NaN or infinite. All models then
+            hold the weights of the end of the last good epoch, and so do the states in `folder`.
+        OSError: If an epoch cannot be written to `folder`; the states written before are kept.
+    """
+    models = list(models)
+    _check_models(models)
+    check_choice("method", method, ("auto", "vmap", "loop"))
+    count = len(models)
+    given: dict[str, Sequence[Any] | None] = {
+        "optimizers": optimizers,
+        "schedule": schedule if isinstance(schedule, Sequence) else None,
+        "seeds": seeds,
+        "data": _one_each(data),
+    }
+    for name, values in given.items():
+        if values is not None and len(values) != count:
+            raise ValueError(f"`{name}` must have one entry a model, {count}, got {len(values)}.")
+    if isinstance(schedule, LRScheduler):
+        raise ValueError("`schedule` must be one scheduler a member, got one; pass a list.")
+    runs = [
+        run.make_run(
+            loop.Step(
+                model,
+                optimizers[k] if optimizers is not None else adamw(model),
+                loss,
+                transform,
+                clip,
+                bfloat16,
+            ),
+            (_one_each(data) or [data] * count)[k],
+            schedule=schedule[k] if isinstance(schedule, Sequence) else schedule,
+            epochs=epochs,
+            validation=validation,
+            folder=None if folder is None else Path(folder) / f"member-{k:03d}",
+            checkpoints=checkpoints,
+            trajectory=trajectory,
+            seed=k if seeds is None else seeds[k],
+        )
+        for k, model in enumerate(models)
+    ]
+    at_once = method == "vmap" or (method == "auto" and not bfloat16 and _pays(runs))
+    if at_once:
+        _check_stackable(runs)
+    return _train(runs, resume, at_once, callback, progress)
+
+
+def _train(
+    runs: list[Run],
+    resume: bool,
+    at_once: bool,
+    callback: Callable[[EnsembleResult], None] | None,
+    progress: bool,
+) -> EnsembleResult:
+    """Run the epochs that are not done yet and return the histories of all."""
+    steps = [member.step for member in runs]
+    with ExitStack() as contexts:
+        for member in runs:
+            last = not at_once and loop.is_convolutional(member.step.model)
+            contexts.enter_context(run.training(member, channels_last=last))
+        histories = _begin(runs, resume)
+        done, num_steps = len(histories[0]["epoch"]), len(runs) * runs[0].num_batches
+        stack = contexts.enter_context(stacking.stacked(steps)) if at_once else None
+        draws = Draws(steps[0].model)
+        nothing: tuple[int, ...] = ()
+        bar = contexts.enter_context(
+            track(nothing, "Training", progress, total=runs[0].epochs * num_steps)
+        )
+        bar.update(done * num_steps)
+
+        def result() -> EnsembleResult:
+            members = tuple(run.result(m, h) for m, h in zip(runs, histories, strict=True))
+            return EnsembleResult(members, "vmap" if at_once else "loop")
+
+        for epoch in range(done, runs[0].epochs):
+            good = [run.weights(member) for member in runs]
+            try:
+                if stack is not None:
+                    together.run_epoch(stack, draws, runs, epoch, histories, bar)
+                else:
+                    for k, member in enumerate(runs):
+                        with together.named(k):
+                            run.run_epoch(member, epoch, histories[k], bar)
+            except FloatingPointError:
+                for member, weights in zip(runs, good, strict=True):
+                    member.step.model.load_state_dict(weights)
+                raise
+            for member, history in zip(runs, histories, strict=True):
+                states.write(member, history)
+            for member in runs:  # not before all have been written: a common epoch must remain
+                states.tidy(member)
+            if callback is not None:
+                callback(result())
+        return result()
+
+
+def _begin(runs: Sequence[Run], resume: bool) -> list[History]:
+    """Return the histories so far, with the states of the last epoch that all have done."""
+    latest = None
+    while True:
+        found = [states.find(member, resume, latest) for member in runs]
+        epochs = {0 if state is None else len(state["history"]["epoch"]) for state in found}
+        if len(epochs) == 1:
+            return [states.begin(m, state) for m, state in zip(runs, found, strict=True)]
+        latest = min(epochs)
+
+
+def _one_each(data: Iterable[Any]) -> Sequence[Iterable[Any]] | None:
+    """Return `data` if it is a list of one a member, `None` if it is one list of batches."""
+    if not isinstance(data, list | tuple) or not data or isinstance(data[0], Mapping):
+        return None
+    first = data[0]
+    is_batch = isinstance(first, list | tuple) and any(isinstance(part, Tensor) for part in first)
+    return None if is_batch else data
+
+
+def _pays(runs: Sequence[Run]) -> bool:
+    """Return whether all at once should be faster than one after another."""
+    if len(runs) == 1 or runs[0].step.device.type != "cpu":
+        return len(runs) > 1
+    data = runs[0].data
+    size = getattr(data, "batch_size", None)
+    if size is None:
+        with loop.GlobalStream(torch.device("cpu"), 0).entered():
+            first = next(iter(data), None)
+        targets = None if first is None else split_batch(first, 0)[1]
+        size = 0 if targets is None else len(targets)
+    return bool(size <= _LARGEST_BATCH_ON_CPU)
+
+
+def _check_models(models: Sequence[nn.Module]) -> None:
+    """Refuse models that are not of one architecture, precision and device."""
+    if not models:
+        raise ValueError("`models` must hold at least one model, got none.")
+    if len({id(model) for model in models}) < len(models):
+        raise ValueError("`models` must be different objects, got one of them twice; copy it.")
+
+    def build(model: nn.Module) -> tuple[Any, ...]:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        return repr(model), [(name, t.shape, t.dtype, t.device) for name, t in tensors]
+
+    for k, model in enumerate(models):
+        if build(model) != build(models[0]):
+            raise ValueError(
+                "`models` must be of one architecture, precision and device, but number "
+                f"{k} differs from number 0; train it by itself."
+            )
+
+
+def _check_stackable(runs: Sequence[Run]) -> None:
+    """Refuse what cannot be trained with `vmap`."""
+    chosen: list[list[str]] = []
+    for k, member in enumerate(runs):
+        if member.step.bfloat16:
+            raise ValueError('`bfloat16` needs method="loop", because `vmap` ignores autocast.')
+        names = {p: name for name, p in member.step.model.named_parameters()}
+        parameters = stacking.trained(member.step)
+        if not parameters or not all(p in names for p in parameters):
+            raise ValueError(f"`optimizers[{k}]` must be on the parameters of `models[{k}]`.")
+        chosen.append([names[p] for p in parameters])
+        if chosen[k] != chosen[0]:
+            raise ValueError(
+                f"`optimizers` must be on the same parameters in the same order, but number {k} "
+                'differs from number 0; make them alike, or take method="loop".'
+            )
+        if len({p.dtype for p in parameters}) > 1:
+            raise ValueError('`models` must have parameters of one dtype; take method="loop".')
+        if member.num_batches != runs[0].num_batches:
+            raise ValueError(
+                "`data` must give all members equally many batches, got "
+                f"{runs[0].num_batches} and {member.num_batches}; take subsets of equal length."
+            )

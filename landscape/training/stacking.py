@@ -1,0 +1,207 @@
+"""Models of one architecture as rows of common tensors, and a training step of all at once.
+
+Row k of a matrix `(members, parameters)` holds the parameters of model k, which become views of
+it, and so do buffers and the state of AdamW. Whatever looks at one model, a checkpoint or a
+validation, sees an ordinary model; the step sees tensors with a leading dimension of members:
+
+    values = vmap(loss)(parameters, buffers, inputs, targets); values.sum().backward()
+
+No gradient crosses between members, so the gradient of the sum holds that of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from landscape.batches import Inputs
+from landscape.training.draws import Replay
+from landscape.training.loop import Step, forward
+from landscape.training.row_adamw import RowAdamW
+
+
+class Stack:
+    """Models as rows of common tensors; made by `stacked`.
+
+    Attributes:
+        steps: What a step of each member does.
+        parameters: Trained parameters by name, each `(members, …)`.
+        state: Buffers, and parameters that are not trained, by name, each `(members, …)`.
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        """Copy the models' tensors into rows, and make the models' tensors views of these."""
+        self.steps = steps
+        self._trained = [trained(step) for step in steps]
+        names = {p: name for name, p in steps[0].model.named_parameters()}
+        self._sizes = [p.numel() for p in self._trained[0]]
+        rows = torch.stack([torch.cat([p.detach().flatten() for p in ps]) for ps in self._trained])
+        self.parameters: dict[str, Tensor] = {}
+        for index, piece in enumerate(torch.split(rows, self._sizes, 1)):
+            first = self._trained[0][index]
+            stacked = piece.view(len(steps), *first.shape)
+            self.parameters[names[first]] = stacked.detach().requires_grad_()
+            for row, parameters in zip(stacked, self._trained, strict=True):
+                parameters[index].data = row
+        self.state: dict[str, Tensor] = {}
+        for name, tensors in _others(steps, self.parameters).items():
+            self.state[name] = torch.stack([tensor.detach() for tensor in tensors])
+            for row, tensor in zip(self.state[name], tensors, strict=True):
+                tensor.data = row
+        optimizers = [step.optimizer for step in steps]
+        self._adamw = (
+            RowAdamW(optimizers, self._trained, rows) if RowAdamW.fits(optimizers) else None
+        )
+
+    def losses(
+        self, inputs: Inputs, targets: Tensor, masks: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `loop.forward` returns, for every member.
+
+        Args:
+            inputs: Inputs of each member, `(members, batch, …)`, or a mapping of such.
+            targets: Targets of each member, `(members, batch, …)`.
+            masks: Dropout masks of each member, `(members, …)` each.
+
+        Returns:
+            Mean loss, amount averaged over and share correct, `(members,)` each.
+        """
+        step = self.steps[0]
+
+        def of_one(
+            parameters: dict[str, Tensor],
+            state: dict[str, Tensor],
+            masks: Sequence[Tensor],
+            inputs: Inputs,
+            targets: Tensor,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                replay: AbstractContextManager[Any] = Replay(masks) if masks else nullcontext()
+                with replay:
+                    return functional_call(step.model, {**parameters, **state}, args, kwargs)
+
+            return forward(step, call, inputs, targets)
+
+        arguments = (self.parameters, self.state, list(masks), inputs, targets)
+        with _batched_attention(step.device):
+            losses: tuple[Tensor, Tensor, Tensor] = vmap(of_one, randomness="different")(*arguments)
+        return losses
+
+    def update(self, losses: Tensor) -> None:
+        """Take a step of every member: gradient, clip by its own norm, optimizer.
+
+        Args:
+            losses: Mean loss of each member `(members,)`.
+        """
+        leaves = list(self.parameters.values())
+        for leaf in leaves:
+            leaf.grad = None
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        used = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        gradient = torch.cat([grad.reshape(len(grad), -1) for grad in used], 1)
+        clip = self.steps[0].clip
+        if clip is not None:  # as `torch.nn.utils.clip_grad_norm_` does
+            norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+            gradient.mul_((clip / (norms + 1e-6)).clamp(max=1.0))
+        if self._adamw is not None and len(used) == len(leaves) and self._adamw.in_step():
+            self._adamw.step(gradient)
+            return
+        pieces = iter(torch.split(gradient, [grad[0].numel() for grad in used], 1))
+        for index, leaf in enumerate(leaves):
+            piece = next(pieces) if leaf.grad is not None else None
+            for row, parameters in enumerate(self._trained):
+                own = None if piece is None else piece[row].view_as(parameters[index])
+                parameters[index].grad = own
+        for step in self.steps:
+            step.optimizer.step()
+
+    def unlink(self) -> None:
+        """Give the optimizers tensors of their own again."""
+        if self._adamw is not None:
+            self._adamw.unlink()
+
+
+@contextmanager
+def stacked(steps: Sequence[Step]) -> Iterator[Stack]:
+    """Make models rows of common tensors meanwhile; afterwards each has its own ones again.
+
+    Args:
+        steps: What a step of each member does, with models of one architecture.
+
+    Yields:
+        The stack.
+    """
+    models = [step.model for step in steps]
+    own = [
+        (tensor, tensor.data)
+        for model in models
+        for tensor in (*model.parameters(), *model.buffers())
+    ]
+    stack = None
+    try:
+        stack = Stack(steps)
+        yield stack
+    finally:
+        for tensor, data in own:
+            tensor.data = data.copy_(tensor.data)
+        if stack is not None:
+            stack.unlink()
+
+
+def stack_batches(batches: Sequence[Any]) -> Any:
+    """Return tensors, or mappings of tensors, stacked along a leading dimension of members.
+
+    Args:
+        batches: One a member, all of one shape.
+
+    Returns:
+        Tensor or mapping; entries of a mapping that are no tensors are those of the first member.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    first = batches[0]
+    if isinstance(first, Mapping):
+        return {name: stack_batches([batch[name] for batch in batches]) for name in first}
+    if not isinstance(first, Tensor):
+        return first
+    shapes = {tuple(batch.shape) for batch in batches}
+    if len(shapes) > 1:
+        raise ValueError(
+            "`data` must give every member batches of one shape to be stacked, got "
+            f"{' and '.join(str(shape) for shape in sorted(shapes))}; take subsets of equal "
+            'length, or method="loop".'
+        )
+    return torch.stack(list(batches))
+
+
+def trained(step: Step) -> list[nn.Parameter]:
+    """Return the parameters that the step changes, in the order of the optimizer."""
+    groups = step.optimizer.param_groups
+    return [p for group in groups for p in group["params"] if p.requires_grad]
+
+
+def _others(steps: Sequence[Step], names: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """Return all tensors of the models' states but those named, one a member by name.
+
+    Buffers that are no part of the state, such as masks, belong to the architecture: they are
+    taken from the first member.
+    """
+    rest: dict[str, list[Tensor]] = {}
+    for step in steps:
+        persistent = step.model.state_dict().keys()
+        for name, tensor in (*step.model.named_parameters(), *step.model.named_buffers()):
+            if name in persistent and name not in names:
+                rest.setdefault(name, []).append(tensor)
+    return rest
+
+
+def _batched_attention(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which attention has a batching rule; the fused one of CPUs has none."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()

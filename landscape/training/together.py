@@ -1,0 +1,118 @@
+"""One epoch of several training runs at once."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from landscape.training import loop, run
+from landscape.training.draws import Draws
+from landscape.training.run import History, Run
+from landscape.training.stacking import Stack, stack_batches
+
+
+def run_epoch(
+    stack: Stack,
+    draws: Draws,
+    runs: Sequence[Run],
+    epoch: int,
+    histories: Sequence[History],
+    bar: tqdm[Any],
+) -> None:
+    """Train and validate every member for one epoch and append a row to each history.
+
+    Args:
+        stack: The models of the runs.
+        draws: Their dropout masks.
+        runs: The runs.
+        epoch: Epochs done before.
+        histories: Each gets one value a column.
+        bar: Moves on by one a step of a member.
+
+    Raises:
+        FloatingPointError: If loss or weights of a member become NaN or infinite.
+    """
+    started = time.perf_counter()
+    good = [run.weights(member) for member in runs]
+    bar.set_description(f"Epoch {epoch + 1}/{runs[0].epochs}")
+    streams = [run.global_stream(member, epoch) for member in runs]
+    means = _train_epoch(stack, draws, runs, epoch, streams, bar)
+    trained = [means.member(k) for k in range(len(runs))]
+    for k, member in enumerate(runs):
+        with named(k):
+            run.check_finite(member, trained[k], epoch, good[k])
+    validated = []
+    for member, own in zip(runs, streams, strict=True):
+        with own.entered():
+            data = member.validation if member.validation is not None else ()
+            validated.append(loop.validate(member.step, data))
+    seconds = time.perf_counter() - started
+    for k, member in enumerate(runs):
+        run.finish_epoch(member, histories[k], trained[k], validated[k], seconds)
+    bar.set_postfix(loss=f"{sum(own.loss() for own in trained) / len(runs):.4f}")
+
+
+@contextmanager
+def named(member: int) -> Iterator[None]:
+    """Say which member it was whose training diverged."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"Member {member}: {error}") from error
+
+
+def _train_epoch(
+    stack: Stack,
+    draws: Draws,
+    runs: Sequence[Run],
+    epoch: int,
+    streams: Sequence[loop.GlobalStream],
+    bar: tqdm[Any],
+) -> loop.Means:
+    """Take one step a batch with all members; return means of values `(members,)`."""
+    means = loop.Means()
+    batches = [_batches(draws, *pair, epoch) for pair in zip(runs, streams, strict=True)]
+    for index in itertools.count():
+        taken = [batch for own in batches if (batch := next(own, None)) is not None]
+        if not taken:
+            break
+        if len(taken) < len(runs):
+            raise ValueError(
+                f"`data` must give all members equally many batches, got {index} for some and "
+                'more for others; take subsets of equal length, or method="loop".'
+            )
+        for member in runs:
+            run.set_rates(member, epoch, index)
+        inputs, targets = (stack_batches([batch[part] for batch in taken]) for part in (0, 1))
+        masks = [torch.stack(own) for own in zip(*(batch[2] for batch in taken), strict=True)]
+        with streams[0].entered():  # for random layers other than dropout
+            values, amounts, shares = stack.losses(inputs, targets, masks)
+        stack.update(values)
+        means.add(values, amounts, shares, targets.shape[1])
+        bar.update(len(runs))
+    loop.check_any(means)
+    return means
+
+
+def _batches(
+    draws: Draws, member: Run, stream: loop.GlobalStream, epoch: int
+) -> Iterator[tuple[Any, Tensor, list[Tensor]]]:
+    """Yield inputs, targets and dropout masks of one member, drawn as its own run draws them."""
+    generator = run.transform_stream(member, epoch)
+    with stream.entered():
+        iterator = iter(loop.epoch_batches(member.data, epoch))
+    for index in itertools.count():
+        with stream.entered():
+            raw = next(iterator, None)
+            if raw is None:
+                return
+            inputs, targets = loop.prepare(member.step, raw, index, generator)
+            masks = draws.draw(inputs)
+        yield inputs, targets, masks

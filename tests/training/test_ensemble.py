@@ -1,0 +1,360 @@
+"""`fit_ensemble`: each member equals a training of its own, dropout and BatchNorm included."""
+
+import copy
+import csv
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from landscape.models import create_model
+from landscape.training import DeviceImages, adamw, fit
+from landscape.training.ensemble import EnsembleResult, fit_ensemble
+from landscape.training.schedule import WarmupCosine
+from tests.training.runs import Stop
+
+RATES, DECAYS, SEEDS = (0.003, 0.01, 0.002), (0.05, 0.0, 0.3), (4, 0, 7)
+EPOCHS = 3
+SIZES = {
+    "resnet20": {"width": 4, "depths": (1, 1), "num_classes": 3},
+    "vit_nano": {"image_size": 8, "dim": 12, "depth": 2, "num_classes": 3, "dropout": 0.2},
+    "alternet18": {
+        "depths": (2,),
+        "msas": (1,),
+        "heads": (2,),
+        "head_dim": 4,
+        "width": 4,
+        "num_classes": 3,
+    },
+}
+
+
+def make_models(name="resnet20", count=3, dtype=torch.float64, drop_path=0.3, **sizes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = SIZES[name] | {"drop_path": drop_path} | sizes
+        return [create_model(name, **sizes).to(dtype) for _ in range(count)]
+
+
+def make_optimizers(models, make=adamw, **settings):
+    return [
+        make(model, lr=rate, weight_decay=decay, **settings)
+        for model, rate, decay in zip(models, RATES, DECAYS, strict=False)
+    ]
+
+
+def sgd(model, **settings):
+    return torch.optim.SGD(model.parameters(), momentum=0.9, **settings)
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (22, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    settings = {"mean": (0.5,) * 3, "std": (0.3,) * 3, "batch_size": 8, "shuffle": True}
+    return DeviceImages(images, torch.arange(22) % 3, **settings)
+
+
+def soften(x, y, generator):
+    share = torch.rand((), generator=generator)
+    soft = share * F.one_hot(y, 3) + (1 - share) / 3
+    return x + 0.1 * torch.randn(x.shape, generator=generator), soft
+
+
+def assert_close(one, other, rtol=1e-10):
+    """Compare two models, buffers included."""
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, msg=lambda m, name=name: name + m)
+
+
+COLUMNS = ("learning_rate", "train_loss", "train_accuracy", "validation_loss")
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+@pytest.mark.parametrize(
+    ("name", "make", "settings"),
+    [
+        ("resnet20", adamw, {}),
+        ("vit_nano", adamw, {"decay_1d": False}),
+        ("vit_nano", sgd, {}),
+        ("alternet18", adamw, {}),
+    ],
+    ids=["BatchNorm", "ViT, two groups", "ViT, SGD", "AlterNet"],
+)
+def test_members_equal_separate_trainings(data, tmp_path, method, name, make, settings):
+    """With stochastic depth, dropout, soft targets, clipping, rates and orders of each's own."""
+    own = [data.with_(seed=seed) for seed in SEEDS]
+    common = {"epochs": EPOCHS, "transform": soften, "clip": 0.5, "validation": data}
+    common |= {"schedule": WarmupCosine(EPOCHS, 1)}
+    alone = make_models(name)
+    optimizers = make_optimizers(alone, make, **settings)
+    results = [
+        fit(m, d, optimizer=o, seed=s, channels_last=None if method == "loop" else False, **common)
+        for m, d, o, s in zip(alone, own, optimizers, SEEDS, strict=True)
+    ]
+    models = make_models(name)
+    optimizers = make_optimizers(models, make, **settings)
+    result = fit_ensemble(
+        models, own, optimizers=optimizers, seeds=SEEDS, method=method, folder=tmp_path, **common
+    )
+    assert result.method == method
+    for k in range(3):
+        assert_close(models[k], alone[k])
+        for column in COLUMNS:
+            mine, theirs = (getattr(r, column) for r in (result.members[k], results[k]))
+            np.testing.assert_allclose(mine, theirs, rtol=1e-9)
+        with (tmp_path / f"member-{k:03d}" / "log.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        losses = [float(row["train_loss"]) for row in rows]
+        assert losses == result.members[k].train_loss.tolist()
+    assert len({r.train_loss[-1] for r in result.members}) == 3
+
+
+def test_killed_ensemble_resumes_with_either_method(data, tmp_path):
+    def train(folder, method="vmap", resume=False, callback=None):
+        models = make_models()
+        optimizers = make_optimizers(models)
+        result = fit_ensemble(
+            models,
+            data,
+            epochs=4,
+            optimizers=optimizers,
+            schedule=WarmupCosine(4, 1),
+            transform=soften,
+            folder=folder,
+            checkpoints=("init", "last"),
+            trajectory=2,
+            method=method,
+            resume=resume,
+            callback=callback,
+        )
+        return models, optimizers, result
+
+    def stop(result):
+        if len(result.members[0].epoch) == 2:
+            raise Stop
+
+    whole = train(tmp_path / "whole")
+    for method in ("vmap", "loop"):
+        folder = tmp_path / method
+        with pytest.raises(Stop):
+            train(folder, callback=stop)
+        # As if killed between the states of the members: the first is an epoch ahead.
+        (folder / "member-001" / "resume-00002.pt").unlink()
+        (folder / "member-002" / "resume-00002.pt").write_bytes(b"")
+        with pytest.warns(UserWarning, match="member-002/resume-00002.pt` is damaged"):
+            models, optimizers, result = train(folder, method, resume=True)
+        for k in range(3):
+            assert_close(models[k], whole[0][k], rtol=0 if method == "vmap" else 1e-10)
+            assert result.members[k].epoch.tolist() == [1, 2, 3, 4]
+            assert list(result.members[k].checkpoints) == ["init", "last"]
+            states = [o.state_dict()["state"] for o in (optimizers[k], whole[1][k])]
+            for a, b in zip(states[0].values(), states[1].values(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+            names = {path.name for path in (folder / f"member-{k:03d}").iterdir()}
+            assert names == {
+                *(f"epoch-{epoch:05d}.pt" for epoch in (0, 2, 4)),
+                "resume-00003.pt",
+                "resume-00004.pt",
+                "log.csv",
+            }
+
+
+def test_member_can_be_gone_on_with_alone(data, tmp_path):
+    models = make_models()
+    fit_ensemble(models, data, epochs=2, folder=tmp_path, method="vmap")
+    model = make_models()[1]
+    result = fit(model, data, epochs=2, seed=1, folder=tmp_path / "member-001", resume=True)
+    assert len(result.epoch) == 2
+    assert_close(model, models[1], rtol=0)
+
+
+def test_saved_result_and_files_are_those_of_single_models(data, tmp_path):
+    models = make_models()
+    checkpoints = {"folder": tmp_path, "checkpoints": ["last"]}
+    result = fit_ensemble(models, data, epochs=1, method="vmap", **checkpoints)
+    path = result.members[2].checkpoints["last"]
+    twin = make_models()[0]
+    twin.load_state_dict(torch.load(path, weights_only=True))
+    assert_close(twin, models[2], rtol=0)
+    size = sum(t.nbytes for t in twin.state_dict().values())
+    assert (tmp_path / "member-002" / "epoch-00001.pt").stat().st_size < 1.5 * size + 2e4
+    loaded = EnsembleResult.load(result.save(tmp_path / "result"))
+    assert loaded.method == "vmap"
+    assert loaded.members[1].train_loss == result.members[1].train_loss
+
+
+def test_models_and_optimizers_are_their_own_again(data):
+    models = make_models()
+    models[1].eval()
+    optimizers = make_optimizers(models)
+    tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
+    storages = [t.data_ptr() for t in tensors]
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    fit_ensemble(models, data, epochs=1, optimizers=optimizers, transform=soften, method="vmap")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [t.data_ptr() for t in tensors] == storages
+    assert all(p.grad is None for m in models for p in m.parameters())
+    assert [m.training for m in models] == [True, False, True]
+    assert [o.param_groups[0]["lr"] for o in optimizers] == list(RATES)
+    kept = [v.data_ptr() for o in optimizers for s in o.state.values() for v in s.values()]
+    assert len(set(kept)) == len(kept)
+    for optimizer in optimizers:
+        for own in optimizer.state.values():
+            assert own["step"] == 3
+            assert own["exp_avg"].untyped_storage().nbytes() == own["exp_avg"].nbytes
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_diverging_member_stops_all_at_the_last_good_epoch(data, tmp_path, method):
+    models = make_models()
+    kept = {}
+
+    def remember(result):
+        kept.update({k: copy.deepcopy(m.state_dict()) for k, m in enumerate(models)})
+
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=rate) for m, rate in zip(models, (0, 1, 0), strict=True)
+    ]
+    with pytest.raises(FloatingPointError, match="Member 1: The .* in epoch 2 became NaN"):
+        fit_ensemble(
+            models,
+            data,
+            epochs=3,
+            optimizers=optimizers,
+            schedule=lambda t: 1e200 if t > 1 else 0.01,
+            clip=None,
+            folder=tmp_path,
+            method=method,
+            callback=remember,
+        )
+    for k, model in enumerate(models):
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, kept[k][name])
+        resumes = {path.name for path in (tmp_path / f"member-{k:03d}").glob("resume*")}
+        assert resumes == {"resume-00001.pt"}
+
+
+def test_shuffling_loader_mappings_and_frozen_or_unused_parameters(data):
+    """What `fit` draws from the global stream, and parameters without a gradient."""
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+            self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+            self.unused = nn.Parameter(torch.ones(2))
+
+        def forward(self, pixels):
+            return {"logits": self.net(pixels) * self.frozen}
+
+    def make():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return [Wrapped().double() for _ in range(2)]
+
+    x, y = next(iter(data.with_(batch_size=16)))
+    collate = [{"pixels": a, "labels": b} for a, b in zip(x, y, strict=True)]
+    loader = DataLoader(collate, batch_size=8, shuffle=True)
+    models, alone = make(), make()
+    fit_ensemble(models, loader, epochs=2, method="vmap")
+    for k in range(2):
+        fit(alone[k], loader, epochs=2, seed=k)
+        assert_close(models[k], alone[k])
+        assert torch.equal(models[k].unused, torch.ones(2).double())
+    assert not torch.allclose(models[0].net[1].weight, models[1].net[1].weight)
+
+
+def test_other_random_layers_differ_between_members_and_are_reproducible(data):
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.scale * (x + torch.randn_like(x)).flatten(1)[:, :3]
+
+    losses = []
+    for _ in range(2):
+        result = fit_ensemble([Noise(), Noise()], data, epochs=1, method="vmap")
+        losses.append([float(member.train_loss[0]) for member in result.members])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]
+
+
+def test_dropout_differs_between_members_with_the_same_weights(data):
+    models = [copy.deepcopy(make_models("vit_nano")[0]) for _ in range(3)]
+    result = fit_ensemble(models, data, epochs=1, seeds=(0, 1, 1), method="vmap")
+    losses = [float(member.train_loss[0]) for member in result.members]
+    assert losses[0] != losses[1]
+    assert losses[1] == losses[2]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "count", "method"),
+    [(8, 3, "vmap"), (16, 3, "vmap"), (22, 3, "loop"), (8, 1, "loop")],
+)
+def test_method_is_chosen_by_the_batch_size_on_a_cpu(data, batch_size, count, method):
+    batches = data.with_(batch_size=batch_size)
+    samples = TensorDataset(*next(iter(data.with_(batch_size=22))))
+    for given in (batches, list(batches), DataLoader(samples, batch_size)):
+        assert fit_ensemble(make_models(count=count), given, epochs=1).method == method
+
+
+def net(width=4):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, width))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"models": []}, "`models` must hold at least one"),
+        ({"models": [net(), net(5)]}, "number 1 differs from number 0"),
+        ({"models": [net(), net().double()]}, "one architecture, precision and device"),
+        ({"seeds": [1]}, "`seeds` must have one entry a model, 2, got 1"),
+        ({"schedule": [None] * 3}, "`schedule` must have one entry a model, 2, got 3"),
+        ({"optimizers": []}, "`optimizers` must have one entry a model, 2, got 0"),
+        ({"method": "jit"}, "`method` must be one of 'auto', 'vmap', 'loop', got 'jit'"),
+        ({"bfloat16": True}, '`bfloat16` needs method="loop"'),
+        ({"epochs": 0}, "`epochs` must be at least 1"),
+        ({"trajectory": True}, "`folder` must be given"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_bad_arguments_are_refused(data, arguments, match):
+    arguments = {"models": [net(), net()], "epochs": 1, "method": "vmap", **arguments}
+    with pytest.raises(ValueError, match=match):
+        fit_ensemble(arguments.pop("models"), data, **arguments)
+
+
+def test_what_cannot_be_stacked_is_refused(data):
+    models = [net(), net()]
+    with pytest.raises(ValueError, match="got one of them twice"):
+        fit_ensemble([models[0]] * 2, data, epochs=1)
+    other = [torch.optim.SGD(models[0].parameters(), lr=0.1)] * 2
+    with pytest.raises(ValueError, match=r"`optimizers\[1\]` must be on the parameters of"):
+        fit_ensemble(models, data, epochs=1, optimizers=other, method="vmap")
+    halves = [
+        torch.optim.SGD(models[0].parameters(), lr=0.1),
+        torch.optim.SGD([models[1][1].bias], lr=0.1),
+    ]
+    with pytest.raises(ValueError, match="`optimizers` must be on the same parameters"):
+        fit_ensemble(models, data, epochs=1, optimizers=halves, method="vmap")
+    with pytest.raises(ValueError, match="equally many batches, got 3 and 1"):
+        fit_ensemble(models, [data, data.subset(8)], epochs=1, method="vmap")
+    before = [p.clone() for model in models for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"one shape .* got \(6, 3, 8, 8\) and \(7, 3, 8, 8\)"):
+        fit_ensemble(models, [data, data.subset([*range(22), 0])], epochs=1, method="vmap")
+    after = [p for model in models for p in model.parameters()]
+    assert [a.shape for a in after] == [b.shape for b in before]
+
+
+def test_steps_are_shown_on_request(data, capsys):
+    fit_ensemble([net(), net()], data, epochs=1, method="vmap")
+    assert capsys.readouterr() == ("", "")
+    fit_ensemble([net(), net()], data, epochs=1, method="vmap", progress=True)
+    assert "6/6" in capsys.readouterr().err
