@@ -260,6 +260,20 @@ def test_what_lies_beyond_the_epoch_that_training_goes_back_to_is_measured_again
     assert second.history("a").values["value"].tolist() == [1, 2, 3, 6]
 
 
+def test_what_was_spent_before_an_interruption_is_paid_off_after_it(tmp_path, clock):
+    model, calls = nn.Linear(2, 2), []
+    probes = {"dear": taking(clock, 6, calls)}
+    looking = Watch(probes, folder=tmp_path, budget=0.2)
+    for epoch in range(14):
+        looking(model, epoch)
+        if epoch == 3:
+            looking = Watch(probes, folder=tmp_path, budget=0.2, resume=True)
+            looking(model, epoch)
+        clock.now += 10
+    assert looking.history("dear").step.tolist() == [0, 6, 9, 12]  # 2 seconds an epoch
+    assert looking.training_seconds == 130
+
+
 def test_a_line_of_the_log_that_was_cut_off_is_measured_again(tmp_path):
     model, probes = nn.Linear(2, 2), {"a": weight_norm}
     first = Watch(probes, folder=tmp_path, budget=1e9)
