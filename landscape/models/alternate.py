@@ -22,68 +22,26 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from landscape._checks import check_at_least
-from landscape.models.alternet import AlterNet, MSABlock, PreActBasicBlock, PreActBottleneck
+from landscape.models.alternet import AlterNet, MSABlock
 from landscape.models.layers import (
-    DropPath,
     WindowAttention,
-    chain,
     check_sizes,
     init_conv_net,
     init_transformer,
 )
-from landscape.models.resnet import BasicBlock, Bottleneck, conv1x1
-
-
-class PostActMSABlock(nn.Module):
-    """`relu(x + drop_path(norm(attention(norm(conv(x))))))`, with windowed attention."""
-
-    def __init__(
-        self, channels: int, inner: int, attention: WindowAttention, drop_path: float
-    ) -> None:
-        super().__init__()
-        self.branch = chain(
-            conv=conv1x1(channels, inner),
-            norm1=nn.BatchNorm2d(inner),
-            attention=attention,
-            norm2=nn.BatchNorm2d(channels),
-        )
-        self.window = attention.window
-        self.drop_path = DropPath(drop_path)
-        self.act = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(n, channels, h, w)` to the same shape.
-
-        Raises:
-            ValueError: If the windows do not tile the map.
-        """
-        h, w = x.shape[2:]
-        if h % self.window or w % self.window:
-            raise ValueError(
-                f"`window` must divide the maps of its stage, got {self.window} for a map of "
-                f"{h}x{w}; resize the images, or pass their `image_size` to `alternate`."
-            )
-        out: Tensor = self.act(x + self.drop_path(self.branch(x)))
-        return out
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What an MSA block takes over from the convolution block in its place."""
-
-    channels: int
-    inner: int
-    drop_path: float
-    keeps_shape: bool
-    is_preact: bool
+from landscape.models.residual_stages import (
+    PostActMSABlock,
+    block_shape,
+    count_msas,
+    is_msa,
+    resnet_stages,
+)
 
 
 def alternate(
@@ -131,7 +89,7 @@ def alternate(
     if not any(stages):
         return model
     heads = [3 * 2**i for i in range(len(parts))] if heads is None else list(heads)
-    first = _shape(parts[0][0])
+    first = block_shape(parts[0][0])
     head_dim = (first.inner if first else 0) if head_dim is None else head_dim
     if len(heads) != len(parts):
         raise ValueError(f"`heads` must have one entry per stage ({len(parts)}), got {len(heads)}.")
@@ -140,41 +98,11 @@ def alternate(
     for i, (stage, count) in enumerate(zip(parts, stages, strict=True)):
         for position in msa_positions(len(stage), count):
             block = stage[position]
-            if not isinstance(block, MSABlock | PostActMSABlock):
+            if not is_msa(block):
                 stage[position] = _msa_block(block, heads[i], head_dim, windows[i])
     if isinstance(model, AlterNet):
         model.image_multiple = _image_multiple(model)
     return model
-
-
-def resnet_stages(model: nn.Module) -> list[nn.Sequential]:
-    """Return the stages of a ResNet, each a sequence of residual blocks.
-
-    Args:
-        model: As in `alternate`.
-
-    Raises:
-        ValueError: If the stages or their blocks are not of a kind that is known.
-    """
-    stages = getattr(model, "stages", None)
-    found = (
-        list(stages.children())
-        if isinstance(stages, nn.Sequential)
-        else [part for name, part in model.named_children() if re.fullmatch(r"layer\d+", name)]
-    )
-    parts = [part for part in found if isinstance(part, nn.Sequential) and len(part)]
-    if not parts or len(parts) < len(found):
-        raise ValueError(
-            "`model` must be a ResNet, an AlterNet, or have stages `layer1`, `layer2`, … as those "
-            f"of timm and torchvision, got a {type(model).__name__}."
-        )
-    for block in (block for part in parts for block in part):
-        if not isinstance(block, MSABlock | PostActMSABlock) and _shape(block) is None:
-            raise ValueError(
-                "`model` must consist of residual blocks with `conv1`, `bn1`, `conv2`, `bn2`, in "
-                f"that order, got a {type(block).__name__} in a {type(model).__name__}."
-            )
-    return parts
 
 
 def msa_positions(depth: int, count: int) -> list[int]:
@@ -185,11 +113,6 @@ def msa_positions(depth: int, count: int) -> list[int]:
         count: Its MSAs.
     """
     return [depth - 1 - 2 * i for i in range(count)]
-
-
-def count_msas(stage: nn.Sequential) -> int:
-    """Return how many blocks of a stage are MSAs."""
-    return sum(isinstance(block, MSABlock | PostActMSABlock) for block in stage)
 
 
 def _check_counts(parts: list[nn.Sequential], stages: Sequence[int]) -> None:
@@ -268,7 +191,7 @@ def _image_multiple(model: AlterNet) -> int:
 
 def _msa_block(block: nn.Module, heads: int, head_dim: int, window: int) -> nn.Module:
     """Return the MSA block that takes the place of a convolution block."""
-    shape = _shape(block)
+    shape = block_shape(block)
     if shape is None or not shape.keeps_shape:
         raise ValueError(
             "`model` must keep the shape of the map in the blocks to replace, but a "
@@ -284,28 +207,3 @@ def _msa_block(block: nn.Module, heads: int, head_dim: int, window: int) -> nn.M
     init_transformer(*projections, attention.position_bias)
     old = next(block.parameters())
     return new.to(device=old.device, dtype=old.dtype).train(block.training)
-
-
-def _shape(block: nn.Module) -> _Shape | None:
-    """Return what is to be known of a convolution block, `None` where it is of no known form."""
-    is_preact = isinstance(block, PreActBasicBlock | PreActBottleneck)
-    if is_preact or isinstance(block, BasicBlock | Bottleneck):
-        layers = dict(block.branch.named_children())  # type: ignore[union-attr]
-    else:
-        layers = dict(block.named_children())
-        names = [name for name in layers if name in {"conv1", "bn1", "conv2", "bn2"}]
-        if names != ["conv1", "bn1", "conv2", "bn2"]:  # a pre-activation block has `bn1` first
-            return None
-    convs = [layers[name] for name in ("conv1", "conv2", "conv3") if name in layers]
-    if not all(isinstance(conv, nn.Conv2d) for conv in convs):
-        return None
-    entry, last = convs[0], convs[-1]
-    strides = [conv.stride for conv in convs]
-    drop = getattr(block, "drop_path", None)
-    return _Shape(
-        channels=int(last.out_channels),
-        inner=int(entry.out_channels),
-        drop_path=float(getattr(drop, "rate", getattr(drop, "drop_prob", None)) or 0.0),
-        keeps_shape=entry.in_channels == last.out_channels and set(strides) == {(1, 1)},
-        is_preact=is_preact,
-    )

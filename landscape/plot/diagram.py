@@ -86,12 +86,12 @@ def block_diagram(
     for i, place in enumerate(places):
         left = place.column + _STRIP / points
         color = DIAGRAM_COLORS[kinds[i]]
+        pad, size = _PAD / points, output_text(result, i)
+        room = place.column + 1 - pad - left
         look: dict[str, Any] = {"facecolor": to_rgba(color, 0.3), "edgecolor": color, "lw": 0.5}
-        room = place.column + 1 - _PAD / points - left
-        look = {**look, "gid": result.names[i], **box}
+        look |= {"gid": result.names[i], **box}
         ax.add_patch(Rectangle((left, place.top + 0.07), room, 0.86, **look))
         middle = place.top + 0.5
-        pad, size = _PAD / points, output_text(result, i)
         name = _fitting(result.names[i], room * points - 3 * _PAD - _width(size))
         text: dict[str, Any] = {"va": "center_baseline", "size": style.NOTE_SIZE, "clip_on": True}
         ax.text(left + pad, middle, name, ha="left", gid="name", **text)

@@ -26,8 +26,9 @@ from landscape.training.mixing import CutMix, LabelSmoothing, Mixup, OneOf, reci
 from landscape.training.randaugment import RandAugment
 from landscape.training.run import FitResult
 from landscape.training.schedule import Schedule, WarmupCosine, adamw
-from landscape.training.watch import Watch, WatchHistory
+from landscape.training.watch import Watch
 from landscape.training.watch_adapters import LightningWatch, TrainerWatch
+from landscape.training.watch_history import WatchHistory
 
 __all__ = [
     # data

@@ -6,8 +6,8 @@ from torch import nn
 
 from landscape import Blocks
 from landscape.models import alternate, alternet18, alternet50, resnet20, resnet34, vit_nano
-from landscape.models.alternate import PostActMSABlock, msa_positions, resnet_stages
-from landscape.models.alternet import MSABlock
+from landscape.models.alternate import msa_positions
+from landscape.models.residual_stages import is_msa, resnet_stages
 from landscape.models.resnet import BasicBlock
 from tests.cases import assert_untouched, snapshot
 from tests.test_thirdparty import zoo
@@ -19,10 +19,7 @@ def images(side=32, n=2):
 
 def kinds(model):
     """Stages of a network as texts of C and A."""
-    return [
-        "".join("A" if isinstance(b, MSABlock | PostActMSABlock) else "C" for b in stage)
-        for stage in resnet_stages(model)
-    ]
+    return ["".join("A" if is_msa(b) else "C" for b in stage) for stage in resnet_stages(model)]
 
 
 @pytest.mark.parametrize(

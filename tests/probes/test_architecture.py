@@ -1,13 +1,16 @@
 """The table of a model's blocks, for a diagram."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
 from landscape import Blocks, Result
 from landscape.models import resnet20, vit_nano
+from landscape.plot.diagram import block_diagram
 from landscape.probes.architecture import architecture
 from tests.cases import assert_untouched, snapshot
+from tests.test_thirdparty import zoo
 
 
 def small(**sizes):
@@ -59,3 +62,18 @@ def test_it_is_saved_and_read_again(tmp_path):
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="`model` must have residual blocks"):
         architecture(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), example=torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.thirdparty
+def test_a_swin_of_timm_has_its_subsampling_between_the_stages():
+    sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "depths": (2, 2), "embed_dim": 12}
+    model = zoo("timm").create_model("swin_tiny_patch4_window7_224", num_heads=(1, 2), **sizes)
+    result = architecture(model)
+    pair = ["msa", "mlp"] * 2
+    assert result.kinds == ("stem", *pair, "pool", *pair, "head")
+    assert result.grid.tolist() == [[16, 16]] * 5 + [[8, 8]] * 5 + [[0, 0]]
+    assert result.channels.tolist() == [12] * 5 + [24] * 5 + [1000]
+    ax = block_diagram(result)
+    outputs = [text.get_text() for text in ax.texts if text.get_gid() == "output"]
+    assert [text for text in outputs if "↓" in text] == ["↓ 24 × 8 × 8"]
+    plt.close(ax.figure)

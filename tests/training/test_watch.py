@@ -260,6 +260,34 @@ def test_what_lies_beyond_the_epoch_that_training_goes_back_to_is_measured_again
     assert second.history("a").values["value"].tolist() == [1, 2, 3, 6]
 
 
+def test_what_was_spent_before_an_interruption_is_paid_off_after_it(tmp_path, clock):
+    model, calls = nn.Linear(2, 2), []
+    probes = {"dear": taking(clock, 6, calls)}
+    looking = Watch(probes, folder=tmp_path, budget=0.2)
+    for epoch in range(14):
+        looking(model, epoch)
+        if epoch == 3:
+            looking = Watch(probes, folder=tmp_path, budget=0.2, resume=True)
+            looking(model, epoch)
+        clock.now += 10
+    assert looking.history("dear").step.tolist() == [0, 6, 9, 12]  # 2 seconds an epoch
+    assert looking.training_seconds == 130
+
+
+def test_a_line_of_the_log_that_was_cut_off_is_measured_again(tmp_path):
+    model, probes = nn.Linear(2, 2), {"a": weight_norm}
+    first = Watch(probes, folder=tmp_path, budget=1e9)
+    first(model, 0)
+    first(model, 1)
+    log = tmp_path / "watch.csv"
+    log.write_bytes(log.read_bytes()[:-5])
+    second = Watch(probes, folder=tmp_path, budget=1e9, resume=True)
+    assert second.history("a").step.tolist() == [0]
+    second(model, 1)
+    second(model, 2)
+    assert rows(tmp_path) == [[str(epoch), "a", "measured"] for epoch in range(3)]
+
+
 def test_a_finished_run_is_not_measured_again(tmp_path):
     data = make_data()
     train(data, tmp_path / "run", [Watch({"norm": weight_norm}, folder=tmp_path / "w")], epochs=1)
