@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 _convolution = torch.ops.aten.convolution
 _convolution_backward = torch.ops.aten.convolution_backward
+_CACHED = 1 << 17  # attention weights at a time: a dozen such tables stay in a CPU's cache
 
 
 @contextmanager
@@ -373,7 +374,9 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     mask = attn_mask
-    if dropout_p or is_causal or enable_gqa or q.shape[:-2] != k.shape[:-2]:
+    if dropout_p or is_causal or enable_gqa:
+        return None
+    if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         return None
     if mask is not None and mask.requires_grad:
         return None
@@ -423,23 +426,41 @@ class _AttentionBack(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        # ⟨b, (x, y, w)⟩ = ⟨D, T⟩ + ⟨P, g wᵀ⟩ with T = s (x kᵀ + q yᵀ), the tangent of the scores.
-        x, y, w = (t.contiguous() for t in grads)
-        q, k, v, g, p, a, centred, d = ctx.saved_tensors
-        t = x @ k.mT
-        t += q @ y.mT
-        t *= ctx.scale
-        mean = (p * t).sum(-1, keepdim=True)
-        tangent = (t - mean).mul_(p)  # of P: the derivative in A
-        dp = torch.addcmul(g @ w.mT, t, centred).addcmul_(a, mean, value=-1)
-        dp -= (dp * p).sum(-1, keepdim=True)
-        ds = dp.mul_(p).mul_(ctx.scale)
-        dq, dk, dv = ds @ k, ds.mT @ q, tangent.mT @ g
-        dq += d @ y
-        dk += d.mT @ x
-        dg = tangent @ v
-        dg += p @ w
-        return dq, dk, dv, dg, None, None
+        tensors = [t.contiguous() for t in grads] + list(ctx.saved_tensors)
+        p = ctx.saved_tensors[4]
+        size = len(p)
+        if p.dim() > 2 and p.device.type == "cpu":
+            size = max(1, _CACHED * size // p.numel())
+        parts = [_attention_curvature(part, ctx.scale) for part in _split(tensors, size)]
+        return (*(torch.cat(each) for each in zip(*parts, strict=True)), None, None)
+
+
+def _attention_curvature(tensors: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
+    """Return the derivatives of ⟨b, (x, y, w)⟩ in q, k, v and g.
+
+    ⟨b, (x, y, w)⟩ = ⟨D, T⟩ + ⟨P, g wᵀ⟩ with T = s (x kᵀ + q yᵀ), the tangent of the scores.
+    """
+    x, y, w, q, k, v, g, p, a, centred, d = tensors
+    t = x @ k.mT
+    t += q @ y.mT
+    t *= scale
+    mean = (p * t).sum(-1, keepdim=True)
+    tangent = (t - mean).mul_(p)  # of P: the derivative in A
+    dp = torch.addcmul(g @ w.mT, t, centred).addcmul_(a, mean, value=-1)
+    dp -= (dp * p).sum(-1, keepdim=True)
+    ds = dp.mul_(p).mul_(scale)
+    dq, dk, dv = ds @ k, ds.mT @ q, tangent.mT @ g
+    dq += d @ y
+    dk += d.mT @ x
+    dg = tangent @ v
+    dg += p @ w
+    return dq, dk, dv, dg
+
+
+def _split(tensors: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors in parts of `size` along their first dimension."""
+    parts: list[tuple[Tensor, ...]] = [torch.split(t, size) for t in tensors]
+    return zip(*parts, strict=True)
 
 
 def _covered(argument: Any) -> bool:

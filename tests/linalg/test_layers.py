@@ -173,6 +173,16 @@ def _made_by(tensor):
     return type(node).__name__
 
 
+def test_attention_part_by_part_is_the_same(generator, monkeypatch):
+    leaves = [torch.randn(5, 2, 5, 4, generator=generator).double() for _ in range(6)]
+    tensors, tangents = [t.requires_grad_() for t in leaves[:3]], leaves[3:]
+    with cheap_second_derivatives():
+        _, whole = evaluate(F.scaled_dot_product_attention, tensors, tangents)
+        monkeypatch.setattr("landscape.linalg.layers._CACHED", 2 * 2 * 5 * 5)  # 2 of 5 at a time
+        _, parts = evaluate(F.scaled_dot_product_attention, tensors, tangents)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
 def test_autocast_and_half_precision_are_left_alone():
     x, w = torch.randn(3, 5), torch.randn(4, 5, requires_grad=True)
     with cheap_second_derivatives():
