@@ -178,7 +178,7 @@ def test_attention_part_by_part_is_the_same(generator, monkeypatch):
     tensors, tangents = [t.requires_grad_() for t in leaves[:3]], leaves[3:]
     with cheap_second_derivatives():
         _, whole = evaluate(F.scaled_dot_product_attention, tensors, tangents)
-        monkeypatch.setattr("landscape.linalg.layers._CACHED", 2 * 2 * 5 * 5)  # 2 of 5 at a time
+        monkeypatch.setattr("landscape.linalg.attention.CACHED", 2 * 2 * 5 * 5)  # 2 of 5 at a time
         _, parts = evaluate(F.scaled_dot_product_attention, tensors, tangents)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
 
