@@ -33,6 +33,8 @@ from landscape.linalg.attention import attention
 from landscape.linalg.bilinear import conv, linear
 from landscape.linalg.pointwise import gelu, standardise
 
+_BY_POSITION = {"input", "query", "key", "value"}  # a call that names them is left as it is
+
 
 @contextmanager
 def cheap_second_derivatives() -> Iterator[None]:
@@ -65,7 +67,7 @@ class _Replacing(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        layer = self._layers.get(func)
+        layer = None if kwargs.keys() & _BY_POSITION else self._layers.get(func)
         if layer is not None and all(_covered(t) for t in (*args, *kwargs.values())):
             out = layer(*args, **kwargs)
             if out is not None:

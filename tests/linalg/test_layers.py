@@ -63,6 +63,13 @@ CASES = {
     "norm alone": (batch_norm, [(2, 6, 5, 5), (6,), (6,)], None),
     "linear": (F.linear, [(4, 3, 5), (6, 5), (6,)], "_Linear"),
     "linear without bias": (F.linear, [(4, 5), (6, 5)], "_Linear"),
+    "linear by keyword": (lambda x, w: F.linear(input=x, weight=w), [(4, 5), (6, 5)], None),
+    "linear, weight by keyword": (lambda x, w: F.linear(x, weight=w), [(4, 5), (6, 5)], "_Linear"),
+    "attention by keyword": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, key=k, value=v),
+        [(2, 5, 4)] * 3,
+        None,
+    ),
     "linear of one vector": (F.linear, [(5,), (6, 5)], None),
     "gelu": (F.gelu, [(3, 5)], "_Gelu"),
     "gelu by tanh": (lambda x: F.gelu(x, approximate="tanh"), [(3, 5)], None),
