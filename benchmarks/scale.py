@@ -100,7 +100,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> dict[str, float]:
         for ax, over in zip(axes, ("samples", "parameters"), strict=True):
             for kept in (True, False):
                 each = [r for r in rows if r["over"] == over and bool(r["kept"]) is kept]
-                x = np.array([r["size"] for r in each], dtype=float)
+                x = np.array([r["size"] for r in each]) / (1000 if over == "parameters" else 1)
                 y = np.array([r["seconds"] for r in each])
                 slope, intercept = np.polyfit(x, y, 1)
                 fit = slope * x + intercept
@@ -108,7 +108,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> dict[str, float]:
                 quality[f"{over}, {label}"] = float(1 - ((y - fit) ** 2).sum() / y.var() / len(y))
                 (marks,) = ax.plot(x, y, "o", label=label)
                 ax.plot(x, fit, lw=1, color=marks.get_color())
-            ax.set(xlim=(0, None), ylim=(0, None), xlabel=over.capitalize())
+            unit = " [thousands]" if over == "parameters" else ""
+            ax.set(xlim=(0, None), ylim=(0, None), xlabel=over.capitalize() + unit)
         axes[0].set_ylabel("One product [s]")
         axes[0].legend(frameon=False)
         fig.savefig(path, dpi=120)

@@ -288,6 +288,16 @@ class EigenSearch:
             values, residuals, errors, converged, which, self.num_matvecs, found, self.miss
         )
 
+    def direction(self, name: str) -> torch.Tensor:
+        """Return the sum of a set's vectors, to start from on an operator near this one.
+
+        Args:
+            name: Name of the set.
+        """
+        k, which = self._wanted[name]
+        chosen = select(self._ritz.values, k, which)
+        return self.space.vectors(self._ritz.coordinates[:, chosen].sum(1, keepdims=True))[0]
+
     def snapshot(self, starts: int) -> tuple[RitzPairs, np.ndarray] | None:
         """Return Ritz pairs and quadrature weights of the first random start vectors.
 

@@ -95,7 +95,7 @@ class HessianOperator(CurvatureOperator):
     """The Hessian, by double backward.
 
     The graph of each batch's gradient is kept for as many batches as fit `memory`; the product
-    with a kept batch costs about 2 to 3 gradients, with another about 4.
+    with a kept batch costs about 1.5 to 2 gradients, with another 2.5 to 3.5.
 
     Attributes:
         num_kept: Number of batches whose graph is kept.

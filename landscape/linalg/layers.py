@@ -27,11 +27,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-_convolution = torch.ops.aten.convolution
-_convolution_backward = torch.ops.aten.convolution_backward
+from landscape.linalg.attention import attention
+from landscape.linalg.bilinear import conv, linear
+from landscape.linalg.pointwise import gelu, standardise
+
+_BY_POSITION = {"input", "query", "key", "value"}  # a call that names them is left as it is
 
 
 @contextmanager
@@ -65,7 +67,7 @@ class _Replacing(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        layer = self._layers.get(func)
+        layer = None if kwargs.keys() & _BY_POSITION else self._layers.get(func)
         if layer is not None and all(_covered(t) for t in (*args, *kwargs.values())):
             out = layer(*args, **kwargs)
             if out is not None:
@@ -88,7 +90,7 @@ class _Replacing(TorchFunctionMode):
             x = x.contiguous(memory_format=torch.channels_last)
             weight = weight.contiguous(memory_format=torch.channels_last)
         settings = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
-        out: Tensor = _apply(_Conv, x, weight, bias, settings, None)
+        out = conv(x, weight, bias, settings)
         self._convolved = _Made(out, x, weight, bias, settings)
         return out
 
@@ -115,10 +117,7 @@ class _Replacing(TorchFunctionMode):
             shift = shift + last.bias * scale
         folded = last.weight * scale[:, None, None, None]
         known = (x, scale, shift if last.bias is None else shift - last.bias * scale)
-        out: Tensor = _apply(
-            _Conv, last.x, folded, shift, last.settings, tuple(t.detach() for t in known)
-        )
-        return out
+        return conv(last.x, folded, shift, last.settings, tuple(t.detach() for t in known))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         if x.dim() < 2 or weight.dim() != 2:
@@ -132,8 +131,7 @@ class _Replacing(TorchFunctionMode):
             if last.weight is not None:
                 weight = weight * last.weight
         rows = x.reshape(-1, x.shape[-1])
-        out: Tensor = _apply(_Linear, rows, weight, bias)
-        return out.view(*x.shape[:-1], len(weight))
+        return linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
 
     def _layer_norm(
         self,
@@ -145,7 +143,7 @@ class _Replacing(TorchFunctionMode):
     ) -> Tensor | None:
         if len(normalized_shape) != 1:
             return None
-        z: Tensor = _apply(_Standardise, x, eps)
+        z = standardise(x, eps)
         # The layer keeps z; what is returned may be changed in place.
         out = z.clone() if weight is None else z * weight
         out = out if bias is None else out + bias
@@ -172,194 +170,10 @@ class _Made:
         return tensor is self._out and tensor._version == self._version
 
 
-class _Conv(Function):
-    """y = x ∗ w + bias; where `known` is given it is (a, s, t) with y = s a + t."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any, known: Any
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.settings = settings
-        out: Tensor
-        if known is None:
-            out = _convolution(x, weight, bias, *settings)
-        else:
-            a, scale, shift = known
-            out = (a * scale[:, None, None]).add_(shift[:, None, None])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        back = _apply(_ConvBack, x, weight, grads[0], ctx.settings, ctx.needs_input_grad[:3])
-        return (*back, None, None)
-
-
-class _ConvBack(Function):
-    """b = (g ⋆ w, g ⋆ x, Σ g), bilinear in (x, w) and g; the first two are adjoints of ∗."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, g: Tensor, settings: Any, needed: tuple[bool, ...]
-    ) -> Any:
-        ctx.save_for_backward(x, weight, g)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        return _adjoints(g, x, weight, settings, needed)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        v, u, shift = grads
-        x, weight, g = ctx.saved_tensors
-        dx = dw = dg = None
-        if v is not None:
-            dg = _convolution(v, weight, shift, *ctx.settings)
-            if ctx.needs_input_grad[1]:
-                dw = _adjoints(g, v, weight, ctx.settings, (False, True, False))[1]
-        if u is not None:
-            other = _convolution(x, u, shift if dg is None else None, *ctx.settings)
-            dg = other if dg is None else dg.add_(other)
-            if ctx.needs_input_grad[0]:
-                dx = _adjoints(g, x, u, ctx.settings, (True, False, False))[0]
-        if dg is None and shift is not None:
-            dg = shift[:, None, None].expand_as(g)
-        return dx, dw, dg, None, None
-
-
-def _adjoints(
-    g: Tensor, x: Tensor, weight: Tensor, settings: Any, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    found = _convolution_backward(g, x, weight, [weight.shape[0]], *settings, list(needed))
-    return tuple(t if wanted else None for t, wanted in zip(found, needed, strict=True))
-
-
-class _Linear(Function):
-    """y = x wᵀ + bias, for x with one sample a row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        return _apply(_LinearBack, x, weight, grads[0], ctx.needs_input_grad)
-
-
-class _LinearBack(Function):
-    """b = (g w, gᵀx, Σ g)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, g: Tensor, needed: tuple[bool, ...]) -> Any:
-        ctx.save_for_backward(x, weight, g)
-        ctx.set_materialize_grads(False)
-        return (
-            g @ weight if needed[0] else None,
-            g.T @ x if needed[1] else None,
-            g.sum(0) if needed[2] else None,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        v, u, shift = grads
-        x, weight, g = ctx.saved_tensors
-        dx = dw = dg = None
-        if v is not None:
-            dg = F.linear(v, weight, shift)
-            dw = g.T @ v if ctx.needs_input_grad[1] else None
-        if u is not None:
-            dg = F.linear(x, u, shift) if dg is None else dg.addmm_(x, u.T)
-            dx = g @ u if ctx.needs_input_grad[0] else None
-        if dg is None and shift is not None:
-            dg = shift.expand_as(g)
-        return dx, dw, dg, None
-
-
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
     if approximate != "none":
         return None
-    out: Tensor = _apply(_Gelu, x)
-    return out
-
-
-class _Gelu(Function):
-    """y = x Φ(x), with y' = Φ + x φ and y'' = (2 − x²) φ as tables."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        phi = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
-        density = (x * x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        first = torch.addcmul(phi, x, density)
-        second = (x * x).neg_().add_(2).mul_(density)
-        ctx.save_for_backward(x, first, second)
-        return phi.mul_(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (g,) = grads
-        x, first, second = ctx.saved_tensors
-        return _apply(_GeluBack, x, g, first, second) if torch.is_grad_enabled() else g * first
-
-
-class _GeluBack(Function):
-    """b = y'(x) g."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, g: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(g * second, first)
-        return g * first
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (v,) = grads
-        curved, first = ctx.saved_tensors
-        return v * curved, v * first, None, None
-
-
-class _Standardise(Function):
-    """z = ρ (x − mean x), ρ = 1 / √(var x + ε), over the last dimension."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        z = x - x.mean(-1, keepdim=True)
-        rho = (z * z).mean(-1, keepdim=True).add_(eps).rsqrt_()
-        z.mul_(rho)
-        ctx.save_for_backward(x, z, rho)
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, z, rho = ctx.saved_tensors
-        return _apply(_StandardiseBack, x, grads[0], z.detach(), rho), None
-
-
-class _StandardiseBack(Function):
-    """b = ρ P g, with P g = g − mean g − z mean(g z)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, g: Tensor, z: Tensor, rho: Tensor) -> Tensor:
-        along = (g * z).mean(-1, keepdim=True)
-        out = _project(g, z, along).mul_(rho)
-        ctx.save_for_backward(z, rho, out, along)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        # With dz = ρ P dx and dρ = −ρ² mean(z dx):
-        # ⟨v, db⟩ = −ρ mean(z dx) ⟨v, b⟩ − ρ [mean(g z) ⟨v, dz⟩ + mean(v z) ⟨g, dz⟩]
-        (v,) = grads
-        z, rho, out, along = ctx.saved_tensors
-        also = (v * z).mean(-1, keepdim=True)
-        dg = _project(v, z, also).mul_(rho)
-        dx = z * ((v * out).mean(-1, keepdim=True) * -rho)
-        dx.addcmul_(dg, along * rho, value=-1).addcmul_(out, also * rho, value=-1)
-        return dx, dg, None, None
-
-
-def _project(g: Tensor, z: Tensor, along: Tensor) -> Tensor:
-    return torch.addcmul(g - g.mean(-1, keepdim=True), z, along, value=-1)
+    return gelu(x)
 
 
 def _attention(
@@ -373,73 +187,15 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     mask = attn_mask
-    if dropout_p or is_causal or enable_gqa or q.shape[:-2] != k.shape[:-2]:
+    if dropout_p or is_causal or enable_gqa:
+        return None
+    if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         return None
     if mask is not None and mask.requires_grad:
         return None
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, not at every product
-    out: Tensor = _apply(_Attention, q, k, v, mask, scale or 1 / math.sqrt(q.shape[-1]))
-    return out
-
-
-class _Attention(Function):
-    """o = P v, P = softmax(s q kᵀ + mask), over any leading dimensions."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-    ) -> Tensor:
-        scores = (q * scale) @ k.mT
-        if mask is not None:
-            scores = scores + mask
-        p = scores.softmax(-1)
-        if mask is not None:  # a query that may attend to nothing yields 0, not NaN
-            p = p.masked_fill((mask == -math.inf).all(-1, keepdim=True), 0.0)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.scale = scale
-        return p @ v
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, p = ctx.saved_tensors
-        return (*_apply(_AttentionBack, q, k, v, grads[0].contiguous(), p, ctx.scale), None, None)
-
-
-class _AttentionBack(Function):
-    """b = (s D k, s Dᵀq, Pᵀg), with D = P ∘ (A − c), A = g vᵀ and c the row sums of P ∘ A."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, p: Tensor, scale: float
-    ) -> Any:
-        a = g @ v.mT
-        centred = a - (a * p).sum(-1, keepdim=True)
-        d = (centred * p).mul_(scale)
-        ctx.save_for_backward(q, k, v, g, p, a, centred, d)
-        ctx.scale = scale
-        return d @ k, d.mT @ q, p.mT @ g
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        # ⟨b, (x, y, w)⟩ = ⟨D, T⟩ + ⟨P, g wᵀ⟩ with T = s (x kᵀ + q yᵀ), the tangent of the scores.
-        x, y, w = (t.contiguous() for t in grads)
-        q, k, v, g, p, a, centred, d = ctx.saved_tensors
-        t = x @ k.mT
-        t += q @ y.mT
-        t *= ctx.scale
-        mean = (p * t).sum(-1, keepdim=True)
-        tangent = (t - mean).mul_(p)  # of P: the derivative in A
-        dp = torch.addcmul(g @ w.mT, t, centred).addcmul_(a, mean, value=-1)
-        dp -= (dp * p).sum(-1, keepdim=True)
-        ds = dp.mul_(p).mul_(ctx.scale)
-        dq, dk, dv = ds @ k, ds.mT @ q, tangent.mT @ g
-        dq += d @ y
-        dk += d.mT @ x
-        dg = tangent @ v
-        dg += p @ w
-        return dq, dk, dv, dg, None, None
+    return attention(q, k, v, mask, scale or 1 / math.sqrt(q.shape[-1]))
 
 
 def _covered(argument: Any) -> bool:
@@ -452,10 +208,6 @@ def _covered(argument: Any) -> bool:
         and not torch.is_autocast_enabled(argument.device.type)
         and not torch._C._functorch.is_functorch_wrapped_tensor(argument)
     )
-
-
-def _apply(layer: Any, *args: Any) -> Any:
-    return layer.apply(*args)  # PyTorch does not annotate it
 
 
 def _pair(size: int | Sequence[int]) -> list[int]:

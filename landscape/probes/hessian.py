@@ -138,7 +138,7 @@ def hessian_spectrum(
         progress: Show a bar.
 
     Returns:
-        The spectrum. Cost: `num_hvps` products over all data, 2 to 4 gradients each.
+        The spectrum. Cost: `num_hvps` products over all data, 1.5 to 3.5 gradients each.
 
     Raises:
         ValueError: If an argument is out of range, or the loss is not finite.
@@ -243,8 +243,9 @@ def hessian_max_spectrum(
         certify: Look for multiple and missed eigenvalues; a number is the probability of a miss
             to admit (`top_eigenpairs`).
         num_bootstrap: Resamplings of mini-batches for the intervals.
-        start: What was found before, with vectors, or vectors `(m, dim)`: every mini-batch's Krylov
-            space starts from their sum instead of a random vector.
+        start: What was found before, with vectors, or vectors `(m, dim)`: the first mini-batch's
+            Krylov space starts from their sum instead of a random vector. Every other one's starts
+            from the sum of the eigenvectors found before it, which saves 1 or 2 products.
         memory: What may be kept of a mini-batch's graph between products.
         generator: Source of the start vectors and resamplings; seed 0 by default.
         engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion
@@ -290,6 +291,7 @@ def hessian_max_spectrum(
         )
         search.run(starts=1, certify=certify, first=first)
         rows.append(search.pairs("top"))
+        first = search.direction("top")
     eigenvalues = np.stack([row.values for row in rows])
     converged = np.stack([row.converged for row in rows])
     num_hvps = sum(row.num_matvecs for row in rows)

@@ -63,6 +63,13 @@ CASES = {
     "norm alone": (batch_norm, [(2, 6, 5, 5), (6,), (6,)], None),
     "linear": (F.linear, [(4, 3, 5), (6, 5), (6,)], "_Linear"),
     "linear without bias": (F.linear, [(4, 5), (6, 5)], "_Linear"),
+    "linear by keyword": (lambda x, w: F.linear(input=x, weight=w), [(4, 5), (6, 5)], None),
+    "linear, weight by keyword": (lambda x, w: F.linear(x, weight=w), [(4, 5), (6, 5)], "_Linear"),
+    "attention by keyword": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, key=k, value=v),
+        [(2, 5, 4)] * 3,
+        None,
+    ),
     "linear of one vector": (F.linear, [(5,), (6, 5)], None),
     "gelu": (F.gelu, [(3, 5)], "_Gelu"),
     "gelu by tanh": (lambda x: F.gelu(x, approximate="tanh"), [(3, 5)], None),
@@ -171,6 +178,16 @@ def _made_by(tensor):
     while type(node).__name__ == "ViewBackward0":
         node = node.next_functions[0][0]
     return type(node).__name__
+
+
+def test_attention_part_by_part_is_the_same(generator, monkeypatch):
+    leaves = [torch.randn(5, 2, 5, 4, generator=generator).double() for _ in range(6)]
+    tensors, tangents = [t.requires_grad_() for t in leaves[:3]], leaves[3:]
+    with cheap_second_derivatives():
+        _, whole = evaluate(F.scaled_dot_product_attention, tensors, tangents)
+        monkeypatch.setattr("landscape.linalg.attention.CACHED", 2 * 2 * 5 * 5)  # 2 of 5 at a time
+        _, parts = evaluate(F.scaled_dot_product_attention, tensors, tangents)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
 
 
 def test_autocast_and_half_precision_are_left_alone():

@@ -1,0 +1,147 @@
+"""Convolution and linear layer with a cheap second derivative (`landscape.linalg.layers`).
+
+Both are bilinear in input and weights, so the second derivatives are the layer itself and its two
+adjoints, with the kernels of the first derivative.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+_convolution = torch.ops.aten.convolution
+_convolution_backward = torch.ops.aten.convolution_backward
+
+
+def apply(layer: Any, *args: Any) -> Any:
+    """Call an autograd function; PyTorch does not annotate its `apply`."""
+    return layer.apply(*args)
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any, known: Any = None
+) -> Tensor:
+    """Return the convolution x ∗ w + bias.
+
+    Args:
+        x: Images, `(n, channels, h, w)`.
+        weight: Kernels, `(out, channels / groups, kh, kw)`.
+        bias: Shape `(out,)`, or `None`.
+        settings: Stride, padding, dilation, transposed, output padding, groups, as ATen takes them.
+        known: Where given, `(a, s, t)` such that the result is s a + t, channel by channel.
+    """
+    out: Tensor = apply(_Conv, x, weight, bias, settings, known)
+    return out
+
+
+class _Conv(Function):
+    """y = x ∗ w + bias; where `known` is given it is (a, s, t) with y = s a + t."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any, known: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = settings
+        out: Tensor
+        if known is None:
+            out = _convolution(x, weight, bias, *settings)
+        else:
+            a, scale, shift = known
+            out = (a * scale[:, None, None]).add_(shift[:, None, None])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        back = apply(_ConvBack, x, weight, grads[0], ctx.settings, ctx.needs_input_grad[:3])
+        return (*back, None, None)
+
+
+class _ConvBack(Function):
+    """b = (g ⋆ w, g ⋆ x, Σ g), bilinear in (x, w) and g; the first two are adjoints of ∗."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, g: Tensor, settings: Any, needed: tuple[bool, ...]
+    ) -> Any:
+        ctx.save_for_backward(x, weight, g)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return _adjoints(g, x, weight, settings, needed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        v, u, shift = grads
+        x, weight, g = ctx.saved_tensors
+        dx = dw = dg = None
+        if v is not None:
+            dg = _convolution(v, weight, shift, *ctx.settings)
+            if ctx.needs_input_grad[1]:
+                dw = _adjoints(g, v, weight, ctx.settings, (False, True, False))[1]
+        if u is not None:
+            other = _convolution(x, u, shift if dg is None else None, *ctx.settings)
+            dg = other if dg is None else dg.add_(other)
+            if ctx.needs_input_grad[0]:
+                dx = _adjoints(g, x, u, ctx.settings, (True, False, False))[0]
+        if dg is None and shift is not None:
+            dg = shift[:, None, None].expand_as(g)
+        return dx, dw, dg, None, None
+
+
+def _adjoints(
+    g: Tensor, x: Tensor, weight: Tensor, settings: Any, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    found = _convolution_backward(g, x, weight, [weight.shape[0]], *settings, list(needed))
+    return tuple(t if wanted else None for t, wanted in zip(found, needed, strict=True))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x wᵀ + bias for x of shape `(n, in)`."""
+    out: Tensor = apply(_Linear, x, weight, bias)
+    return out
+
+
+class _Linear(Function):
+    """y = x wᵀ + bias, for x with one sample a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return apply(_LinearBack, x, weight, grads[0], ctx.needs_input_grad)
+
+
+class _LinearBack(Function):
+    """b = (g w, gᵀx, Σ g)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, g: Tensor, needed: tuple[bool, ...]) -> Any:
+        ctx.save_for_backward(x, weight, g)
+        ctx.set_materialize_grads(False)
+        return (
+            g @ weight if needed[0] else None,
+            g.T @ x if needed[1] else None,
+            g.sum(0) if needed[2] else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        v, u, shift = grads
+        x, weight, g = ctx.saved_tensors
+        dx = dw = dg = None
+        if v is not None:
+            dg = F.linear(v, weight, shift)
+            dw = g.T @ v if ctx.needs_input_grad[1] else None
+        if u is not None:
+            dg = F.linear(x, u, shift) if dg is None else dg.addmm_(x, u.T)
+            dx = g @ u if ctx.needs_input_grad[0] else None
+        if dg is None and shift is not None:
+            dg = shift.expand_as(g)
+        return dx, dw, dg, None

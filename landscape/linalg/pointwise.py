@@ -1,0 +1,103 @@
+"""GELU and the standardisation of a layer norm with a cheap second derivative.
+
+`landscape.linalg.layers` puts them in place.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from landscape.linalg.bilinear import apply
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Return x Φ(x), element by element."""
+    out: Tensor = apply(_Gelu, x)
+    return out
+
+
+def standardise(x: Tensor, eps: float) -> Tensor:
+    """Return (x − mean x) / √(var x + ε) over the last dimension."""
+    out: Tensor = apply(_Standardise, x, eps)
+    return out
+
+
+class _Gelu(Function):
+    """y = x Φ(x), with y' = Φ + x φ and y'' = (2 − x²) φ as tables."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        phi = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
+        density = (x * x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        first = torch.addcmul(phi, x, density)
+        second = (x * x).neg_().add_(2).mul_(density)
+        ctx.save_for_backward(x, first, second)
+        return phi.mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,) = grads
+        x, first, second = ctx.saved_tensors
+        return apply(_GeluBack, x, g, first, second) if torch.is_grad_enabled() else g * first
+
+
+class _GeluBack(Function):
+    """b = y'(x) g."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(g * second, first)
+        return g * first
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (v,) = grads
+        curved, first = ctx.saved_tensors
+        return v * curved, v * first, None, None
+
+
+class _Standardise(Function):
+    """z = ρ (x − mean x), ρ = 1 / √(var x + ε), over the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        z = x - x.mean(-1, keepdim=True)
+        rho = (z * z).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        z.mul_(rho)
+        ctx.save_for_backward(x, z, rho)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, z, rho = ctx.saved_tensors
+        return apply(_StandardiseBack, x, grads[0], z.detach(), rho), None
+
+
+class _StandardiseBack(Function):
+    """b = ρ P g, with P g = g − mean g − z mean(g z)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor, z: Tensor, rho: Tensor) -> Tensor:
+        along = (g * z).mean(-1, keepdim=True)
+        out = _project(g, z, along).mul_(rho)
+        ctx.save_for_backward(z, rho, out, along)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        # With dz = ρ P dx and dρ = −ρ² mean(z dx):
+        # ⟨v, db⟩ = −ρ mean(z dx) ⟨v, b⟩ − ρ [mean(g z) ⟨v, dz⟩ + mean(v z) ⟨g, dz⟩]
+        (v,) = grads
+        z, rho, out, along = ctx.saved_tensors
+        also = (v * z).mean(-1, keepdim=True)
+        dg = _project(v, z, also).mul_(rho)
+        dx = z * ((v * out).mean(-1, keepdim=True) * -rho)
+        dx.addcmul_(dg, along * rho, value=-1).addcmul_(out, also * rho, value=-1)
+        return dx, dg, None, None
+
+
+def _project(g: Tensor, z: Tensor, along: Tensor) -> Tensor:
+    return torch.addcmul(g - g.mean(-1, keepdim=True), z, along, value=-1)
