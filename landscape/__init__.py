@@ -13,6 +13,7 @@ from landscape.linalg.quadrature import SpectralDensity
 from landscape.linalg.trace import TraceEstimate
 from landscape.objective import Objective
 from landscape.probes.adversarial import AdversarialRobustness, adversarial_robustness
+from landscape.probes.architecture import Architecture, architecture
 from landscape.probes.cka import CKA, cka
 from landscape.probes.corruption import (
     CorruptionRobustness,
@@ -76,6 +77,7 @@ __all__ = [
     # representations
     "Block",
     "Blocks",
+    "architecture",
     "cka",
     "feature_variance",
     "fourier_amplitude",
@@ -88,6 +90,7 @@ __all__ = [
     "load_published_corruptions",
     # results
     "AdversarialRobustness",
+    "Architecture",
     "BlockTable",
     "CKA",
     "CorruptionRobustness",

@@ -5,8 +5,10 @@ Functions compute, show, save and style nothing. For the look of a paper draw in
 """
 
 from landscape.plot import interactive, style
+from landscape.plot.build_up import build_up
 from landscape.plot.corruption import corruption_robustness
 from landscape.plot.density import half_density
+from landscape.plot.diagram import block_diagram, figure11
 from landscape.plot.feature_figures import figure2, figure2a, figure8, figure9, figure10, panels
 from landscape.plot.features import (
     cka,
@@ -33,6 +35,8 @@ from landscape.plot.trajectory import polar_trajectory, trajectory
 __all__ = [
     # results to axes
     "adversarial_robustness",
+    "block_diagram",
+    "build_up",
     "cka",
     "corruption_robustness",
     "feature_variance",
@@ -58,6 +62,7 @@ __all__ = [
     "figure8",
     "figure9",
     "figure10",
+    "figure11",
     "panels",
     # parts
     "half_density",
