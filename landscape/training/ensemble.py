@@ -72,17 +72,18 @@ def fit_ensemble(
     """Train models of one architecture in place, all at once; return the history of each.
 
     Member k ends with the weights of `fit(models[k], data, optimizer=optimizers[k],
-    seed=seeds[k], …)` up to rounding: batches, augmentation, dropout and stochastic depth (of
-    `nn.Dropout` and `landscape.models`), BatchNorm statistics, clipping, schedule, checkpoints and
-    log are its own. Random layers that do not call `torch.nn.functional.dropout` draw for each
-    member independently, but not what `fit` draws. In float32 rounding grows from step to step in
-    networks with BatchNorm (a relative 5e-3 in 12 steps was measured); in float64 it does not
-    show.
+    seed=seeds[k], bfloat16=bfloat16, …)` up to rounding: batches, augmentation, dropout and
+    stochastic depth (of `nn.Dropout` and `landscape.models`), BatchNorm statistics, clipping,
+    schedule, checkpoints and log are its own. Random layers that do not call
+    `torch.nn.functional.dropout` draw for each member independently, but not what `fit` draws. In
+    float32 rounding grows from step to step in networks with BatchNorm (a relative 5e-3 in 12
+    steps was measured); in float64 it does not show.
 
     `method="auto"` takes `vmap` on accelerators, and on a CPU for batches of at most 16, where
     starting operations is what takes time; at larger batches a CPU is busy with one model, and a
-    loop over the members is as fast or faster. This is a heuristic from measurements of small
-    ResNets and ViTs on two cores (`benchmarks/training.py`). A step under `vmap` needs the memory
+    loop over the members is faster. This is a heuristic: on one core small ResNets and ViTs were
+    faster under `vmap` at batch 8, the more so the smaller they are, and slower at batch 32
+    (`benchmarks/training.py`). A step under `vmap` needs the memory
     of all members' activations. Validation goes member by member either way.
 
     Args:
@@ -194,7 +195,7 @@ def _train(
             good = [run.weights(member) for member in runs]
             try:
                 if stack is not None:
-                    together.run_epoch(stack, draws, runs, epoch, histories, bar)
+                    together.run_epoch(stack, draws, runs, epoch, histories, good, bar)
                 else:
                     for k, member in enumerate(runs):
                         with together.named(k):

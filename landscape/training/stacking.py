@@ -161,16 +161,19 @@ def stack_batches(batches: Sequence[Any]) -> Any:
         batches: One a member, all of one shape.
 
     Returns:
-        Tensor or mapping; entries of a mapping that are no tensors are those of the first member.
+        Tensor or mapping.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or an entry of a mapping is no tensor.
     """
     first = batches[0]
     if isinstance(first, Mapping):
         return {name: stack_batches([batch[name] for batch in batches]) for name in first}
     if not isinstance(first, Tensor):
-        return first
+        raise ValueError(
+            f"`data` must hold tensors alone to be stacked, got a {type(first).__name__}; take "
+            'method="loop".'
+        )
     shapes = {tuple(batch.shape) for batch in batches}
     if len(shapes) > 1:
         raise ValueError(

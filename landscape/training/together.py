@@ -24,6 +24,7 @@ def run_epoch(
     runs: Sequence[Run],
     epoch: int,
     histories: Sequence[History],
+    good: Sequence[dict[str, Tensor]],
     bar: tqdm[Any],
 ) -> None:
     """Train and validate every member for one epoch and append a row to each history.
@@ -34,13 +35,13 @@ def run_epoch(
         runs: The runs.
         epoch: Epochs done before.
         histories: Each gets one value a column.
+        good: Weights of each member before the epoch.
         bar: Moves on by one a step of a member.
 
     Raises:
         FloatingPointError: If loss or weights of a member become NaN or infinite.
     """
     started = time.perf_counter()
-    good = [run.weights(member) for member in runs]
     bar.set_description(f"Epoch {epoch + 1}/{runs[0].epochs}")
     streams = [run.global_stream(member, epoch) for member in runs]
     means = _train_epoch(stack, draws, runs, epoch, streams, bar)
