@@ -184,6 +184,34 @@ def stack_batches(batches: Sequence[Any]) -> Any:
     return torch.stack(list(batches))
 
 
+def check_stackable(steps: Sequence[Step]) -> None:
+    """Refuse what cannot be trained with `vmap`.
+
+    Args:
+        steps: What a step of each member does, with models of one architecture.
+
+    Raises:
+        ValueError: If autocast is wanted, or the optimizers are not all on the same parameters of
+            their models, of one dtype.
+    """
+    chosen: list[list[str]] = []
+    for k, step in enumerate(steps):
+        if step.bfloat16:
+            raise ValueError('`bfloat16` needs method="loop", because `vmap` ignores autocast.')
+        names = {p: name for name, p in step.model.named_parameters()}
+        parameters = trained(step)
+        if not parameters or not all(p in names for p in parameters):
+            raise ValueError(f"`optimizers[{k}]` must be on the parameters of `models[{k}]`.")
+        chosen.append([names[p] for p in parameters])
+        if chosen[k] != chosen[0]:
+            raise ValueError(
+                f"`optimizers` must be on the same parameters in the same order, but number {k} "
+                'differs from number 0; make them alike, or take method="loop".'
+            )
+        if len({p.dtype for p in parameters}) > 1:
+            raise ValueError('`models` must have parameters of one dtype; take method="loop".')
+
+
 def trained(step: Step) -> list[nn.Parameter]:
     """Return the parameters that the step changes, in the order of the optimizer."""
     groups = step.optimizer.param_groups

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from landscape.training import loop, run
+from landscape.training import loop, run, surroundings
 from landscape.training.draws import Draws
 from landscape.training.run import History, Run
 from landscape.training.stacking import Stack, stack_batches
@@ -74,7 +74,7 @@ def _train_epoch(
     draws: Draws,
     runs: Sequence[Run],
     epoch: int,
-    streams: Sequence[loop.GlobalStream],
+    streams: Sequence[surroundings.GlobalStream],
     bar: tqdm[Any],
 ) -> loop.Means:
     """Take one step a batch with all members; return means of values `(members,)`."""
@@ -103,7 +103,7 @@ def _train_epoch(
 
 
 def _batches(
-    draws: Draws, member: Run, stream: loop.GlobalStream, epoch: int
+    draws: Draws, member: Run, stream: surroundings.GlobalStream, epoch: int
 ) -> Iterator[tuple[Any, Tensor, list[Tensor]]]:
     """Yield inputs, targets and dropout masks of one member, drawn as its own run draws them."""
     generator = run.transform_stream(member, epoch)
