@@ -39,7 +39,8 @@ from landscape.training import (
 )
 from landscape.training.ensemble import fit_ensemble
 
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT, dim 24, depth 3": ("vit_nano", {"dim": 24, "depth": 3, "patch_size": 8}),
     "ViT, dim 48, depth 4": ("vit_nano", {"drop_path": 0.1}),
     "ResNet-20, width 8": ("resnet20", {"width": 8, "drop_path": 0.1}),
 }

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from landscape.batches import Inputs
-from landscape.training.loop import GlobalStream
+from landscape.training.surroundings import GlobalStream
 
 _Plan = list[tuple[Tensor, float]]  # ones of the shape and layout of a mask, and the rate
 

@@ -24,7 +24,7 @@ from landscape._progress import track
 from landscape.batches import Transform, split_batch
 from landscape.objective import Loss
 from landscape.results import Result
-from landscape.training import loop, run, stacking, states, together
+from landscape.training import loop, run, stacking, states, surroundings, together
 from landscape.training.checkpoints import Named
 from landscape.training.draws import Draws
 from landscape.training.run import FitResult, History, Run
@@ -72,17 +72,18 @@ def fit_ensemble(
     """Train models of one architecture in place, all at once; return the history of each.
 
     Member k ends with the weights of `fit(models[k], data, optimizer=optimizers[k],
-    seed=seeds[k], …)` up to rounding: batches, augmentation, dropout and stochastic depth (of
-    `nn.Dropout` and `landscape.models`), BatchNorm statistics, clipping, schedule, checkpoints and
-    log are its own. Random layers that do not call `torch.nn.functional.dropout` draw for each
-    member independently, but not what `fit` draws. In float32 rounding grows from step to step in
-    networks with BatchNorm (a relative 5e-3 in 12 steps was measured); in float64 it does not
-    show.
+    seed=seeds[k], bfloat16=bfloat16, …)` up to rounding: batches, augmentation, dropout and
+    stochastic depth (of `nn.Dropout` and `landscape.models`), BatchNorm statistics, clipping,
+    schedule, checkpoints and log are its own. Random layers that do not call
+    `torch.nn.functional.dropout` draw for each member independently, but not what `fit` draws. In
+    float32 rounding grows from step to step in networks with BatchNorm (a relative 5e-3 in 12
+    steps was measured); in float64 it does not show.
 
     `method="auto"` takes `vmap` on accelerators, and on a CPU for batches of at most 16, where
     starting operations is what takes time; at larger batches a CPU is busy with one model, and a
-    loop over the members is as fast or faster. This is a heuristic from measurements of small
-    ResNets and ViTs on two cores (`benchmarks/training.py`). A step under `vmap` needs the memory
+    loop over the members is faster. This is a heuristic: on one core small ResNets and ViTs were
+    faster under `vmap` at batch 8, the more so the smaller they are, and all but the smallest
+    slower at batch 32 (`benchmarks/training.py`). A step under `vmap` needs the memory
     of all members' activations. Validation goes member by member either way.
 
     Args:
@@ -159,7 +160,13 @@ def fit_ensemble(
     ]
     at_once = method == "vmap" or (method == "auto" and not bfloat16 and _pays(runs))
     if at_once:
-        _check_stackable(runs)
+        stacking.check_stackable([member.step for member in runs])
+        lengths = [member.num_batches for member in runs]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"`data` must give all members equally many batches, got {lengths}; take subsets "
+                'of equal length, or method="loop".'
+            )
     return _train(runs, resume, at_once, callback, progress)
 
 
@@ -174,7 +181,7 @@ def _train(
     steps = [member.step for member in runs]
     with ExitStack() as contexts:
         for member in runs:
-            last = not at_once and loop.is_convolutional(member.step.model)
+            last = not at_once and surroundings.is_convolutional(member.step.model)
             contexts.enter_context(run.training(member, channels_last=last))
         histories = _begin(runs, resume)
         done, num_steps = len(histories[0]["epoch"]), len(runs) * runs[0].num_batches
@@ -194,7 +201,7 @@ def _train(
             good = [run.weights(member) for member in runs]
             try:
                 if stack is not None:
-                    together.run_epoch(stack, draws, runs, epoch, histories, bar)
+                    together.run_epoch(stack, draws, runs, epoch, histories, good, bar)
                 else:
                     for k, member in enumerate(runs):
                         with together.named(k):
@@ -239,7 +246,7 @@ def _pays(runs: Sequence[Run]) -> bool:
     data = runs[0].data
     size = getattr(data, "batch_size", None)
     if size is None:
-        with loop.GlobalStream(torch.device("cpu"), 0).entered():
+        with surroundings.GlobalStream(torch.device("cpu"), 0).entered():
             first = next(iter(data), None)
         targets = None if first is None else split_batch(first, 0)[1]
         size = 0 if targets is None else len(targets)
@@ -262,29 +269,4 @@ def _check_models(models: Sequence[nn.Module]) -> None:
             raise ValueError(
                 "`models` must be of one architecture, precision and device, but number "
                 f"{k} differs from number 0; train it by itself."
-            )
-
-
-def _check_stackable(runs: Sequence[Run]) -> None:
-    """Refuse what cannot be trained with `vmap`."""
-    chosen: list[list[str]] = []
-    for k, member in enumerate(runs):
-        if member.step.bfloat16:
-            raise ValueError('`bfloat16` needs method="loop", because `vmap` ignores autocast.')
-        names = {p: name for name, p in member.step.model.named_parameters()}
-        parameters = stacking.trained(member.step)
-        if not parameters or not all(p in names for p in parameters):
-            raise ValueError(f"`optimizers[{k}]` must be on the parameters of `models[{k}]`.")
-        chosen.append([names[p] for p in parameters])
-        if chosen[k] != chosen[0]:
-            raise ValueError(
-                f"`optimizers` must be on the same parameters in the same order, but number {k} "
-                'differs from number 0; make them alike, or take method="loop".'
-            )
-        if len({p.dtype for p in parameters}) > 1:
-            raise ValueError('`models` must have parameters of one dtype; take method="loop".')
-        if member.num_batches != runs[0].num_batches:
-            raise ValueError(
-                "`data` must give all members equally many batches, got "
-                f"{runs[0].num_batches} and {member.num_batches}; take subsets of equal length."
             )

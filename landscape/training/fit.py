@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from landscape._progress import track
 from landscape.batches import Transform
 from landscape.objective import Loss
-from landscape.training import loop, run, states
+from landscape.training import loop, run, states, surroundings
 from landscape.training.checkpoints import Named
 from landscape.training.run import FitResult
 from landscape.training.schedule import Schedule, adamw
@@ -114,7 +114,7 @@ def fit(
         seed=seed,
     )
     if channels_last is None:
-        channels_last = loop.is_convolutional(model)
+        channels_last = surroundings.is_convolutional(model)
     with run.training(this, channels_last):
         history = _train(this, resume, callback, callbacks, progress)
     return run.result(this, history)

@@ -1,9 +1,8 @@
-"""One epoch of training and one of validation, and the state they run in."""
+"""One epoch of training and one of validation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,75 +158,6 @@ def validate(step: Step, data: Iterable[Any]) -> Means:
 def epoch_batches(data: Iterable[Any], epoch: int) -> Iterable[Any]:
     """Return the batches of an epoch: those with its own order where `data` knows of epochs."""
     return data.batches(epoch) if isinstance(data, DeviceImages) else data
-
-
-class GlobalStream:
-    """PyTorch's global random streams as one run sees them, from a seed on.
-
-    Attributes:
-        device: Device of the model: its stream and that of the CPU are meant.
-        seed: Where both streams begin.
-    """
-
-    def __init__(self, device: torch.device, seed: int) -> None:
-        self.device, self.seed = device, seed
-        self._states: tuple[Tensor, ...] | None = None
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Go on with the streams where they were left, and put back those found afterwards."""
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            if self._states is None:
-                # `torch.manual_seed` would also seed devices that are not forked here.
-                torch.default_generator.manual_seed(self.seed)
-                if cuda:
-                    with torch.cuda.device(self.device):
-                        torch.cuda.manual_seed(self.seed)
-            else:
-                torch.set_rng_state(self._states[0])
-                if cuda:
-                    torch.cuda.set_rng_state(self._states[1], self.device)
-            yield
-            on_cuda = (torch.cuda.get_rng_state(self.device),) if cuda else ()
-            self._states = (torch.get_rng_state(), *on_cuda)
-
-
-@contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in training mode, and each back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.train()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def channels_last_format(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keep 4-D parameters in channels-last memory format meanwhile; their values do not change."""
-    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
-    wanted = wanted and not all(
-        weight.is_contiguous(memory_format=torch.channels_last) for weight in weights
-    )
-    if wanted:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
-    try:
-        yield
-    finally:
-        if wanted:
-            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, unused-ignore]
-
-
-def is_convolutional(model: nn.Module) -> bool:
-    """Return whether a convolution has overlapping windows; a ViT's patch embedding has not."""
-    return any(
-        isinstance(module, nn.Conv2d)
-        and any(k > s for k, s in zip(module.kernel_size, module.stride, strict=True))
-        for module in model.modules()
-    )
 
 
 def prepare(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from landscape._checks import check_at_least, check_data
 from landscape.results import Result
-from landscape.training import loop
+from landscape.training import loop, surroundings
 from landscape.training.checkpoints import Named, Saves, plan
 from landscape.training.schedule import Schedule, WarmupCosine
 from landscape.training.seeding import stream, stream_seed
@@ -158,7 +158,7 @@ def make_run(
 def training(run: Run, channels_last: bool) -> Iterator[None]:
     """Train inside; memory format, flags and learning rates are put back, gradients cleared."""
     model, optimizer = run.step.model, run.step.optimizer
-    with loop.channels_last_format(model, channels_last), loop.training_mode(model):
+    with surroundings.channels_last_format(model, channels_last), surroundings.training_mode(model):
         try:
             yield
         finally:
@@ -197,9 +197,9 @@ def run_epoch(run: Run, epoch: int, history: History, bar: tqdm[Any]) -> None:
     bar.set_postfix(loss=f"{train.loss():.4f}", accuracy=f"{train.accuracy():.4f}")
 
 
-def global_stream(run: Run, epoch: int) -> loop.GlobalStream:
+def global_stream(run: Run, epoch: int) -> surroundings.GlobalStream:
     """Return PyTorch's global stream of an epoch: of dropout and stochastic depth."""
-    return loop.GlobalStream(run.step.device, stream_seed(run.seed, epoch, _GLOBAL))
+    return surroundings.GlobalStream(run.step.device, stream_seed(run.seed, epoch, _GLOBAL))
 
 
 def transform_stream(run: Run, epoch: int) -> torch.Generator:

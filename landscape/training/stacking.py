@@ -161,16 +161,19 @@ def stack_batches(batches: Sequence[Any]) -> Any:
         batches: One a member, all of one shape.
 
     Returns:
-        Tensor or mapping; entries of a mapping that are no tensors are those of the first member.
+        Tensor or mapping.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or an entry of a mapping is no tensor.
     """
     first = batches[0]
     if isinstance(first, Mapping):
         return {name: stack_batches([batch[name] for batch in batches]) for name in first}
     if not isinstance(first, Tensor):
-        return first
+        raise ValueError(
+            f"`data` must hold tensors alone to be stacked, got a {type(first).__name__}; take "
+            'method="loop".'
+        )
     shapes = {tuple(batch.shape) for batch in batches}
     if len(shapes) > 1:
         raise ValueError(
@@ -179,6 +182,34 @@ def stack_batches(batches: Sequence[Any]) -> Any:
             'length, or method="loop".'
         )
     return torch.stack(list(batches))
+
+
+def check_stackable(steps: Sequence[Step]) -> None:
+    """Refuse what cannot be trained with `vmap`.
+
+    Args:
+        steps: What a step of each member does, with models of one architecture.
+
+    Raises:
+        ValueError: If autocast is wanted, or the optimizers are not all on the same parameters of
+            their models, of one dtype.
+    """
+    chosen: list[list[str]] = []
+    for k, step in enumerate(steps):
+        if step.bfloat16:
+            raise ValueError('`bfloat16` needs method="loop", because `vmap` ignores autocast.')
+        names = {p: name for name, p in step.model.named_parameters()}
+        parameters = trained(step)
+        if not parameters or not all(p in names for p in parameters):
+            raise ValueError(f"`optimizers[{k}]` must be on the parameters of `models[{k}]`.")
+        chosen.append([names[p] for p in parameters])
+        if chosen[k] != chosen[0]:
+            raise ValueError(
+                f"`optimizers` must be on the same parameters in the same order, but number {k} "
+                'differs from number 0; make them alike, or take method="loop".'
+            )
+        if len({p.dtype for p in parameters}) > 1:
+            raise ValueError('`models` must have parameters of one dtype; take method="loop".')
 
 
 def trained(step: Step) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from landscape.training import loop, run
+from landscape.training import loop, run, surroundings
 from landscape.training.draws import Draws
 from landscape.training.run import History, Run
 from landscape.training.stacking import Stack, stack_batches
@@ -24,6 +24,7 @@ def run_epoch(
     runs: Sequence[Run],
     epoch: int,
     histories: Sequence[History],
+    good: Sequence[dict[str, Tensor]],
     bar: tqdm[Any],
 ) -> None:
     """Train and validate every member for one epoch and append a row to each history.
@@ -34,13 +35,13 @@ def run_epoch(
         runs: The runs.
         epoch: Epochs done before.
         histories: Each gets one value a column.
+        good: Weights of each member before the epoch.
         bar: Moves on by one a step of a member.
 
     Raises:
         FloatingPointError: If loss or weights of a member become NaN or infinite.
     """
     started = time.perf_counter()
-    good = [run.weights(member) for member in runs]
     bar.set_description(f"Epoch {epoch + 1}/{runs[0].epochs}")
     streams = [run.global_stream(member, epoch) for member in runs]
     means = _train_epoch(stack, draws, runs, epoch, streams, bar)
@@ -73,7 +74,7 @@ def _train_epoch(
     draws: Draws,
     runs: Sequence[Run],
     epoch: int,
-    streams: Sequence[loop.GlobalStream],
+    streams: Sequence[surroundings.GlobalStream],
     bar: tqdm[Any],
 ) -> loop.Means:
     """Take one step a batch with all members; return means of values `(members,)`."""
@@ -102,7 +103,7 @@ def _train_epoch(
 
 
 def _batches(
-    draws: Draws, member: Run, stream: loop.GlobalStream, epoch: int
+    draws: Draws, member: Run, stream: surroundings.GlobalStream, epoch: int
 ) -> Iterator[tuple[Any, Tensor, list[Tensor]]]:
     """Yield inputs, targets and dropout masks of one member, drawn as its own run draws them."""
     generator = run.transform_stream(member, epoch)

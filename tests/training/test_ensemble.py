@@ -269,6 +269,18 @@ def test_shuffling_loader_mappings_and_frozen_or_unused_parameters(data):
     assert not torch.allclose(models[0].net[1].weight, models[1].net[1].weight)
 
 
+def test_weighted_loss_with_ignored_labels_and_uneven_batches(data):
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).double(), ignore_index=1)
+    models, alone = make_models("vit_nano"), make_models("vit_nano")
+    result = fit_ensemble(models, data, epochs=2, loss=loss, validation=data, method="vmap")
+    for k in range(3):
+        single = fit(alone[k], data, epochs=2, loss=loss, validation=data, seed=k)
+        assert_close(models[k], alone[k])
+        for column in COLUMNS:
+            mine, theirs = (getattr(r, column) for r in (result.members[k], single))
+            np.testing.assert_allclose(mine, theirs, rtol=1e-9)
+
+
 def test_other_random_layers_differ_between_members_and_are_reproducible(data):
     class Noise(nn.Module):
         def __init__(self):
@@ -344,13 +356,25 @@ def test_what_cannot_be_stacked_is_refused(data):
     ]
     with pytest.raises(ValueError, match="`optimizers` must be on the same parameters"):
         fit_ensemble(models, data, epochs=1, optimizers=halves, method="vmap")
-    with pytest.raises(ValueError, match="equally many batches, got 3 and 1"):
+    with pytest.raises(ValueError, match=r"equally many batches, got \[3, 1\]"):
         fit_ensemble(models, [data, data.subset(8)], epochs=1, method="vmap")
     before = [p.clone() for model in models for p in model.parameters()]
     with pytest.raises(ValueError, match=r"one shape .* got \(6, 3, 8, 8\) and \(7, 3, 8, 8\)"):
         fit_ensemble(models, [data, data.subset([*range(22), 0])], epochs=1, method="vmap")
     after = [p for model in models for p in model.parameters()]
     assert [a.shape for a in after] == [b.shape for b in before]
+
+
+def test_mapping_with_more_than_tensors_is_refused():
+    class Flagged(nn.Linear):
+        def forward(self, x, flag):
+            return super().forward(x)
+
+    batches = [{"x": torch.zeros(4, 2), "flag": True, "labels": torch.zeros(4).long()}]
+    models = [Flagged(2, 3), Flagged(2, 3)]
+    with pytest.raises(ValueError, match="must hold tensors alone to be stacked, got a bool"):
+        fit_ensemble(models, batches, epochs=1, method="vmap")
+    assert fit_ensemble(models, batches, epochs=1, method="loop").method == "loop"
 
 
 def test_steps_are_shown_on_request(data, capsys):

@@ -68,20 +68,10 @@ def run_out_of_space(folder):
         if len(history.epoch) == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
-    run(folder, callback=limit)
-
-
-def in_another_process(*arguments):
-    # Sums over threads round by their number: the other process has as many as this one.
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **threads}
-    return subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        env=environment,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        run(folder, callback=limit)
+    except OSError as error:
+        folder.with_suffix(".txt").write_text(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +81,28 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Where the runs killed at each point lie."""
-    folder = tmp_path_factory.mktemp("killed")
-    process = in_another_process("kill", folder)
-    assert process.stdout.split() == [str(signal.SIGKILL.value)] * len(POINTS), process.stderr
+def other_process(tmp_path_factory):
+    """Where the runs lie that were killed at each point, or ran out of space."""
+    folder = tmp_path_factory.mktemp("other")
+    # Sums over threads round by their number: the other process has as many as this one.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **threads}
+    process = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        env=environment,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    killed = [str(signal.SIGKILL.value)] * len(POINTS)
+    assert process.stdout.split() == [*killed, "0"], process.stderr
     return folder
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_run_resumes_to_the_same_weights(killed, whole, point):
-    assert_same(run(killed / point, resume=True), whole)
-    states = {path.name for path in (killed / point).iterdir()} - {"log.csv"}
+def test_killed_run_resumes_to_the_same_weights(other_process, whole, point):
+    assert_same(run(other_process / point, resume=True), whole)
+    states = {path.name for path in (other_process / point).iterdir()} - {"log.csv"}
     epochs = {f"epoch-{epoch:05d}.pt" for epoch in range(7)}
     assert states == epochs | {"resume-00005.pt", "resume-00006.pt"}  # nothing half written
 
@@ -132,13 +132,13 @@ def test_full_disk_before_any_state_says_so(tmp_path, monkeypatch):
         run(tmp_path)
 
 
-def test_limit_on_the_size_of_files(whole, tmp_path):
+def test_limit_on_the_size_of_files(other_process, whole):
     """The kernel itself refuses to write on, in the middle of a file."""
-    process = in_another_process("limit", tmp_path / "parts")
-    assert process.returncode == 1
-    assert "Epoch 3 was trained but could not be written (File too large)" in process.stderr
-    assert "holds the state after epoch 2" in process.stderr
-    assert_same(run(tmp_path / "parts", resume=True), whole)
+    message = (other_process / "limit.txt").read_text()
+    assert "Epoch 3 was trained but could not be written (File too large)" in message
+    assert "holds the state after epoch 2" in message
+    assert not list((other_process / "limit").glob(".*"))
+    assert_same(run(other_process / "limit", resume=True), whole)
 
 
 def test_nan_keeps_the_last_good_state_to_resume_from(whole, tmp_path):
@@ -149,15 +149,13 @@ def test_nan_keeps_the_last_good_state_to_resume_from(whole, tmp_path):
 
 
 if __name__ == "__main__":
-    job, folder = sys.argv[1], Path(sys.argv[2])
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    if job == "limit":
-        run_out_of_space(folder)
-    if job == "kill":
-        run(folder / "imports", epochs=3)  # what PyTorch imports late, once for all children
-    for point, (where, number) in POINTS.items() if job == "kill" else ():
+    run(folder / "imports", epochs=3)  # what PyTorch imports late, once for all children
+    jobs = [functools.partial(run_and_die, folder / name, *at) for name, at in POINTS.items()]
+    for job in (*jobs, functools.partial(run_out_of_space, folder / "limit")):
         child = os.fork()
         if child == 0:
-            run_and_die(folder / point, where, number)
+            job()
             os._exit(0)
         print(os.waitpid(child, 0)[1], flush=True)

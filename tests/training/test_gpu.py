@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from landscape.models import create_model
 from landscape.training import RandAugment, fit, load_images, recipe
+from landscape.training.ensemble import fit_ensemble
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,3 +53,19 @@ def test_fit_in_bfloat16_learns_and_leaves_the_random_states_alone(data):
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(torch.cuda.get_rng_state(), states[1])
     assert model[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vit_nano"])
+def test_ensemble_equals_separate_trainings(data, name):
+    def make():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return [create_model(name).double().cuda() for _ in range(2)]
+
+    models, alone = make(), make()
+    data = data.to("cuda")
+    assert fit_ensemble(models, data, epochs=2).method == "vmap"
+    for k in range(2):
+        fit(alone[k], data, epochs=2, seed=k, bfloat16=False, channels_last=False)
+        for a, b in zip(models[k].parameters(), alone[k].parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
