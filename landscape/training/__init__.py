@@ -20,6 +20,7 @@ from landscape.training.build_up import build_up
 from landscape.training.build_up_table import BuildUp
 from landscape.training.data import DeviceImages, denormalize, normalize
 from landscape.training.datasets import load_images
+from landscape.training.ensemble import EnsembleResult, fit_ensemble
 from landscape.training.fit import fit
 from landscape.training.folder import FolderImages
 from landscape.training.mixing import CutMix, LabelSmoothing, Mixup, OneOf, recipe
@@ -51,11 +52,13 @@ __all__ = [
     "RandomErasing",
     "recipe",
     # training
+    "EnsembleResult",
     "FitResult",
     "Schedule",
     "WarmupCosine",
     "adamw",
     "fit",
+    "fit_ensemble",
     # the build-up of an AlterNet
     "BuildUp",
     "build_up",

@@ -33,7 +33,7 @@ from landscape.provenance import forward_provenance
 from landscape.training.build_up_table import BuildUp, Row, load_table, rows_of, table_of
 from landscape.training.checkpoints import save
 from landscape.training.fit import fit
-from landscape.training.loop import GlobalStream
+from landscape.training.surroundings import GlobalStream
 
 Criterion = Literal["accuracy", "nll"]
 Train = Callable[[nn.Module, Iterable[Any]], object]
