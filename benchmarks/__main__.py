@@ -2,7 +2,7 @@
 
     python -m benchmarks [--all | --only hessian,surface] [--table-only]
 
-By default the comparisons of curvature and surfaces with their peers, estimated at 18 minutes on two
+By default the comparisons of curvature and surfaces with their peers, by estimate 18 minutes on two
 quiet CPU cores (2 more the first time, for training); `--all` adds the scripts that compare with
 nothing or with other kinds of packages. Each script runs in a process of its own and writes
 `results/<name>.json`; one that fails is reported and the others still run. The table is
