@@ -272,9 +272,10 @@ def hessian_max_spectrum(
     if engine == "pyhessian":
         from landscape.probes import pyhessian_engine
     rows: list[Eigenpairs] = []
-    total = frozen.num_batches
+    total, kept = frozen.num_batches, 0
     for batch in track(frozen.batches, "Hessian max spectrum", progress, total=total):
         operator = HessianOperator.of(frozen.of_batch(batch), memory=memory)
+        kept += operator.num_kept
         if engine == "pyhessian":
             found = pyhessian_engine.top_eigenpairs(
                 operator, k, tol=tol, max_iter=max_iter, generator=generator
@@ -314,7 +315,8 @@ def hessian_max_spectrum(
             seed=seed,
             seconds=time.perf_counter() - began,
             num_hvps=num_hvps / frozen.num_batches,
-            settings={"k": k, "tol": tol, "engine": engine, "num_batches": frozen.num_batches},
+            settings={"k": k, "tol": tol, "engine": engine, "certify": certify}
+            | {"kept_batches": kept, "num_batches": frozen.num_batches},
         ),
     )
 

@@ -213,6 +213,14 @@ def test_a_warm_start_saves_products_and_finds_the_same():
         landscape.hessian_max_spectrum(model, batches, start=torch.ones(3, 2))
 
 
+@pytest.mark.parametrize(("memory", "kept"), [("auto", 2), (0, 0)])
+def test_the_result_tells_how_many_graphs_were_kept(memory, kept):
+    model, batches = make_model("attention"), make_batches((7, 3))
+    for probe in (landscape.hessian_spectrum, landscape.hessian_max_spectrum):
+        settings = probe(model, batches, k=2, memory=memory).provenance.settings
+        assert (settings["kept_batches"], settings["num_batches"]) == (kept, 2)
+
+
 def test_model_is_untouched_even_by_an_interrupt():
     model, batches = make_model("conv"), make_batches((7, 3))
     model[1].eval()
