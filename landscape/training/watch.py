@@ -16,7 +16,9 @@
 The budget is divided equally between the P probes. With T seconds of training so far, probes not
 counted, S seconds that one of them has taken and s those of its last measurement, it is measured
 when it is due and S + s ≤ budget · T / P, and recorded as skipped otherwise. What a probe takes is
-not known before its first measurement, which is always made, and then paid off before the next.
+not known before its first measurement, which is always made, and a measurement may take longer
+than the one before: such an excess is paid off before that probe runs again. A run too short to
+pay it off ends above the budget.
 """
 
 import itertools
