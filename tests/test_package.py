@@ -100,7 +100,10 @@ def test_figure_1_in_little_and_again_from_its_results(figure_1):
     assert "holds no results" in empty.stderr
 
 
-@pytest.mark.parametrize("number", [2, 8, 9, 10])
+SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (2, 8, 9)]
+
+
+@pytest.mark.parametrize("number", [*SLOW, 10])
 def test_later_figures_in_little(figure_1, number):
     script, name = str(ROOT / f"examples/reproduce_fig{number}.py"), f"fig{number}"
     done = run(script, "--quick", "--out", "out", cwd=figure_1)
