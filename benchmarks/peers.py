@@ -252,6 +252,9 @@ class _LossLandscapes:
         metric = self._metric(loss, batches)
         return np.asarray(random_line(model, metric, distance=distance, steps=10))
 
+    def __getattr__(self, name: str) -> Any:
+        raise OutsideScope(f"it has no {name}")
+
     def _metric(self, loss: Loss, batches: Batches) -> Any:
         from loss_landscapes.metrics import Loss as Metric
 
