@@ -1,7 +1,8 @@
 """Figure 10 of "How Do Vision Transformers Work?" (Park & Kim, ICLR 2022).
 
-    python examples/reproduce_fig10.py            # on the models of Figure 1 and an AlterNet
-    python examples/reproduce_fig10.py --quick    # the same path in little
+    python examples/reproduce_fig10.py               # on the models of Figure 1
+    python examples/reproduce_fig10.py --alternet    # and on an AlterNet, eight minutes more
+    python examples/reproduce_fig10.py --quick       # the same path in little
 
 (a) Similarity (CKA) of all blocks: networks of several stages look like small networks in series.
 (b) Accuracy lost with one unit removed: Convs matter at the beginning of a stage, MSAs at its end.
@@ -101,4 +102,4 @@ def ends_of_stages(result: LesionStudy, kind: str) -> dict[str, Measured] | None
 
 
 if __name__ == "__main__":
-    run(Study("fig10", compute, draw, claims, NOTE, alternet=True), __doc__)
+    run(Study("fig10", compute, draw, claims, NOTE), __doc__)

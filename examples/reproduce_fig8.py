@@ -1,7 +1,8 @@
 """Figure 8 of "How Do Vision Transformers Work?" (Park & Kim, ICLR 2022).
 
-    python examples/reproduce_fig8.py            # on the models of Figure 1 and an AlterNet
-    python examples/reproduce_fig8.py --quick    # the same path in little
+    python examples/reproduce_fig8.py               # on the models of Figure 1
+    python examples/reproduce_fig8.py --alternet    # and on an AlterNet, eight minutes more
+    python examples/reproduce_fig8.py --quick       # the same path in little
 
 High-frequency amplitude (at π, relative to that at 0) against depth: MSAs (grey) lower it, Convs,
 MLPs and subsampling (blue) raise it. `--model timm:NAME` as in Figure 2's example.
@@ -53,4 +54,4 @@ def claims(results: Results) -> list[Claim]:
 
 
 if __name__ == "__main__":
-    run(Study("fig8", compute, draw, claims, NOTE, alternet=True), __doc__)
+    run(Study("fig8", compute, draw, claims, NOTE), __doc__)

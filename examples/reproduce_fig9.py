@@ -1,7 +1,8 @@
 """Figure 9 of "How Do Vision Transformers Work?" (Park & Kim, ICLR 2022).
 
-    python examples/reproduce_fig9.py            # on the models of Figure 1 and an AlterNet
-    python examples/reproduce_fig9.py --quick    # the same path in little
+    python examples/reproduce_fig9.py               # on the models of Figure 1
+    python examples/reproduce_fig9.py --alternet    # and on an AlterNet, eight minutes more
+    python examples/reproduce_fig9.py --quick       # the same path in little
 
 Variance of the feature maps against depth: MSAs (grey) lower it, they average; Convs and MLPs
 raise it. `--model timm:NAME` as in Figure 2's example.
@@ -51,4 +52,4 @@ def claims(results: Results) -> list[Claim]:
 
 
 if __name__ == "__main__":
-    run(Study("fig9", compute, draw, claims, NOTE, alternet=True), __doc__)
+    run(Study("fig9", compute, draw, claims, NOTE), __doc__)

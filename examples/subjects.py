@@ -1,7 +1,8 @@
 """What Figures 2, 8, 9 and 10 are measured on, and the way from there to files.
 
-By default the models of Figure 1 (trained where they are not yet) and, where a figure needs several
-stages with MSAs, an AlterNet, on the test images. With `--model timm:NAME --weights FILE --images
+By default the models of Figure 1 (trained where they are not yet) on the test images; `--alternet`
+adds a small AlterNet, whose stages end in MSAs, to Figures 8, 9 and 10 (eight minutes of training
+the first time). With `--model timm:NAME --weights FILE --images
 FOLDER` any model of timm on a folder of images, one class a folder: the paper's ImageNet setting.
 """
 
@@ -58,7 +59,6 @@ class Study:
         draw: Figure and interactive figure from all results.
         claims: Claims of the paper with what was measured.
         note: What the intervals mean, and what the setting cannot show.
-        alternet: Whether an AlterNet belongs to it.
     """
 
     name: str
@@ -66,7 +66,6 @@ class Study:
     draw: Callable[[Results], tuple[Figure, Any]]
     claims: Callable[[Results], list[Claim]]
     note: str
-    alternet: bool = False
 
 
 def run(study: Study, description: str) -> None:
@@ -79,7 +78,7 @@ def run(study: Study, description: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.npz"):
             stale.unlink()
-        for label, subject in _subjects(args, study.alternet).items():
+        for label, subject in _subjects(args).items():
             for kind, result in study.compute(subject).items():
                 result.save(folder / f"{kind}_{label}.npz")
             say(label, "measured")
@@ -95,7 +94,7 @@ def run(study: Study, description: str) -> None:
     print(f"in {time.perf_counter() - began:.0f} s")
 
 
-def _subjects(args: argparse.Namespace, alternet: bool) -> dict[str, Subject]:
+def _subjects(args: argparse.Namespace) -> dict[str, Subject]:
     """Return the models by label, in network families' order of the paper."""
     if args.model:
         return {label: Subject(model, data) for label, model, data in _timm_models(args)}
@@ -104,7 +103,7 @@ def _subjects(args: argparse.Namespace, alternet: bool) -> dict[str, Subject]:
     if args.dataset:
         setting = replace(setting, dataset=args.dataset)
     work = work_folder(preset, setting)
-    if alternet:
+    if args.alternet:
         name, constructor, sizes = ALTERNET
         third = (name, constructor, sizes | QUICK if args.quick else sizes)
         setting = replace(setting, models=(*setting.models, third))
@@ -169,6 +168,7 @@ def _parse(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="default")
     parser.add_argument("--quick", action="store_true", help="the same path in little")
+    parser.add_argument("--alternet", action="store_true", help="measure an AlterNet too")
     parser.add_argument("--dataset", help="data set instead of the preset's")
     parser.add_argument("--root", help="folder with the data set's own files")
     parser.add_argument("--model", action="append", default=[], metavar="timm:NAME")
