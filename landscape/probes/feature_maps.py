@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape.blocks import Block, Blocks, blocks_of
-from landscape.probes.scores import stream, untouched
+from landscape.probes.scores import Moments, stream, untouched
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance, Result
 
@@ -96,7 +96,7 @@ def average_maps(
             are those of another model.
     """
     started = time.perf_counter()
-    sums: dict[str, Tensor] = {}
+    moments: dict[str, Moments] = {}
     sizes: dict[str, tuple[int, int]] = {}
 
     def add(block: Block, feature: Tensor) -> None:
@@ -108,9 +108,7 @@ def average_maps(
                 f"`data` must hold inputs of one size, got maps of {sizes[block.name]} and "
                 f"{(height, width)} in {block.name!r}; resize the images or crop them."
             )
-        values = reduce(at_least_single(feature)).double()
-        both = torch.stack([values.sum(0), values.square().sum(0)])
-        sums[block.name] = sums[block.name] + both if block.name in sums else both
+        moments.setdefault(block.name, Moments()).add(reduce(at_least_single(feature)))
 
     batches, num_samples = stream(model, data, description, progress), 0
     # Not inference_mode: a model that caches what it computes could not train on.
@@ -119,15 +117,17 @@ def average_maps(
             blocks = blocks_of(model, blocks, inputs)
             blocks.visit(inputs, add)
             num_samples += size
-    mapped = tuple(block for block in blocks or () if block.name in sums)
+    mapped = tuple(block for block in blocks or () if block.name in moments)
     if not mapped:
         raise ValueError("`blocks` must hold a block with a map (n, c, h, w), got none.")
-    means, stderrs = _estimates([sums[block.name] for block in mapped], num_samples)
+    both = [moments[block.name].result() for block in mapped]  # (2, l) each
+    means, stderrs = torch.cat(both, dim=1).cpu().numpy()  # the one transfer
+    cuts = np.cumsum([each.shape[1] for each in both])[:-1]
     return MapMeans(
         blocks=mapped,
         sizes=tuple(sizes[block.name] for block in mapped),
-        means=means,
-        stderrs=stderrs,
+        means=tuple(np.split(means, cuts)),
+        stderrs=tuple(np.split(stderrs, cuts)),
         provenance=forward_provenance(
             model,
             num_samples=num_samples,
@@ -141,14 +141,3 @@ def average_maps(
 def at_least_single(feature: Tensor) -> Tensor:
     """Return a feature in float32, or as it is in float64."""
     return feature if feature.dtype == torch.float64 else feature.float()
-
-
-def _estimates(sums: list[Tensor], n: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Return means and standard errors from sums of values and squares `(2, l)`."""
-    flat = torch.cat(sums, dim=1).cpu().numpy()  # the one transfer
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = flat[0] / n
-        spread = np.maximum(flat[1] - n * mean**2, 0) / (n - 1) if n > 1 else np.nan * mean
-        stderr = np.sqrt(spread / n)
-    cuts = np.cumsum([each.shape[1] for each in sums])[:-1]
-    return tuple(np.split(mean, cuts)), tuple(np.split(stderr, cuts))

@@ -118,18 +118,15 @@ def lesion_study(
     plan: _Plan | None = None
     with untouched(model), torch.no_grad():
         for inputs, targets, _ in batches:
-            passes = None
+            blocks = blocks_of(model, blocks, inputs)
+            traced, passes = blocks.traced(inputs), _passes(blocks, inputs)
             if plan is None:
-                blocks = blocks_of(model, blocks, inputs)
-                plan = _Plan(blocks, blocks.traced(inputs), units)
+                plan = _Plan(blocks, traced, units)
                 paired = PairedScores(len(plan.lesions))
-                passes = _passes(blocks, inputs)
-                shares = _resumes(plan, blocks.traced(inputs), passes)
-            passes = passes or _passes(plan.blocks, inputs)
+                shares = _resumes(plan, traced, passes)
             truth = truths.read(passes.logits, targets)
             clean = truth.scores(passes.logits)
             paired.add_clean(clean)
-            traced = plan.blocks.traced(inputs)
             for unit, logits in enumerate(_lesioned(plan, traced, passes, shares)):
                 paired.add(unit, truth.scores(logits), clean)
     truths.finish()
