@@ -271,6 +271,11 @@ def as_logits(outputs: Any) -> Tensor:
     return outputs
 
 
+def predict(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Return the outputs of a model for one batch, a tensor or keyword arguments, as one tensor."""
+    return as_logits(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
+
+
 def _with_labels(batch: PreparedBatch) -> Inputs:
     if batch.targets is None or not isinstance(batch.inputs, Mapping):
         return batch.inputs

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -17,3 +18,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model in this context: its modes and buffers are put back afterwards."""
+    modules = list(model.modules())
+    buffers = [dict(module._buffers) for module in modules]
+    values = [(b, b.clone()) for each in buffers for b in each.values() if b is not None]
+    try:
+        with eval_mode(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, each in zip(modules, buffers, strict=True):
+                module._buffers.update(each)
+            for buffer, value in values:
+                buffer.copy_(value)

@@ -6,7 +6,7 @@ that very call (`passes`): no hook, no copy, no rewriting of the model. Values a
 step that made them; only values that depend on the model's input are followed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,8 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from landscape.objective import predict
 
 INPUT = -1
 """The value that is the model's input."""
@@ -105,18 +107,12 @@ class Trace:
         return self.spans[self.steps[step].span].path
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Return `model(inputs)`, a mapping being keyword arguments."""
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-
-
-def record(model: nn.Module, inputs: Any, as_logits: Any) -> Trace:
+def record(model: nn.Module, inputs: Any) -> Trace:
     """Trace one forward pass of a model in the mode that it is in.
 
     Args:
         model: Any module.
         inputs: A batch: one tensor, or keyword arguments.
-        as_logits: Turns what the model returns into the tensor of its logits.
 
     Returns:
         The trace.
@@ -128,8 +124,7 @@ def record(model: nn.Module, inputs: Any, as_logits: Any) -> Trace:
     recorder = _Recorder(tensors)
     # No inference mode: a model that caches a tensor in it could not be trained afterwards.
     with torch.no_grad(), recorder.modules(model), recorder:
-        outputs = call(model, inputs)
-    logits = as_logits(outputs)
+        logits = predict(model, inputs)
     trace = recorder.trace
     images = [t for t in tensors if t.is_floating_point()] or tensors
     trace.num_samples, trace.input_shape = len(images[0]), tuple(images[0].shape)

@@ -32,8 +32,8 @@ from landscape.blocks.layout import Layout, layout_of
 from landscape.blocks.lesions import Irremovable, Part, removal
 from landscape.blocks.passes import ControlledPass, Handler
 from landscape.blocks.structure import Kind, find_units, named_units
-from landscape.blocks.tracing import Trace, call, function_name, record
-from landscape.objective import as_logits
+from landscape.blocks.tracing import Trace, function_name, record
+from landscape.objective import predict
 from landscape.restore import eval_mode
 
 Choose = str | Sequence[str]
@@ -131,7 +131,7 @@ class Blocks:
             show = functools.partial(_show, block, step.name, layout, n, visitor)
             handlers[step.ordinal or 0] = show
         with eval_mode(self.model), ControlledPass(handlers):
-            return as_logits(call(self.model, inputs))
+            return predict(self.model, inputs)
 
     def capture(self, inputs: Any) -> dict[str, Tensor]:
         """Return every block's output by name, each a copy `(n, c, h, w)`, from one forward pass.
@@ -203,8 +203,8 @@ class Blocks:
         placement = Placement.of(self.model)
         example = resized(placement.place(inputs), _TRACED)
         with eval_mode(self.model), _own_randomness(placement.device), torch.no_grad():
-            call(self.model, example)  # what a model caches at its first pass is there by now
-            return record(self.model, example, as_logits)
+            predict(self.model, example)  # what a model caches at its first pass is there by now
+            return record(self.model, example)
 
     def _remember(self, inputs: Any, trace: Trace) -> Traced:
         """Find the blocks in a trace, and check that they are those of the first one."""

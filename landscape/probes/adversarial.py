@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_at_least, check_choice, check_generator
+from landscape.objective import predict
 from landscape.probes.attacks import Target
 from landscape.probes.pixels import Channels, PixelScale, split_image
-from landscape.probes.scores import PairedScores, Truths, increasing, predict, stream, untouched
+from landscape.probes.scores import PairedScores, Truths, increasing, stream
 from landscape.provenance import forward_provenance
+from landscape.restore import untouched
 from landscape.results import Provenance, Result
 
 Attack = Literal["fgsm", "pgd"]

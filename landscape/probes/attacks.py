@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from landscape.batches import Inputs
+from landscape.objective import predict
 from landscape.probes.pixels import PixelScale, split_image
-from landscape.probes.scores import Truth, predict
+from landscape.probes.scores import Truth
 
 
 class Target:

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from landscape.batches import Placement
 from landscape.blocks import Block, Blocks, blocks_of
 from landscape.probes.feature_maps import BlockTable, at_least_single, describe
-from landscape.probes.scores import stream, untouched
+from landscape.probes.scores import stream
 from landscape.provenance import forward_provenance
+from landscape.restore import untouched
 from landscape.results import Provenance, Result
 
 _FEWEST = 4  # samples in a batch: the estimate divides by n − 3

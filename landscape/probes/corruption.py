@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from landscape._checks import check_choice, check_generator
 from landscape.corruptions.apply import check_images, corrupt
 from landscape.corruptions.severities import CORRUPTIONS, PROFILES, SEVERITIES, Profile
+from landscape.objective import predict
 from landscape.probes.corruption_scores import CorruptionScores
 from landscape.probes.pixels import Channels, PixelScale, split_image
 from landscape.probes.published_corruptions import PublishedCorruptions
-from landscape.probes.scores import predict, stream, untouched
+from landscape.probes.scores import stream
 from landscape.provenance import forward_provenance
+from landscape.restore import untouched
 from landscape.results import Provenance, Result
 
 

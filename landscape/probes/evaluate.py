@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_at_least
+from landscape.objective import predict
 from landscape.probes.metrics import NUM_BINS
-from landscape.probes.scores import Moments, Truth, Truths, predict, stream, untouched
+from landscape.probes.scores import Moments, Truth, Truths, stream
 from landscape.provenance import forward_provenance
+from landscape.restore import untouched
 from landscape.results import Provenance, Result
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from landscape.blocks import Block, Blocks, blocks_of
-from landscape.probes.scores import Moments, stream, untouched
+from landscape.probes.scores import Moments, stream
 from landscape.provenance import forward_provenance
+from landscape.restore import untouched
 from landscape.results import Provenance, Result
 
 Reduce = Callable[[Tensor], Tensor]

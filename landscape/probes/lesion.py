@@ -25,8 +25,10 @@ from landscape.blocks import Blocks, blocks_of
 from landscape.blocks.block import Traced
 from landscape.blocks.lesions import Irremovable, Part, num_heads, removal
 from landscape.blocks.passes import PartialPasses
-from landscape.probes.scores import PairedScores, Truths, predict, stream, untouched
+from landscape.objective import predict
+from landscape.probes.scores import PairedScores, Truths, stream
 from landscape.provenance import forward_provenance
+from landscape.restore import untouched
 from landscape.results import Provenance, Result
 
 Units = Literal["paper", "branch", "conv", "head"]

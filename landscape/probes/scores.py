@@ -6,8 +6,7 @@ nats), and is right where its largest output is that of y. With soft targets t t
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,27 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from landscape._progress import track
-from landscape.batches import LABEL_KEYS, Inputs, stream_batches
-from landscape.objective import as_logits
+from landscape.batches import LABEL_KEYS, stream_batches
 from landscape.probes.metrics import hits
-from landscape.restore import eval_mode
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluate a model in this context: its modes and buffers are put back afterwards."""
-    modules = list(model.modules())
-    buffers = [dict(module._buffers) for module in modules]
-    values = [(b, b.clone()) for each in buffers for b in each.values() if b is not None]
-    try:
-        with eval_mode(model):
-            yield
-    finally:
-        with torch.no_grad():
-            for module, each in zip(modules, buffers, strict=True):
-                module._buffers.update(each)
-            for buffer, value in values:
-                buffer.copy_(value)
 
 
 def stream(
@@ -45,11 +25,6 @@ def stream(
     """Return `stream_batches(model, data)` behind a progress bar."""
     total = operator.length_hint(data) or None
     return iter(track(stream_batches(model, data), description, progress, total))
-
-
-def predict(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Return the outputs of a model for one batch as one tensor."""
-    return as_logits(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
 
 
 @dataclass(frozen=True)
