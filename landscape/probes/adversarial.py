@@ -24,10 +24,10 @@ from landscape._checks import check_at_least, check_choice, check_generator
 from landscape.objective import predict
 from landscape.probes.attacks import Target
 from landscape.probes.pixels import Channels, PixelScale, split_image
-from landscape.probes.scores import PairedScores, Truths, increasing, stream
+from landscape.probes.scores import PairedResult, PairedScores, Truths, increasing, stream
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
-from landscape.results import Provenance, Result
+from landscape.results import Provenance
 
 Attack = Literal["fgsm", "pgd"]
 Norm = Literal["linf", "l2"]
@@ -36,7 +36,7 @@ RADII = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
 
 
 @dataclass(frozen=True)
-class AdversarialRobustness(Result):
+class AdversarialRobustness(PairedResult):
     """Accuracy and NLL under attack, by the radius of the ball.
 
     Differences are attacked minus clean on the same samples, and their standard errors those of
@@ -69,18 +69,6 @@ class AdversarialRobustness(Result):
     _plot: ClassVar[str | None] = "adversarial_robustness"
 
     radii: np.ndarray
-    accuracy: np.ndarray
-    accuracy_stderr: np.ndarray
-    delta_accuracy: np.ndarray
-    delta_accuracy_stderr: np.ndarray
-    nll: np.ndarray
-    nll_stderr: np.ndarray
-    delta_nll: np.ndarray
-    delta_nll_stderr: np.ndarray
-    clean_accuracy: float
-    clean_accuracy_stderr: float
-    clean_nll: float
-    clean_nll_stderr: float
     attack: str
     norm: str
     steps: int

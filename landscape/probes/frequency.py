@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from landscape._checks import check_generator
 from landscape.objective import predict
 from landscape.probes.pixels import Channels, PixelScale, split_image
-from landscape.probes.scores import PairedScores, Truths, increasing, stream
+from landscape.probes.scores import PairedResult, PairedScores, Truths, increasing, stream
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
-from landscape.results import Provenance, Result
+from landscape.results import Provenance
 
 FREQUENCIES = tuple(i / 10 for i in range(1, 10))
 """Centres of the rings in units of π, as in Fig. 2b."""
 
 
 @dataclass(frozen=True)
-class RobustnessCurve(Result):
+class RobustnessCurve(PairedResult):
     """Accuracy and NLL under noise, by its frequency.
 
     Differences are noisy minus clean on the same samples, and their standard errors those of
@@ -65,18 +65,6 @@ class RobustnessCurve(Result):
     _plot: ClassVar[str | None] = "frequency_robustness"
 
     frequencies: np.ndarray
-    accuracy: np.ndarray
-    accuracy_stderr: np.ndarray
-    delta_accuracy: np.ndarray
-    delta_accuracy_stderr: np.ndarray
-    nll: np.ndarray
-    nll_stderr: np.ndarray
-    delta_nll: np.ndarray
-    delta_nll_stderr: np.ndarray
-    clean_accuracy: float
-    clean_accuracy_stderr: float
-    clean_nll: float
-    clean_nll_stderr: float
     width: float
     norm: float
     clip: bool

@@ -26,16 +26,16 @@ from landscape.blocks.block import Traced
 from landscape.blocks.lesions import Irremovable, Part, num_heads, removal
 from landscape.blocks.passes import PartialPasses
 from landscape.objective import predict
-from landscape.probes.scores import PairedScores, Truths, stream
+from landscape.probes.scores import PairedResult, PairedScores, Truths, stream
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
-from landscape.results import Provenance, Result
+from landscape.results import Provenance
 
 Units = Literal["paper", "branch", "conv", "head"]
 
 
 @dataclass(frozen=True)
-class LesionStudy(Result):
+class LesionStudy(PairedResult):
     """Accuracy and NLL with one unit removed, for `u` units in network order.
 
     Differences are lesioned less clean: a unit that matters has a negative `delta_accuracy`.
@@ -69,18 +69,6 @@ class LesionStudy(Result):
     parts: tuple[str, ...]
     depth: np.ndarray
     stage: np.ndarray
-    accuracy: np.ndarray
-    accuracy_stderr: np.ndarray
-    delta_accuracy: np.ndarray
-    delta_accuracy_stderr: np.ndarray
-    nll: np.ndarray
-    nll_stderr: np.ndarray
-    delta_nll: np.ndarray
-    delta_nll_stderr: np.ndarray
-    clean_accuracy: float
-    clean_accuracy_stderr: float
-    clean_nll: float
-    clean_nll_stderr: float
     skipped: dict[str, str]
     provenance: Provenance
 

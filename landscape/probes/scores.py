@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from landscape._progress import track
 from landscape.batches import LABEL_KEYS, stream_batches
 from landscape.probes.metrics import hits
+from landscape.results import Result
 
 
 def stream(
@@ -175,6 +176,39 @@ class Moments:
         return torch.stack([self._total / self.count, (spread / self.count).sqrt()])
 
 
+@dataclass(frozen=True)
+class PairedResult(Result):
+    """What results of NLL and accuracy under `k` conditions share, against the clean samples.
+
+    Attributes:
+        accuracy: `(k,)`: accuracy under each condition.
+        accuracy_stderr: `(k,)`: its standard error over samples.
+        delta_accuracy: `(k,)`: its difference from the clean accuracy.
+        delta_accuracy_stderr: `(k,)`: its paired standard error.
+        nll: `(k,)`: mean negative log-likelihood, in nats.
+        nll_stderr: `(k,)`: its standard error over samples.
+        delta_nll: `(k,)`: its difference from the clean one.
+        delta_nll_stderr: `(k,)`: its paired standard error.
+        clean_accuracy: Accuracy without any condition.
+        clean_accuracy_stderr: Its standard error.
+        clean_nll: NLL without any condition.
+        clean_nll_stderr: Its standard error.
+    """
+
+    accuracy: np.ndarray
+    accuracy_stderr: np.ndarray
+    delta_accuracy: np.ndarray
+    delta_accuracy_stderr: np.ndarray
+    nll: np.ndarray
+    nll_stderr: np.ndarray
+    delta_nll: np.ndarray
+    delta_nll_stderr: np.ndarray
+    clean_accuracy: float
+    clean_accuracy_stderr: float
+    clean_nll: float
+    clean_nll_stderr: float
+
+
 class PairedScores:
     """NLL and accuracy under several conditions, against the same samples left clean."""
 
@@ -197,7 +231,7 @@ class PairedScores:
         self._changed[condition].add(torch.cat([scores, scores - clean], dim=1))
 
     def fields(self) -> dict[str, Any]:
-        """Return means and standard errors by the names that results give them; one transfer."""
+        """Return the fields of a `PairedResult`; one transfer."""
         clean = torch.cat([self._clean.result(), self._clean.result() * 0], dim=1)
         rows = torch.stack([clean, *(each.result() for each in self._changed)]).cpu().numpy()
         fields: dict[str, Any] = {}
