@@ -64,7 +64,7 @@ def find_units(trace: Trace) -> list[Unit]:
         trace: A forward pass.
 
     Returns:
-        The units; stem and head alone where the model has no residual sum on its path.
+        The units; none where the model has no residual sum on its path.
     """
     graph = _Graph(trace)
     residual = graph.residual_units()
@@ -113,7 +113,7 @@ def named_units(trace: Trace, paths: list[str]) -> list[Unit]:
                 )  # fmt: skip
                 known = graph.unit_with_output(value)
                 unit = Unit(path, graph.kind(steps), value) if known is None else known
-                found.append(replace(unit, name=path, is_cut=value in graph.cuts))
+                found.append(replace(unit, name=path, is_cut=graph.is_cut(value)))
     return _uniquely_named(sorted(found, key=lambda unit: unit.value))
 
 
@@ -124,8 +124,12 @@ class _Graph:
         self.trace, self.steps = trace, trace.steps
         self._relevant = self._ancestors(trace.output, INPUT)
         self.cuts = self._find_cuts()
-        self._is_cut = set(self.cuts)
+        self._cut_set = frozenset(self.cuts)
         self._units: list[Unit] | None = None
+
+    def is_cut(self, value: int) -> bool:
+        """Whether every way from the input to the output passes through a value."""
+        return value in self._cut_set
 
     def residual_units(self) -> list[Unit]:
         """Return every residual sum that is a cut."""
@@ -214,7 +218,7 @@ class _Graph:
             step = self.steps[t]
             inside = owner > 0 and self.trace.inside(t, owner)
             if (
-                t not in self._is_cut
+                not self.is_cut(t)
                 or step.shape is None
                 or step.name in ADDITIONS | WEIGHTED | POOLING
                 or not (inside or step.name in ACTIVATIONS)
@@ -269,7 +273,7 @@ def _plain_siblings(graph: _Graph, units: list[Unit]) -> Iterator[Unit]:
     kinds = {trace.spans[owner].kind for owner in owners if owner > 0}
     kinds -= {nn.Module, nn.Sequential}
     for index, span in enumerate(trace.spans):
-        if span.kind not in kinds or span.output is None or span.output not in graph.cuts:
+        if span.kind not in kinds or span.output is None or not graph.is_cut(span.output):
             continue
         inside = tuple(s for s in range(span.first, span.end) if steps[s].follows)
         if inside and not any(owner == index or trace.inside(u.addition or 0, index)
