@@ -279,8 +279,8 @@ def orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, np.ndarray]:
         basis: Orthonormal vectors, one a row, shape `(m, dim)`.
 
     Returns:
-        The rest of `w`, orthogonal to the basis to a tenth of a millionth of a millionth where the
-        precision allows, and the components, shape `(m,)`.
+        The rest of `w`, orthogonal to the basis to 1e-13 of its length where the precision allows,
+        and the components, shape `(m,)`.
     """
     total = torch.zeros(len(basis), dtype=w.dtype, device=w.device)
     for _ in range(2):
