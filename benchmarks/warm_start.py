@@ -10,7 +10,6 @@ machine. Each set is compared with that of a random start.
 """
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,13 @@ from typing import Any
 import machine
 import numpy as np
 import torch
-import torch.nn.functional as F
 import workloads
-from torch import nn
 from tqdm import tqdm
 
 from landscape import Eigenpairs, HessianOperator, top_eigenpairs
 
 OUTPUT = Path(__file__).parent / "results" / "warm_start.json"
 K, TOL = 5, 1e-3
-
-
-def train(model: nn.Module, batches: Any, steps: int) -> None:
-    """Take some steps of AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model.train()
-    for x, y in itertools.islice(batches, steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    model.eval()
 
 
 def find(operator: HessianOperator, seed: int, start: Any = None) -> Eigenpairs:
@@ -58,7 +43,7 @@ def follow(name: str, every: int, checkpoints: int, starts: int) -> list[dict[st
     before = find(HessianOperator(model, data), 0)
     rows = []
     for index in tqdm(range(checkpoints), desc=name, leave=False):
-        train(model, stream, every)
+        workloads.train(model, stream, every)
         operator = HessianOperator(model, data)
         row: dict[str, Any] = {"model": name, "step": 200 + (index + 1) * every}
         cold = [find(operator, seed) for seed in range(starts)]

@@ -6,7 +6,7 @@ a fixed seed; they are kept in `benchmarks/.cache`, as are reference results.
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +32,24 @@ def trained(name: str, *, steps: int, **sizes: int) -> nn.Module:
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     images = _images(64)
     epochs = itertools.chain.from_iterable(images.batches(epoch) for epoch in itertools.count())
+    train(model, epochs, steps)
+    CACHE.mkdir(exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def train(model: nn.Module, batches: Iterable[Batch], steps: int) -> None:
+    """Take some steps of AdamW at rate 1e-3, and leave the model in evaluation mode."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
-    for x, y in itertools.islice(epochs, steps):
+    for x, y in itertools.islice(batches, steps):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     optimizer.zero_grad()
-    CACHE.mkdir(exist_ok=True)
-    torch.save(model.state_dict(), path)
-    return model.eval()
+    model.eval()
 
 
 def batches(count: int, size: int) -> list[Batch]:
