@@ -1,7 +1,7 @@
 """Figure 10 of "How Do Vision Transformers Work?" (Park & Kim, ICLR 2022).
 
     python examples/reproduce_fig10.py               # on the models of Figure 1
-    python examples/reproduce_fig10.py --alternet    # and on an AlterNet, eight minutes more
+    python examples/reproduce_fig10.py --alternet    # and on an AlterNet, minutes more
     python examples/reproduce_fig10.py --quick       # the same path in little
 
 (a) Similarity (CKA) of all blocks: networks of several stages look like small networks in series.

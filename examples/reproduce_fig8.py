@@ -1,7 +1,7 @@
 """Figure 8 of "How Do Vision Transformers Work?" (Park & Kim, ICLR 2022).
 
     python examples/reproduce_fig8.py               # on the models of Figure 1
-    python examples/reproduce_fig8.py --alternet    # and on an AlterNet, eight minutes more
+    python examples/reproduce_fig8.py --alternet    # and on an AlterNet, minutes more
     python examples/reproduce_fig8.py --quick       # the same path in little
 
 High-frequency amplitude (at π, relative to that at 0) against depth: MSAs (grey) lower it, Convs,

@@ -1,7 +1,7 @@
 """Figure 9 of "How Do Vision Transformers Work?" (Park & Kim, ICLR 2022).
 
     python examples/reproduce_fig9.py               # on the models of Figure 1
-    python examples/reproduce_fig9.py --alternet    # and on an AlterNet, eight minutes more
+    python examples/reproduce_fig9.py --alternet    # and on an AlterNet, minutes more
     python examples/reproduce_fig9.py --quick       # the same path in little
 
 Variance of the feature maps against depth: MSAs (grey) lower it, they average; Convs and MLPs

@@ -1,9 +1,9 @@
 """What Figures 2, 8, 9 and 10 are measured on, and the way from there to files.
 
 By default the models of Figure 1 (trained where they are not yet) on the test images; `--alternet`
-adds a small AlterNet, whose stages end in MSAs, to Figures 8, 9 and 10 (eight minutes of training
-the first time). With `--model timm:NAME --weights FILE --images
-FOLDER` any model of timm on a folder of images, one class a folder: the paper's ImageNet setting.
+adds a small AlterNet, whose stages end in MSAs, for Figures 8, 9 and 10 (several minutes of
+training the first time). With `--model timm:NAME --weights FILE --images FOLDER` any model of timm
+on a folder of images, one class a folder: the paper's ImageNet setting.
 """
 
 import argparse
