@@ -1,10 +1,15 @@
 """Claims of the paper next to what was measured: a table that says where they disagree."""
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
+
+from landscape.intervals import mean_interval
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,8 @@ def estimated(value: float, stderr: float) -> Measured:
 
 
 def averaged(values: ArrayLike) -> Measured:
-    """Return the mean of several values with the 95 % interval of their spread; NaN without."""
-    values = np.asarray(values, dtype=float)
-    if values.size < 2:
-        return Measured(float(values.mean()) if values.size else math.nan, math.nan, math.nan)
-    return estimated(values.mean(), values.std(ddof=1) / math.sqrt(values.size))
+    """Return the mean of several values with the 95 % interval of their spread (Student's t)."""
+    return Measured(*mean_interval(values))
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ class Claim:
         quantity: What was measured.
         smaller: Name and number of the side that should be smaller.
         larger: Name and number of the side that should be larger.
+        about: Number of the paper's claim that it is part of, as `summarize_claims.py` lists them.
     """
 
     text: str
     quantity: str
     smaller: tuple[str, Measured]
     larger: tuple[str, Measured]
+    about: int
 
     @property
     def verdict(self) -> str:
@@ -70,7 +74,41 @@ class Claim:
         return "undecided"
 
 
-def format_table(claims: list[Claim]) -> str:
+def write_claims(
+    out: Path, name: str, claims: Sequence[Claim], note: str, setting: Mapping[str, Any]
+) -> str:
+    """Write the table of a figure for readers and, beside its results, for `summarize_claims.py`.
+
+    Args:
+        out: Folder of the figures.
+        name: Name of the figure's files.
+        claims: What was compared.
+        note: What the intervals mean, and what the setting cannot show.
+        setting: What the numbers were measured on.
+
+    Returns:
+        The table with its note, in Markdown.
+    """
+    rows = [{**asdict(claim), "verdict": claim.verdict} for claim in claims]
+    content = {"claims": rows, "note": note, "setting": dict(setting)}
+    (out / name).mkdir(parents=True, exist_ok=True)
+    (out / name / "claims.json").write_text(json.dumps(content, indent=1) + "\n")
+    table = f"{format_table(claims)}\n\n{note}\n"
+    (out / f"{name}_claims.md").write_text(table)
+    return table
+
+
+def read_claims(path: Path) -> tuple[list[Claim], dict[str, Any]]:
+    """Return the claims that `write_claims` wrote, and the setting."""
+    content = json.loads(path.read_text())
+    claims = []
+    for row in content["claims"]:
+        sides = {side: (row[side][0], Measured(**row[side][1])) for side in ("smaller", "larger")}
+        claims.append(Claim(row["text"], row["quantity"], about=row["about"], **sides))
+    return claims, content["setting"]
+
+
+def format_table(claims: Sequence[Claim]) -> str:
     """Return the claims as a Markdown table."""
     rows = ["| claim of the paper | measured | | | here |", "|---|---|---|---|---|"]
     for claim in claims:

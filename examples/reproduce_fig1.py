@@ -12,6 +12,7 @@ in `runs/` and reused by the next run of the same setting.
 """
 
 import argparse
+import json
 import shutil
 import sys
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from claims import Claim, Measured, format_table
+from claims import Claim, Measured, write_claims
 from trained import (
     PRESETS,
     Setting,
@@ -39,35 +40,38 @@ from landscape import HessianMaxSpectrum, LossSurface, Objective, PolarTrajector
 
 R = TypeVar("R", bound=Result)
 
+NOTE = (
+    "Intervals (95 %): NLL over images, as if centre and ring were independent (too wide); "
+    "APE and NEP bootstrapped over mini-batches. One training run a model: no interval covers "
+    "the choice of seed, and overlapping intervals are called undecided."
+)
+
 
 def main() -> None:
     """Compute what is missing, draw, and print the claims."""
     args = parse_args()
-    if args.draw:
-        surfaces, trajectories, spectra = load(args.draw)
-        out = args.out or args.draw.parent
-        draw(surfaces, trajectories, spectra, out)
-        table = claims_table(surfaces, trajectories, spectra)
-        (out / "fig1_claims.md").write_text(table + "\n")
-        print(table)
-        return
     preset = "quick" if args.quick else args.preset
-    setting = PRESETS[preset]
-    if args.dataset:
-        setting = replace(setting, dataset=args.dataset)
-    out = args.out or Path("figures" if preset == "default" else f"figures/{preset}")
-    work = work_folder(preset, setting)
     began = time.perf_counter()
-    for_every_model(compute_model, setting, work, args.root)
-    results = out / "fig1"
-    results.mkdir(parents=True, exist_ok=True)
-    for path in sorted(work.glob("*.npz")):
-        shutil.copy(path, results / path.name)
+    if args.draw:
+        results = args.draw
+        out = args.out or args.draw.parent
+    else:
+        setting = PRESETS[preset]
+        if args.dataset:
+            setting = replace(setting, dataset=args.dataset)
+        out = args.out or Path("figures" if preset == "default" else f"figures/{preset}")
+        work = work_folder(preset, setting)
+        for_every_model(compute_model, setting, work, args.root)
+        results = out / "fig1"
+        results.mkdir(parents=True, exist_ok=True)
+        for path in (*sorted(work.glob("*.npz")), work / "setting.json"):
+            shutil.copy(path, results / path.name)
     surfaces, trajectories, spectra = load(results)
     draw(surfaces, trajectories, spectra, out)
-    table = claims_table(surfaces, trajectories, spectra)
-    (out / "fig1_claims.md").write_text(table + "\n")
-    print(f"\n{table}\n\nwrote {out}/fig1.png, .pdf, fig1a.html, fig1/*.npz", end=" ")
+    claims = figure_claims(surfaces, trajectories, spectra)
+    measured_on = json.loads((results / "setting.json").read_text())
+    table = write_claims(out, "fig1", claims, NOTE, measured_on)
+    print(f"\n{table}\nwrote {out}/fig1.png, .pdf, fig1a.html, fig1/*.npz", end=" ")
     print(f"in {time.perf_counter() - began:.0f} s")
 
 
@@ -167,7 +171,7 @@ def draw(surfaces: Surfaces, trajectories: Trajectories, spectra: Spectra, out: 
 # --- claims --------------------------------------------------------------------------------------
 
 
-def claims_table(surfaces: Surfaces, trajectories: Trajectories, spectra: Spectra) -> str:
+def figure_claims(surfaces: Surfaces, trajectories: Trajectories, spectra: Spectra) -> list[Claim]:
     """Return the paper's claims for Figure 1 next to what was measured."""
     claims = []
     for quantity, label in (("loss", "NLL + L2"), ("nll", "NLL")):
@@ -178,6 +182,7 @@ def claims_table(surfaces: Surfaces, trajectories: Trajectories, spectra: Spectr
                 f"rise of {label} at radius 0.5 [nat]",
                 ("ViT", rise["ViT"]),
                 ("ResNet", rise["ResNet"]),
+                about=1,
             )
         )
     turn = {n: total_turning(t) for n, t in trajectories.items()}
@@ -187,6 +192,7 @@ def claims_table(surfaces: Surfaces, trajectories: Trajectories, spectra: Spectr
             "turning of the polar path [rad], one run each: no interval",
             ("ViT", turn["ViT"]),
             ("ResNet", turn["ResNet"]),
+            about=1,
         )
     )
     for epoch in spectra["ViT"]:
@@ -199,6 +205,7 @@ def claims_table(surfaces: Surfaces, trajectories: Trajectories, spectra: Spectr
                 "APE",
                 ("ViT", ape["ViT"]),
                 ("ResNet", ape["ResNet"]),
+                about=1,
             )
         )
         claims.append(
@@ -207,14 +214,10 @@ def claims_table(surfaces: Surfaces, trajectories: Trajectories, spectra: Spectr
                 "NEP",
                 ("ResNet", nep["ResNet"]),
                 ("ViT", nep["ViT"]),
+                about=1,
             )
         )
-    note = (
-        "Intervals (95 %): NLL over images, as if centre and ring were independent (too wide); "
-        "APE and NEP bootstrapped over mini-batches. One training run a model: no interval covers "
-        "the choice of seed, and overlapping intervals are called undecided."
-    )
-    return f"{format_table(claims)}\n\n{note}"
+    return claims
 
 
 def surface_rise(surface: LossSurface, quantity: str) -> Measured:

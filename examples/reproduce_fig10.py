@@ -50,6 +50,7 @@ def claims(results: Results) -> list[Claim]:
                     "mean CKA of two blocks",
                     (f"{name} of two stages", between),
                     (f"{name} of one stage", within),
+                    about=4,
                 )
             )
     for name, result in results["lesion"].items():
@@ -64,6 +65,7 @@ def claims(results: Results) -> list[Claim]:
                     "change of accuracy without one",
                     (f"{name} {costly}", sides[costly]),
                     (f"{name} {cheap}", sides[cheap]),
+                    about=4,
                 )
             )
     return found

@@ -55,6 +55,7 @@ def claims(results: Results) -> list[Claim]:
                         "change of Δ log amplitude at π over a block",
                         low,
                         high,
+                        about=2,
                     )
                 )
     curves = results["frequency"]
@@ -73,6 +74,7 @@ def claims(results: Results) -> list[Claim]:
                     "change of accuracy",
                     (worse, side[worse]),
                     (better, side[better]),
+                    about=2,
                 )
             )
     return found

@@ -49,7 +49,7 @@ def claims(results: Results) -> list[Claim]:
                 step = (f"{name} {label}", averaged(change[chosen]))
                 low, high = (step, ZERO) if verb == "lower" else (ZERO, step)
                 text = f"{label} {verb} the high-frequency amplitude"
-                found.append(Claim(text, "change at π over a block", low, high))
+                found.append(Claim(text, "change at π over a block", low, high, about=2))
     return found
 
 

@@ -47,7 +47,7 @@ def claims(results: Results) -> list[Claim]:
                 step = (f"{name} {label}", averaged(change[chosen]))
                 low, high = (step, ZERO) if verb == "lower" else (ZERO, step)
                 text = f"{label} {verb} the variance of feature maps"
-                found.append(Claim(text, "log ratio over a block", low, high))
+                found.append(Claim(text, "log ratio over a block", low, high, about=3))
     return found
 
 

@@ -7,15 +7,16 @@ on a folder of images, one class a folder: the paper's ImageNet setting.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from claims import Claim, format_table
+from claims import Claim, write_claims
 from matplotlib.figure import Figure
 from torch import nn
 from trained import PRESETS, for_every_model, images, say, train, work_folder
@@ -78,6 +79,7 @@ def run(study: Study, description: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.npz"):
             stale.unlink()
+        (folder / "setting.json").write_text(json.dumps(_setting(args), indent=1) + "\n")
         for label, subject in _subjects(args).items():
             for kind, result in study.compute(subject).items():
                 result.save(folder / f"{kind}_{label}.npz")
@@ -88,10 +90,21 @@ def run(study: Study, description: str) -> None:
         figure.savefig(out / f"{study.name}.png", dpi=200)
         figure.savefig(out / f"{study.name}.pdf")
     html.write_html(out / f"{study.name}.html", include_plotlyjs="cdn")
-    table = f"{format_table(study.claims(results))}\n\n{study.note}\n"
-    (out / f"{study.name}_claims.md").write_text(table)
+    setting = json.loads((folder / "setting.json").read_text())
+    table = write_claims(out, study.name, study.claims(results), study.note, setting)
     print(f"\n{table}\nwrote {out}/{study.name}.png, .pdf, .html, {study.name}/*.npz", end=" ")
     print(f"in {time.perf_counter() - began:.0f} s")
+
+
+def _setting(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the models are and what they are measured on."""
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if args.model:
+        return {"command": command, "models": args.model, "images": args.images.name}
+    preset = "quick" if args.quick else args.preset
+    return {"command": command, "preset": preset, **asdict(PRESETS[preset])} | (
+        {"dataset": args.dataset} if args.dataset else {}
+    )
 
 
 def _subjects(args: argparse.Namespace) -> dict[str, Subject]:

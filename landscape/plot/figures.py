@@ -4,24 +4,23 @@ Every function returns a `matplotlib.figure.Figure` that no global state knows o
 `figure.savefig(path)`; there is nothing to close.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from landscape.plot import style
-from landscape.plot.density import finite_eigenvalues
 from landscape.plot.hessian import (
     MAX_LABEL,
     Half,
     hessian_max_spectrum,
     limit_eigenvalues,
-    room_for_legend,
+    spread_far,
+    trim_spectrum,
 )
 from landscape.plot.scale import LABELS, Quantity, color_bar, make_norm, shared_limits
 from landscape.plot.surface import loss_surface
@@ -207,7 +206,7 @@ def _draw_trajectories(figure: Figure | SubFigure, results: "Trajectories") -> N
 def _draw_spectra(figure: Figure | SubFigure, results: "Spectra") -> None:
     epochs = _epochs(results)
     everything = [spectrum for spectra in results.values() for spectrum in spectra.values()]
-    log = _spread_far(everything)
+    log = spread_far(everything)
     inch = figure.dpi / figure.bbox.height
     place = {"left": 0.07, "right": 0.98, "top": 1 - 0.1 * inch, "bottom": 0.55 * inch}
     grid = figure.add_gridspec(len(epochs), 2, wspace=0.06, hspace=0.12, **place)
@@ -216,7 +215,7 @@ def _draw_spectra(figure: Figure | SubFigure, results: "Spectra") -> None:
         named = {name: spectra[epoch] for name, spectra in results.items() if epoch in spectra}
         for ax, half in zip(axes[row], HALVES, strict=True):
             hessian_max_spectrum(named, ax=ax, half=half, log=log)
-            _trim_spectrum(ax, half)
+            trim_spectrum(ax, half)
         axes[row, 0].set_ylabel(epoch)
     for ax, half in zip(axes[0], HALVES, strict=True):  # the columns share their axis
         limit_eigenvalues(ax, everything, half, log=log)
@@ -225,30 +224,6 @@ def _draw_spectra(figure: Figure | SubFigure, results: "Spectra") -> None:
     unit = r"$\log_{10}|\lambda|$" if log else r"$\lambda$"
     note = f"Density of {unit}: Gaussian kernels, Silverman's bandwidth. [ ]: 95 % interval"
     figure.text(y=0.06 * inch, s=note, size=style.NOTE_SIZE, color=style.MUTED, **label)
-
-
-def _trim_spectrum(ax: Axes, half: Half) -> None:
-    """Give the legend room above the densities and drop the arbitrary vertical scale."""
-    room_for_legend(ax, line_height=0.5)
-    ax.set(yticks=[], xlabel="", ylabel="")
-    ax.spines["left"].set_visible(half == "positive")
-    ax.spines["right"].set_visible(half == "negative")
-    side = "upper left" if half == "negative" else "upper right"
-    legend: dict[str, Any] = {"loc": side, "fontsize": style.NOTE_SIZE, "labelspacing": 0.3}
-    ax.legend(**legend)
-
-
-def _spread_far(results: Iterable["HessianMaxSpectrum"]) -> bool:
-    """Return whether, in a half, the largest |λ| is over 30 times the smallest median of |λ|.
-
-    A heuristic: on a linear axis that spectrum would be a needle at 0.
-    """
-    spectra = [finite_eigenvalues(result) for result in results]
-    for sign in (-1, 1):
-        halves = [values for each in spectra if (values := sign * each[sign * each > 0]).size]
-        if halves and max(map(np.max, halves)) > 30 * min(map(np.median, halves)):
-            return True
-    return False
 
 
 def _epochs(results: "Spectra") -> list[str]:

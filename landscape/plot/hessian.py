@@ -108,6 +108,41 @@ def room_for_legend(ax: Axes, line_height: float = 0.07) -> None:
         ax.set(yticks=[], ylabel="")  # a rug has no scale
 
 
+def trim_spectrum(ax: Axes, half: Half) -> None:
+    """Give the legend room above the densities and drop the arbitrary vertical scale.
+
+    Args:
+        ax: The axes, with one half of a spectrum.
+        half: That half.
+    """
+    room_for_legend(ax, line_height=0.5)
+    ax.set(yticks=[], xlabel="", ylabel="")
+    ax.spines["left"].set_visible(half == "positive")
+    ax.spines["right"].set_visible(half == "negative")
+    side = "upper left" if half == "negative" else "upper right"
+    legend: dict[str, Any] = {"loc": side, "fontsize": style.NOTE_SIZE, "labelspacing": 0.3}
+    ax.legend(**legend)
+
+
+def spread_far(results: Iterable["HessianMaxSpectrum"]) -> bool:
+    """Return whether, in a half, the largest |λ| is over 30 times the smallest median of |λ|.
+
+    A heuristic: on a linear axis that spectrum would be a needle at 0.
+
+    Args:
+        results: The spectra that share the scale.
+
+    Returns:
+        Whether a logarithmic scale suits them better.
+    """
+    spectra = [finite_eigenvalues(result) for result in results]
+    for sign in (-1, 1):
+        halves = [values for each in spectra if (values := sign * each[sign * each > 0]).size]
+        if halves and max(map(np.max, halves)) > 30 * min(map(np.median, halves)):
+            return True
+    return False
+
+
 def spectral_density(result: "SpectralDensity", *, ax: Axes | None = None, **line: Any) -> Axes:
     """Draw an eigen-density on a logarithmic scale, with a band of two standard errors each side.
 

@@ -1,0 +1,179 @@
+"""Quantities over several runs: every run a point, their mean with its interval."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from numpy.typing import ArrayLike
+
+from landscape.intervals import mean_interval
+from landscape.plot import style
+from landscape.plot.figures import HALVES
+from landscape.plot.hessian import (
+    MAX_LABEL,
+    hessian_max_spectrum,
+    limit_eigenvalues,
+    spread_far,
+    trim_spectrum,
+)
+
+if TYPE_CHECKING:
+    from landscape.probes.hessian import HessianMaxSpectrum
+
+    Runs = Mapping[str, Sequence[HessianMaxSpectrum]]
+
+
+def run_columns(values: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> Axes:
+    """Draw one column a label: its runs as points, their mean with its 95 % interval.
+
+    Args:
+        values: One value a run, `(runs,)`, by label; model families decide the colours.
+        ax: Axes to draw on; fresh ones by default.
+
+    Returns:
+        The axes, with the labels at the columns.
+
+    Raises:
+        ValueError: If `values` is empty.
+    """
+    named = style.named(values)
+    ax = ax if ax is not None else plt.subplots()[1]
+    styles = style.line_styles(named)
+    for column, (label, runs) in enumerate(named.items()):
+        color = styles[label]["color"]
+        _draw_runs(ax, np.array([column]), np.asarray(runs, dtype=float)[None], color)
+    ax.set_xticks(range(len(named)), list(named))
+    ax.set_xlim(-0.5, len(named) - 0.5)
+    return ax
+
+
+def run_curves(
+    x: ArrayLike, values: ArrayLike, *, label: str, ax: Axes | None = None, **line: Any
+) -> Axes:
+    """Draw a curve of means over runs, with their 95 % intervals and every run as a point.
+
+    Args:
+        x: Where the points are, `(points,)`; categories are placed by `range`.
+        values: One value a run, `(points, runs)`.
+        label: Label of the curve; its model family decides the colour.
+        ax: Axes to draw on; fresh ones by default.
+        **line: Passed to `Axes.plot` for the curve.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If the shapes do not go together.
+    """
+    x, values = np.asarray(x, dtype=float), np.asarray(values, dtype=float)
+    if values.ndim != 2 or x.shape != values.shape[:1]:
+        raise ValueError(
+            f"`values` must be (points, runs) for `x` of {x.shape}, got {values.shape}."
+        )
+    ax = ax if ax is not None else plt.subplots()[1]
+    look: dict[str, Any] = {"color": style.family_color(label) or "#333333", "label": label}
+    look |= line
+    means = values.mean(axis=1)
+    ax.plot(x, means, **{"lw": 1.0, **look})
+    _draw_runs(ax, x, values, look["color"])
+    return ax
+
+
+def spectra_over_runs(results: "Runs") -> Figure:
+    """Draw Hessian max eigenvalue spectra of several runs a network (Park & Kim, 2022, Fig. 4).
+
+    The eigenvalues of all runs of a network are drawn as one spectrum, negative and positive
+    halves apart; beside them stand NEP and APE of every run, with mean and 95 % interval over runs.
+
+    Args:
+        results: Spectra of the runs, by label; model families decide the colours.
+
+    Returns:
+        The figure, 5.5 in wide.
+
+    Raises:
+        ValueError: If `results` is empty, or a network has no runs.
+    """
+    with mpl.rc_context(style.rc()):
+        figure = Figure(figsize=(style.TEXT_WIDTH, 2.0 + 0.12 * max(len(results) - 3, 0)))
+        draw_spectra_over_runs(figure, results)
+        figure.draw_without_rendering()  # ticks are made now, in this style
+    return figure
+
+
+def draw_spectra_over_runs(figure: Figure | SubFigure, results: "Runs") -> None:
+    """Draw what `spectra_over_runs` draws on a part of a larger figure.
+
+    Args:
+        figure: Where to draw.
+        results: Spectra of the runs, by label.
+
+    Raises:
+        ValueError: If `results` is empty, or a network has no runs.
+    """
+    named = {label: pool_runs(runs) for label, runs in style.named(results).items()}
+    log = spread_far(named.values())
+    inch = figure.dpi / figure.bbox.height
+    height = {"top": 1 - 0.12 * inch, "bottom": 0.42 * inch}
+    left: Any = figure.add_gridspec(1, 2, left=0.02, right=0.67, wspace=0.06, **height).subplots()
+    right: Any = figure.add_gridspec(1, 2, left=0.74, right=0.99, wspace=0.85, **height).subplots()
+    for ax, half in zip(left, HALVES, strict=True):
+        hessian_max_spectrum(named, ax=ax, half=half, log=log)
+        trim_spectrum(ax, half)
+        limit_eigenvalues(ax, named.values(), half, log=log)
+    figure.text(0.345, 0.12 * inch, MAX_LABEL, ha="center", va="center", size=8)
+    for ax, name in zip(right, ("nep", "ape"), strict=True):
+        run_columns({n: [getattr(s, name) for s in runs] for n, runs in results.items()}, ax=ax)
+        ax.set_ylabel({"nep": "NEP", "ape": "APE (nats)"}[name])
+        for text in ax.get_xticklabels():
+            text.set(rotation=40, rotation_mode="anchor", ha="right", size=style.NOTE_SIZE)
+        low, high = ax.get_ylim()  # an interval of a few runs may leave the range of a share
+        ax.set_ylim(0 if name == "nep" else min(0, low), min(1, high) if name == "nep" else high)
+
+
+def pool_runs(spectra: "Sequence[HessianMaxSpectrum]") -> "HessianMaxSpectrum":
+    """Return the spectra of several runs of one network as one.
+
+    Args:
+        spectra: One a run.
+
+    Returns:
+        The eigenvalues of all mini-batches of all runs; NEP and APE are means over runs and their
+        intervals those of the spread between runs (`mean_interval`), NaN for one run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not spectra:
+        raise ValueError("`spectra` must hold at least one spectrum, got none.")
+    nep, *nep_ends = mean_interval([spectrum.nep for spectrum in spectra])
+    ape, *ape_ends = mean_interval([spectrum.ape for spectrum in spectra])
+    return replace(
+        spectra[0],
+        eigenvalues=np.concatenate([spectrum.eigenvalues for spectrum in spectra]),
+        residuals=np.concatenate([spectrum.residuals for spectrum in spectra]),
+        converged=np.concatenate([spectrum.converged for spectrum in spectra]),
+        nep=nep,
+        nep_interval=(nep_ends[0], nep_ends[1]),
+        ape=ape,
+        ape_interval=(ape_ends[0], ape_ends[1]),
+        num_hvps=sum(spectrum.num_hvps for spectrum in spectra),
+    )
+
+
+def _draw_runs(ax: Axes, x: np.ndarray, values: np.ndarray, color: str) -> None:
+    """Draw the runs of each point faintly and the mean over them with its interval."""
+    runs: dict[str, Any] = {"color": color, "alpha": 0.45, "ms": 2.5, "mew": 0, "gid": "run"}
+    ax.plot(np.repeat(x, values.shape[1]), values.ravel(), "o", **runs)
+    for place, of_point in zip(x, values, strict=True):
+        mean, low, high = mean_interval(of_point)
+        bar = None if np.isnan(low) else [[mean - low], [high - mean]]
+        ax.errorbar(
+            place, mean, yerr=bar, fmt="s", ms=3.5, color=color, mec="white", mew=0.4, capsize=2,
+            elinewidth=0.9, gid="mean",
+        )  # fmt: skip
