@@ -54,4 +54,4 @@ def claims(results: Results) -> list[Claim]:
 
 
 if __name__ == "__main__":
-    run(Study("fig6", arms, (WARMUP, LAST, TEST), draw, claims, NOTE), __doc__)
+    run(Study("fig6", arms, (WARMUP, LAST, TEST), draw, claims, NOTE, {"default": 4}), __doc__)
