@@ -108,14 +108,15 @@ def room_for_legend(ax: Axes, line_height: float = 0.07) -> None:
         ax.set(yticks=[], ylabel="")  # a rug has no scale
 
 
-def trim_spectrum(ax: Axes, half: Half) -> None:
+def trim_spectrum(ax: Axes, half: Half, line_height: float = 0.5) -> None:
     """Give the legend room above the densities and drop the arbitrary vertical scale.
 
     Args:
         ax: The axes, with one half of a spectrum.
         half: That half.
+        line_height: Room for one line of the legend, in units of the largest density.
     """
-    room_for_legend(ax, line_height=0.5)
+    room_for_legend(ax, line_height)
     ax.set(yticks=[], xlabel="", ylabel="")
     ax.spines["left"].set_visible(half == "positive")
     ax.spines["right"].set_visible(half == "negative")

@@ -124,7 +124,7 @@ def draw_spectra_over_runs(figure: Figure | SubFigure, results: "Runs") -> None:
     right: Any = figure.add_gridspec(1, 2, left=0.74, right=0.99, wspace=0.85, **height).subplots()
     for ax, half in zip(left, HALVES, strict=True):
         hessian_max_spectrum(named, ax=ax, half=half, log=log)
-        trim_spectrum(ax, half)
+        trim_spectrum(ax, half, line_height=0.14)
         limit_eigenvalues(ax, named.values(), half, log=log)
     figure.text(0.345, 0.12 * inch, MAX_LABEL, ha="center", va="center", size=8)
     for ax, name in zip(right, ("nep", "ape"), strict=True):

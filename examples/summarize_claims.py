@@ -1,0 +1,99 @@
+"""Write `figures/CLAIMS.md`: every claim of the paper with the verdicts of all figures.
+
+    python examples/summarize_claims.py [--figures figures]
+
+Everything on the page comes from the `claims.json` beside the results of each figure.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from claims import Claim, read_claims
+
+PAPER = {
+    1: "MSAs flatten the loss landscape (smaller Hessian eigenvalues), but the losses of ViTs are "
+    "non-convex (negative ones)",
+    2: "MSAs are low-pass filters, Convs are high-pass filters; ViT is hurt by low-, ResNet by "
+    "high-frequency noise",
+    3: "MSAs reduce feature-map variance; Convs and MLPs increase it",
+    4: "Multi-stage networks behave like small models in series; MSAs at the end of a stage matter "
+    "most",
+    5: "AlterNet, whose stages end in MSAs, beats CNNs in small-data regimes too",
+}
+HEAD = """# The paper's claims, and what was measured here
+
+Written by `python examples/summarize_claims.py` from the `claims.json` of every figure. A claim
+*agrees* where the 95 % intervals of its two sides lie apart in the paper's order, *disagrees* where
+they lie apart in the other, and is *undecided* where they overlap or one has none. The networks are
+small, and so are the images: a verdict is about the setting that it names, not about the paper's.
+What an interval covers (runs, images, mini-batches, blocks) stands below the table of each figure.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder of figures")
+    folder = parser.parse_args().figures
+    found = {path.parent.name: read_claims(path) for path in folder.glob("*/claims.json")}
+    if not found:
+        parser.error(f"{folder} holds no figure with claims (FIGURE/claims.json).")
+    (folder / "CLAIMS.md").write_text(page(found))
+    print(f"wrote {folder}/CLAIMS.md")
+
+
+def page(found: dict[str, tuple[list[Claim], dict[str, Any]]]) -> str:
+    """Return the page of the claims and settings of every figure."""
+    figures = sorted(found, key=lambda name: (not name.startswith("fig"), len(name), name))
+    every = [(name, claim) for name in figures for claim in found[name][0]]
+    parts = [HEAD]
+    for number, text in PAPER.items():
+        of_claim = [(name, claim) for name, claim in every if claim.about == number]
+        parts.append(f"## {number}. {text}\n\n{_tally([claim for _, claim in of_claim])}\n")
+        if of_claim:
+            parts.append(_table(of_claim))
+    parts.append("## Settings\n")
+    rows = "\n".join(f"| {_label(name)} | {_setting(found[name][1])} |" for name in figures)
+    parts.append(f"| figure | measured on |\n|---|---|\n{rows}\n")
+    return "\n".join(parts)
+
+
+def _tally(claims: Sequence[Claim]) -> str:
+    counts = Counter(claim.verdict for claim in claims)
+    if not claims:
+        return "Not measured."
+    words = {"agrees": "agree", "disagrees": "disagree", "undecided": "undecided"}
+    shares = [f"{counts[verdict]} {word}" for verdict, word in words.items() if counts[verdict]]
+    return f"**{len(claims)} comparisons: {', '.join(shares)}.**"
+
+
+def _table(claims: Sequence[tuple[str, Claim]]) -> str:
+    rows = ["| figure | part | measured | smaller in the paper | larger | here |"]
+    rows.append("|---|---|---|---|---|---|")
+    for name, claim in claims:
+        sides = " | ".join(f"{side} {value}" for side, value in (claim.smaller, claim.larger))
+        evidence = f"[{_label(name)}]({name}_claims.md)"
+        verdict = claim.verdict if claim.verdict == "undecided" else f"**{claim.verdict}**"
+        rows.append(f"| {evidence} | {claim.text} | {claim.quantity} | {sides} | {verdict} |")
+    return "\n".join(rows) + "\n"
+
+
+def _label(name: str) -> str:
+    return name.replace("fig", "Figure ") if name.startswith("fig") else "Appendix C"
+
+
+def _setting(setting: dict[str, Any]) -> str:
+    """Return in words what the numbers of a figure were measured on."""
+    if "dataset" not in setting:
+        return f"{', '.join(setting.get('models', []))} on {setting.get('images', 'images')}"
+    words = f"{setting['train_images']:,} training images of `{setting['dataset']}`, "
+    words += f"{setting['epochs']} epochs ({setting['warmup_epochs']} of warm-up)"
+    seeds = setting.get("seeds")
+    return words + (f", {seeds} runs a network" if seeds else ", one run a network")
+
+
+if __name__ == "__main__":
+    main()
