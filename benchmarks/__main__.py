@@ -2,11 +2,10 @@
 
     python -m benchmarks [--all | --only hessian,surface] [--table-only]
 
-By default the comparisons of curvature and surfaces with their peers, half an hour on two CPU cores
-the first time, when models and float64 references are made; `--all` adds the scripts that compare
-with nothing or with other kinds of packages. Each script runs in a process of its own and writes
-`results/<name>.json`; one that fails is reported and the others still run. The table is
-`results/README_TABLE.md`.
+By default the comparisons of curvature and surfaces with their peers, models and float64 references
+included; `--all` adds the scripts that compare with nothing or with other kinds of packages. Each
+script runs in a process of its own and writes `results/<name>.json`; one that fails is reported and
+the others still run. The table is `results/README_TABLE.md`.
 """
 
 import argparse

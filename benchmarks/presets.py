@@ -110,7 +110,7 @@ DEFAULT = Preset(
         Workload("W5", CONV, 16, batches=10, each=True, solvers=(NATIVE,)),
         Workload("W5", CONV, 16, batches=2, each=True, part=True, solvers=OF_W5),
         Workload("W5", VIT, 16, batches=10, each=True, solvers=(NATIVE,)),
-        Workload("W5", VIT, 16, batches=2, each=True, part=True, solvers=OF_W5),
+        Workload("W5", VIT, 16, each=True, part=True, solvers=OF_W5),
     ),
 )
 FULL = Preset(

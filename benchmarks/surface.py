@@ -7,12 +7,12 @@ many times as there are points. Beside `landscape.loss_surface`, the same plane 
 loss-landscapes (`planar_interpolation`) where it is installed; its metric is the mean loss over all
 batches in evaluation mode without gradients, written for it here. Everything runs in turn
 (forward, ours, theirs, forward, ours, theirs, …); ratios of CPU time are taken in each round, and
-their medians reported. Ours includes its set-up and checks, two and a half more batches: 8 % at 16
-points of two batches, nothing at 441; what each further point costs is the difference to a surface
-of a single point. Errors are against a plain loop in float64 over fresh copies of the model,
-relative, and as a share of the range of the surface.
+their medians reported. Ours includes its set-up and checks, two and a half more batches: 14 % at
+9 points of two batches, nothing at 441; what each further point costs is the difference to a
+surface of a single point. Errors are against a plain loop in float64 over fresh copies of the
+model, relative, and as a share of the range of the surface.
 
-    python benchmarks/surface.py [--rounds 2] [--points 4] [--images 256] [--threads 1]
+    python benchmarks/surface.py [--rounds 2] [--points 3] [--images 256] [--threads 1]
 """
 
 import argparse
@@ -209,7 +209,7 @@ def main() -> None:
     """Measure both models, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--points", type=int, default=4, help="points along an axis")
+    parser.add_argument("--points", type=int, default=3, help="points along an axis")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--steps", type=int, default=30, help="training steps before")
     parser.add_argument("--threads", type=int, default=1)
