@@ -2,11 +2,10 @@
 
     python -m benchmarks [--all | --only hessian,surface] [--table-only]
 
-By default the comparisons of curvature and surfaces with their peers, half an hour on two CPU cores
-the first time, when models and float64 references are made; `--all` adds the scripts that compare
-with nothing or with other kinds of packages. Each script runs in a process of its own and writes
-`results/<name>.json`; one that fails is reported and the others still run. The table is
-`results/README_TABLE.md`.
+By default the comparisons of curvature and surfaces with their peers, models and float64 references
+included; `--all` adds the scripts that compare with nothing or with other kinds of packages. Each
+script runs in a process of its own and writes `results/<name>.json`; one that fails is reported and
+the others still run. The table is `results/README_TABLE.md`.
 """
 
 import argparse
@@ -21,12 +20,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PEERS = ("hessian", "surface", "correctness", "memory")
 SCRIPTS = (*PEERS, "warm_start", "scale", "corruptions", "augmentation", "training")
-TITLES = {
-    "W1": "ResNet-20, 64 images, top 5",
-    "W2": "ViT (dim 96, depth 6), 64 images, top 5",
-    "W3": "ResNet-20, 2 batches of 64, top 5",
-    "W5": "10 mini-batches of 16, top 5 of each",
-}
+MODELS = {"resnet20": "ResNet-20", "vit_micro": "ViT (dim 96, depth 6)"}
 
 
 def main() -> None:
@@ -40,6 +34,7 @@ def main() -> None:
     if unknown := set(chosen) - set(SCRIPTS):
         parser.error(f"--only takes {', '.join(SCRIPTS)}, got {', '.join(sorted(unknown))}")
     failed = []
+    started = time.perf_counter()
     for name in () if arguments.table_only else chosen:
         script = HERE / f"{name}.py"
         if not script.exists():
@@ -55,6 +50,7 @@ def main() -> None:
     text = table()
     (RESULTS / "README_TABLE.md").write_text(text)
     print(text)
+    print(f"{time.perf_counter() - started:.0f} s in all")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -66,26 +62,28 @@ def table() -> str:
         return "No results yet: run `python -m benchmarks`.\n"
     machine = hessian["machine"]
     lines = [
-        "Cost in gradients on the same data (mean over start vectors), and eigenvalues right to "
-        f"1e-3; {machine['cpu']}, {machine['threads']} thread(s), {machine['began'][:10]}. GPU: "
-        "not measured.",
+        "Cost of the 5 Hessian eigenvalues largest by magnitude, in gradients on the same data "
+        "(mean over start vectors), and how many are right to 1e-3; "
+        f"{machine['cpu']}, {machine['threads']} thread(s), {machine['began'][:10]}. GPU: not "
+        "measured.",
         "",
         "| workload | solver | gradients | products | right of 5 | largest error |",
         "|---|---|---|---|---|---|",
     ]
     for row in hessian["rows"]:
-        if row["workload"] not in TITLES:
+        if row["workload"].startswith("W4"):
             continue
-        title = TITLES[row["workload"]]
-        if row["workload"] == "W5":
-            title += f" ({row['model']})"
+        model = MODELS.get(row["model"], row["model"])
+        title = f"{row['workload']}: {model}, {row['images']} images"
+        if row["part"]:
+            title += ", a part for slow peers"
         if row["status"] == "ok":
             numbers = f"{row['gradients']:.1f} | {row['hvps']:.1f} | {row['right']:.3g}"
             lines.append(f"| {title} | {row['solver']} | {numbers} | {row['error']:.1e} |")
         else:
             lines.append(f"| {title} | {row['solver']} | fails | | | |")
     lines.append("")
-    density = [r for r in hessian["rows"] if r["workload"].startswith("W4 80")]
+    density = [r for r in hessian["rows"] if r["workload"] == "W4 80 x 1" and not r["part"]]
     cost = {r["solver"]: r["gradients"] for r in density if r["status"] == "ok"}
     if {"landscape", "products alone"} <= cost.keys():
         ratio = cost["landscape"] / cost["products alone"]

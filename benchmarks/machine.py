@@ -20,8 +20,13 @@ def describe(packages: tuple[str, ...]) -> dict[str, object]:
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
-        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "began": now(),
     }
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _cpu_model() -> str:

@@ -1,12 +1,12 @@
 """How much memory do the workloads take, ours next to the peers', and does any of it leak?
 
-    python benchmarks/memory.py [--calls 100] [--threads 1]
+    python benchmarks/memory.py [--calls 100]
 
-Peak resident memory of one solver on one workload, each in a process of its own, less what the
-process holds with model and data loaded and one gradient taken. W1 and W2 as in `hessian.py`, but
-for 2 eigenvalues, which need the same graphs; W4 is the density of 80 steps, here of 40. For leaks,
-the same small calls are repeated in one process, and the growth of its resident memory after the
-first fifth of them is reported.
+Peak resident memory of one solver on one workload, each in a process of its own on one thread, two
+at once, less what the process holds with model and data loaded and one gradient taken. W1 and W2 as
+in `hessian.py`, but for 2 eigenvalues, which need the same graphs; W4 is the density of 80 steps,
+here of 20. For leaks, the same small calls are repeated in one process, and the growth of its
+resident memory after the first fifth of them is reported.
 """
 
 import argparse
@@ -15,14 +15,16 @@ import resource
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import hessian
 import machine
 import solvers
 import torch
+import turns
 import workloads
+from hessian import PACKAGES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -31,9 +33,16 @@ import landscape
 OUTPUT = Path(__file__).parent / "results" / "memory.json"
 K = 2
 MODELS = {"W1": "resnet20", "W2": "vit_micro", "W4": "resnet20"}
+EACH_KIND = (  # other settings of the same need the same graphs
+    "landscape",
+    "PyHessian",
+    "curvlinops + eigsh, tol=1e-3",
+    "hessian-eigenthings",
+    "kept graph + eigsh",
+)
 JOBS = {
-    "W1": tuple(s for s in solvers.EIGENVALUES if s not in solvers.SLOW),
-    "W2": tuple(s for s in solvers.EIGENVALUES if s not in solvers.SLOW),
+    "W1": EACH_KIND,
+    "W2": EACH_KIND,
     "W4": ("landscape", "hessian-eigenthings"),
 }
 
@@ -54,10 +63,10 @@ def measure(workload: str, solver: str) -> dict[str, float]:
     model = workloads.trained(MODELS[workload], steps=200)
     data = workloads.batches(1, 64)
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(action="ignore"):
-        hessian.gradient(model, data)
+        turns.gradient(model, data)
         before, floor = resident(), peak()
         if workload == "W4":
-            solvers.DENSITIES[solver](model, data, 40, 1, 0)
+            solvers.DENSITIES[solver](model, data, 20, 1, 0)
         else:
             solvers.EIGENVALUES[solver](model, data, K, 0)
     # A peak that is not above that of loading says only that the solver took no more.
@@ -69,7 +78,7 @@ def leaks(calls: int) -> dict[str, Any]:
     model = workloads.trained("vit_nano", steps=10, dim=24, depth=2, heads=3)
     data = workloads.batches(1, 8)
     every = {
-        "hessian_max_spectrum": lambda: landscape.hessian_max_spectrum(model, data, k=2, tol=1e-2),
+        "hessian_max_spectrum": lambda: landscape.hessian_max_spectrum(model, data, k=1, tol=1e-2),
         "hessian_density": lambda: landscape.hessian_density(model, data, num_steps=10),
         "hessian_trace": lambda: landscape.hessian_trace(model, data, num_matvecs=9),
     }
@@ -88,25 +97,29 @@ def main() -> None:
     """Measure each in a process of its own, print, write `results/memory.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     if arguments.child is not None:
         found = measure(*arguments.child) if arguments.child else leaks(arguments.calls)
         print(json.dumps(found))
         return
-    described = machine.describe(hessian.PACKAGES)
+    described = machine.describe(PACKAGES)
     for name in ("resnet20", "vit_micro"):
         workloads.trained(name, steps=200)
     workloads.trained("vit_nano", steps=10, dim=24, depth=2, heads=3)
-    rows = []
     jobs = [(w, s) for w, each in JOBS.items() for s in each if solvers.missing(s) is None]
-    for workload, solver in tqdm(jobs, desc="memory", leave=False):
-        found = child(arguments, workload, solver)
-        rows.append({"workload": workload, "solver": solver} | found)
-    leaked = child(arguments)
+    with ThreadPoolExecutor(2) as pool:  # each waits for a process of its own
+        leaking = pool.submit(child, arguments.calls)
+        found = pool.map(lambda job: child(arguments.calls, *job), jobs)
+        rows = [
+            {"workload": workload, "solver": solver} | one
+            for (workload, solver), one in zip(
+                jobs, tqdm(found, desc="memory", total=len(jobs), leave=False), strict=True
+            )
+        ]
+    leaked = leaking.result()
     summary = []
     for workload in JOBS:
         each = [r for r in rows if r["workload"] == workload]
@@ -125,10 +138,9 @@ def main() -> None:
     arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def child(arguments: argparse.Namespace, *job: str) -> dict[str, Any]:
+def child(calls: int, *job: str) -> dict[str, Any]:
     """Return what this script prints as a child."""
-    command = [sys.executable, __file__, "--threads", str(arguments.threads)]
-    command += ["--calls", str(arguments.calls), "--child", *job]
+    command = [sys.executable, __file__, "--calls", str(calls), "--child", *job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}

@@ -6,7 +6,6 @@ at the package's defaults elsewhere. Peers run under the math attention kernel: 
 second derivative, which this package takes care of by itself.
 """
 
-import copy
 import sys
 import warnings
 from collections.abc import Callable
@@ -163,13 +162,6 @@ def plain_operator(model: nn.Module, batches: list[Batch]) -> LinearOperator:
     return LinearOperator((sum(sizes),) * 2, matvec=product, dtype=dtype)
 
 
-def reference(model: nn.Module, batches: list[Batch], k: int, which: str = "LM") -> np.ndarray:
-    """Eigenvalues of float64 products of plain autograd, `eigsh` at 1e-8, shape `(k,)`."""
-    exact = copy.deepcopy(model).double()
-    data = [(x.double(), y) for x, y in batches]
-    return _eigsh(plain_operator(exact, data), k, seed=1234, tol=1e-8, which=which).values
-
-
 def native_density(
     model: nn.Module, batches: list[Batch], steps: int, probes: int, seed: int
 ) -> Density:
@@ -253,6 +245,10 @@ EIGENVALUES: dict[str, Solve] = {
     "kept graph + eigsh": plain,
 }
 SLOW = ("PyHessian, tol=1e-6, maxIter=1000", "curvlinops + eigsh")
+IN_ONE_CALL = {  # every batch by itself
+    "landscape": native_each(certify=True),
+    "landscape, certify=False": native_each(certify=False),
+}
 DENSITIES: dict[str, Estimate] = {
     "landscape": native_density,
     "products alone": products,
@@ -297,13 +293,11 @@ def _quiet_backward() -> AbstractContextManager[Any]:
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
-def _eigsh(
-    operator: LinearOperator, k: int, seed: int, *, tol: float = TOL, which: str = "LM"
-) -> Outcome:
+def _eigsh(operator: LinearOperator, k: int, seed: int, *, tol: float = TOL) -> Outcome:
     counted = _Counter()
     start = np.random.default_rng(seed).standard_normal(operator.shape[0]).astype(operator.dtype)
     with counted.wrapping(operator, "_matvec"):
-        values = eigsh(operator, k, which=which, tol=tol, v0=start, return_eigenvectors=True)[0]
+        values = eigsh(operator, k, tol=tol, v0=start)[0]
     return Outcome(_by_magnitude(values), counted.count)
 
 

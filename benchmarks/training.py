@@ -72,10 +72,9 @@ def seconds(name: str, sizes: dict[str, Any], data: list[Any], count: int, metho
         torch.manual_seed(seed)
         models.append(create_model(name, **sizes).to(device))
     marks: list[float] = []  # the history is on the host by then: the device has finished
-    fit_ensemble(
-        models, data, epochs=2, method=method, callback=lambda result: marks.append(clock())
-    )
-    return (marks[1] - marks[0]) / len(data)
+    mark = [lambda model, epoch: marks.append(clock())]
+    fit_ensemble(models, data, epochs=2, method=method, callbacks=[*[[]] * (count - 1), mark])
+    return (marks[2] - marks[1]) / len(data)
 
 
 def compare(

@@ -8,7 +8,8 @@
 A ResNet and a ViT are trained with one recipe and measured under one objective, NLL + L2 on the
 augmented training data: (a) filter-normalised loss surfaces, (b) training trajectories in polar
 coordinates, (c) Hessian max eigenvalue spectra from the end of warm-up on. Finished stages are kept
-in `runs/` and reused by the next run of the same setting.
+in `runs/` and reused by the next run of the same setting; those of the paper's take 7 GB of disk,
+most of it 47 checkpoints of ResNet-50 of 95 MB each.
 """
 
 import argparse
@@ -239,6 +240,7 @@ def total_turning(trajectory: PolarTrajectory) -> Measured:
     finite = np.isfinite(trajectory.angle)
     r, angle = trajectory.radius[finite], trajectory.angle[finite]
     steps = np.diff(np.append(r * np.exp(1j * angle), 0))  # the path ends at the optimum
+    steps = steps[steps != 0]  # standing still is no turn: a warm-up's first step has rate 0
     turning = float(np.abs(np.angle(steps[1:] / steps[:-1])).sum())
     return Measured(turning, float("nan"), float("nan"))
 

@@ -7,7 +7,7 @@ of them (`torch.func.stack_module_state` tells the idea, `landscape.training.sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -27,7 +27,7 @@ from landscape.results import Result
 from landscape.training import loop, run, stacking, states, surroundings, together
 from landscape.training.checkpoints import Named
 from landscape.training.draws import Draws
-from landscape.training.run import FitResult, History, Run
+from landscape.training.run import Callback, FitResult, History, Run
 from landscape.training.schedule import Schedule, adamw
 
 Method = Literal["auto", "vmap", "loop"]
@@ -66,7 +66,7 @@ def fit_ensemble(
     method: Method = "auto",
     bfloat16: bool = False,
     seeds: Sequence[int] | None = None,
-    callback: Callable[[EnsembleResult], None] | None = None,
+    callbacks: Sequence[Sequence[Callback]] | None = None,
     progress: bool = False,
 ) -> EnsembleResult:
     """Train models of one architecture in place, all at once; return the history of each.
@@ -107,7 +107,9 @@ def fit_ensemble(
             resumed with another method.
         bfloat16: Forward passes under bfloat16 autocast, in a loop only: `vmap` ignores autocast.
         seeds: Seed of each member's transform, dropout and stochastic depth; 0, 1, … by default.
-        callback: Called with the histories so far after every epoch, once they are on disk.
+        callbacks: One list a model, of what `fit` calls for it: before the first epoch of this call
+            and after every one, once all members are on disk. With a `Watch` each, every one of
+            them counts the time of all members: give each a K-th of the budget.
         progress: Whether to show a bar.
 
     Returns:
@@ -116,8 +118,8 @@ def fit_ensemble(
 
     Raises:
         ValueError: If an argument is out of range, there are not as many optimizers, schedules,
-            seeds or data as models, the models differ in architecture, batches have different
-            shapes under `vmap`, or `folder` holds another run.
+            seeds, data or lists of callbacks as models, the models differ in architecture, batches
+            have different shapes under `vmap`, or `folder` holds another run.
         FloatingPointError: If loss or weights of a member become NaN or infinite. All models then
             hold the weights of the end of the last good epoch, and so do the states in `folder`.
         OSError: If an epoch cannot be written to `folder`; the states written before are kept.
@@ -130,11 +132,14 @@ def fit_ensemble(
         "optimizers": optimizers,
         "schedule": schedule if isinstance(schedule, Sequence) else None,
         "seeds": seeds,
+        "callbacks": callbacks,
         "data": _one_each(data),
     }
     for name, values in given.items():
         if values is not None and len(values) != count:
             raise ValueError(f"`{name}` must have one entry a model, {count}, got {len(values)}.")
+    if any(callable(own) for own in callbacks or ()):
+        raise ValueError("`callbacks` must have one list a model, got functions; wrap each in one.")
     if isinstance(schedule, LRScheduler):
         raise ValueError("`schedule` must be one scheduler a member, got one; pass a list.")
     runs = [
@@ -167,14 +172,14 @@ def fit_ensemble(
                 f"`data` must give all members equally many batches, got {lengths}; take subsets "
                 'of equal length, or method="loop".'
             )
-    return _train(runs, resume, at_once, callback, progress)
+    return _train(runs, resume, at_once, callbacks or [()] * count, progress)
 
 
 def _train(
     runs: list[Run],
     resume: bool,
     at_once: bool,
-    callback: Callable[[EnsembleResult], None] | None,
+    callbacks: Sequence[Sequence[Callback]],
     progress: bool,
 ) -> EnsembleResult:
     """Run the epochs that are not done yet and return the histories of all."""
@@ -192,11 +197,7 @@ def _train(
             track(nothing, "Training", progress, total=runs[0].epochs * num_steps)
         )
         bar.update(done * num_steps)
-
-        def result() -> EnsembleResult:
-            members = tuple(run.result(m, h) for m, h in zip(runs, histories, strict=True))
-            return EnsembleResult(members, "vmap" if at_once else "loop")
-
+        together.call(callbacks, runs, done)
         for epoch in range(done, runs[0].epochs):
             good = [run.weights(member) for member in runs]
             try:
@@ -214,9 +215,9 @@ def _train(
                 states.write(member, history)
             for member in runs:  # not before all have been written: a common epoch must remain
                 states.tidy(member)
-            if callback is not None:
-                callback(result())
-        return result()
+            together.call(callbacks, runs, epoch + 1)
+    members = tuple(run.result(m, h) for m, h in zip(runs, histories, strict=True))
+    return EnsembleResult(members, "vmap" if at_once else "loop")
 
 
 def _begin(runs: Sequence[Run], resume: bool) -> list[History]:

@@ -10,7 +10,7 @@ and resumed equals the uninterrupted one bit for bit on a CPU with the same numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -25,7 +25,7 @@ from landscape.batches import Transform
 from landscape.objective import Loss
 from landscape.training import loop, run, states, surroundings
 from landscape.training.checkpoints import Named
-from landscape.training.run import FitResult
+from landscape.training.run import Callback, FitResult
 from landscape.training.schedule import Schedule, adamw
 
 
@@ -47,8 +47,7 @@ def fit(
     bfloat16: bool | None = None,
     channels_last: bool | None = None,
     seed: int = 0,
-    callback: Callable[[FitResult], None] | None = None,
-    callbacks: Sequence[Callable[[nn.Module, int], object]] = (),
+    callbacks: Sequence[Callback] = (),
     progress: bool = False,
 ) -> FitResult:
     """Train a model in place; return the history and the checkpoints.
@@ -83,9 +82,9 @@ def fit(
         channels_last: Train in channels-last memory format; by default where the model has a
             convolution with overlapping windows.
         seed: Seed of `transform`, dropout and stochastic depth; `DeviceImages` has its own.
-        callback: Called with the history so far after every epoch, once it is on disk.
-        callbacks: Each called with the model and the number of epochs done, before the first epoch
-            of this call and after every one, once it is on disk; a `Watch` is one.
+        callbacks: Each called as `callback(model, epochs_done)` before the first epoch of this call
+            and after every one, once it is on disk; a `Watch` is one. What one raises ends the
+            training, which can be resumed from there.
         progress: Whether to show a bar.
 
     Returns:
@@ -116,22 +115,21 @@ def fit(
     if channels_last is None:
         channels_last = surroundings.is_convolutional(model)
     with run.training(this, channels_last):
-        history = _train(this, resume, callback, callbacks, progress)
+        history = _train(this, resume, callbacks, progress)
     return run.result(this, history)
 
 
 def _train(
     this: run.Run,
     resume: bool,
-    callback: Callable[[FitResult], None] | None,
-    callbacks: Sequence[Callable[[nn.Module, int], object]],
+    callbacks: Sequence[Callback],
     progress: bool,
 ) -> run.History:
     """Run the epochs that are not done yet and return the history of all."""
     history = states.begin(this, states.find(this, resume))
     done = len(history["epoch"])
-    for watch in callbacks:
-        watch(this.step.model, done)
+    for callback in callbacks:
+        callback(this.step.model, done)
     nothing: tuple[int, ...] = ()
     with track(nothing, "Training", progress, total=this.epochs * this.num_batches) as bar:
         bar.update(done * this.num_batches)
@@ -139,8 +137,6 @@ def _train(
             run.run_epoch(this, epoch, history, bar)
             states.write(this, history)
             states.tidy(this)
-            if callback is not None:
-                callback(run.result(this, history))
-            for watch in callbacks:
-                watch(this.step.model, epoch + 1)
+            for callback in callbacks:
+                callback(this.step.model, epoch + 1)
     return history

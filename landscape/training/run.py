@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from landscape.training.seeding import stream, stream_seed
 
 Floats = NDArray[np.float64]
 History = dict[str, list[float]]
+Callback = Callable[[nn.Module, int], object]  # of the model and the number of epochs done
 
 COLUMNS = (
     "epoch",

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from landscape.training import loop, run, surroundings
 from landscape.training.draws import Draws
-from landscape.training.run import History, Run
+from landscape.training.run import Callback, History, Run
 from landscape.training.stacking import Stack, stack_batches
 
 
@@ -58,6 +58,13 @@ def run_epoch(
     for k, member in enumerate(runs):
         run.finish_epoch(member, histories[k], trained[k], validated[k], seconds)
     bar.set_postfix(loss=f"{sum(own.loss() for own in trained) / len(runs):.4f}")
+
+
+def call(callbacks: Sequence[Sequence[Callback]], runs: Sequence[Run], done: int) -> None:
+    """Call what each member has, with its model and the number of epochs done."""
+    for own, member in zip(callbacks, runs, strict=True):
+        for callback in own:
+            callback(member.step.model, done)
 
 
 @contextmanager

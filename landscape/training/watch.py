@@ -10,6 +10,7 @@
         budget=0.1,
     )
     fit(model, data, epochs=100, callbacks=[watch])  # or watch(model, epoch) in any loop
+    # fit_ensemble(models, data, epochs=100, callbacks=[[watch] for watch in one_a_model])
     table = watch.history("hmes")
     table.step, table.values["nep"], table.values["ape"]
 

@@ -61,7 +61,7 @@ def plateau(model):
     return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
 
 
-def run(folder, *, make=adam, resume=False, transform=soften, callback=None, epochs=EPOCHS):
+def run(folder, *, make=adam, resume=False, transform=soften, callbacks=(), epochs=EPOCHS):
     model = make_model()
     optimizer, schedule = make(model)
     result = fit(
@@ -76,17 +76,17 @@ def run(folder, *, make=adam, resume=False, transform=soften, callback=None, epo
         checkpoints=("init", 3, "last"),
         trajectory=True,
         resume=resume,
-        callback=callback,
+        callbacks=callbacks,
     )
     return model, optimizer, result
 
 
 def stop_after(epoch):
-    def callback(history):
-        if len(history.epoch) == epoch:
+    def callback(model, done):
+        if done == epoch:
             raise Stop
 
-    return callback
+    return [callback]
 
 
 def flat(value):

@@ -213,17 +213,17 @@ def named(function):
 def test_with_settings_the_step_under_way_goes_on_from_its_last_epoch(data, tmp_path):
     epochs = []
 
-    def stop(history):
-        epochs.append(history.epoch[-1])
-        if len(epochs) == 3:
+    def stop(network, done):
+        epochs.append(done)
+        if len(epochs) == 5:
             raise Stop
 
-    settings = {**SETTINGS, "epochs": 2, "callback": stop}
+    settings = {**SETTINGS, "epochs": 2, "callbacks": [stop]}
     with pytest.raises(Stop):
         build_up(make_model(), data, validation=data, train=settings, folder=tmp_path, **SIZES)
     table = build_up(make_model(), data, validation=data, train=settings, folder=tmp_path, **SIZES)
-    assert epochs == [1, 2, 1, 2, *[1, 2] * (len(table.stage) - 2)]
-    settings.pop("callback")
+    assert epochs == [0, 1, 2, 0, 1, *[1, 2], *[0, 1, 2] * (len(table.stage) - 2)]
+    settings.pop("callbacks")
     expected = build_up(make_model(), data, validation=data, train=settings, **SIZES)
     tables_equal(table, expected)
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from landscape import evaluate
 from landscape.models import create_model
-from landscape.training import DeviceImages, adamw, fit
+from landscape.training import DeviceImages, Watch, adamw, fit
 from landscape.training.ensemble import EnsembleResult, fit_ensemble
 from landscape.training.schedule import WarmupCosine
 from tests.training.runs import Stop
@@ -114,7 +115,7 @@ def test_members_equal_separate_trainings(data, tmp_path, method, name, make, se
 
 
 def test_killed_ensemble_resumes_with_either_method(data, tmp_path):
-    def train(folder, method="vmap", resume=False, callback=None):
+    def train(folder, method="vmap", resume=False, callbacks=None):
         models = make_models()
         optimizers = make_optimizers(models)
         result = fit_ensemble(
@@ -129,19 +130,19 @@ def test_killed_ensemble_resumes_with_either_method(data, tmp_path):
             trajectory=2,
             method=method,
             resume=resume,
-            callback=callback,
+            callbacks=callbacks,
         )
         return models, optimizers, result
 
-    def stop(result):
-        if len(result.members[0].epoch) == 2:
+    def stop(model, done):
+        if done == 2:
             raise Stop
 
     whole = train(tmp_path / "whole")
     for method in ("vmap", "loop"):
         folder = tmp_path / method
         with pytest.raises(Stop):
-            train(folder, callback=stop)
+            train(folder, callbacks=[[], [], [stop]])
         # As if killed between the states of the members: the first is an epoch ahead.
         (folder / "member-001" / "resume-00002.pt").unlink()
         (folder / "member-002" / "resume-00002.pt").write_bytes(b"")
@@ -214,8 +215,8 @@ def test_diverging_member_stops_all_at_the_last_good_epoch(data, tmp_path, metho
     models = make_models()
     kept = {}
 
-    def remember(result):
-        kept.update({k: copy.deepcopy(m.state_dict()) for k, m in enumerate(models)})
+    def remember(model, done):
+        kept[models.index(model)] = copy.deepcopy(model.state_dict())
 
     optimizers = [
         torch.optim.SGD(m.parameters(), lr=rate) for m, rate in zip(models, (0, 1, 0), strict=True)
@@ -230,13 +231,38 @@ def test_diverging_member_stops_all_at_the_last_good_epoch(data, tmp_path, metho
             clip=None,
             folder=tmp_path,
             method=method,
-            callback=remember,
+            callbacks=[[remember]] * 3,
         )
     for k, model in enumerate(models):
         for name, value in model.state_dict().items():
             assert torch.equal(value, kept[k][name])
         resumes = {path.name for path in (tmp_path / f"member-{k:03d}").glob("resume*")}
         assert resumes == {"resume-00001.pt"}
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_callbacks_of_each_member_are_those_of_a_training_of_its_own(data, tmp_path, method):
+    calls = []
+
+    def note(model, done):
+        calls.append((model, done))
+
+    def probe(model):
+        return evaluate(model, [(x.double(), y) for x, y in data])
+
+    def watch(name):
+        return Watch({"quality": probe}, folder=tmp_path / name, budget=1e9)
+
+    common = {"epochs": 2, "transform": soften}
+    alone = watch("alone")
+    fit(make_models()[1], data, seed=1, channels_last=False, callbacks=[alone], **common)
+    models, watches = make_models(), [watch("first"), watch("second")]
+    callbacks = [[watches[0], note], [watches[1]], [note]]
+    fit_ensemble(models, data, method=method, callbacks=callbacks, **common)
+    assert calls == [(models[k], done) for done in (0, 1, 2) for k in (0, 2)]
+    nll = [one.history("quality").values["nll"] for one in (alone, *watches)]
+    np.testing.assert_allclose(nll[2], nll[0], rtol=1e-9)
+    assert len(set(nll[1]) | set(nll[2])) == 6
 
 
 def test_shuffling_loader_mappings_and_frozen_or_unused_parameters(data):
@@ -329,6 +355,8 @@ def net(width=4):
         ({"models": [net(), net().double()]}, "one architecture, precision and device"),
         ({"seeds": [1]}, "`seeds` must have one entry a model, 2, got 1"),
         ({"schedule": [None] * 3}, "`schedule` must have one entry a model, 2, got 3"),
+        ({"callbacks": [[]]}, "`callbacks` must have one entry a model, 2, got 1"),
+        ({"callbacks": [print, print]}, "`callbacks` must have one list a model, got functions"),
         ({"optimizers": []}, "`optimizers` must have one entry a model, 2, got 0"),
         ({"method": "jit"}, "`method` must be one of 'auto', 'vmap', 'loop', got 'jit'"),
         ({"bfloat16": True}, '`bfloat16` needs method="loop"'),

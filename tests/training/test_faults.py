@@ -44,32 +44,32 @@ POINTS = {
     "log written, not in place": ("replace", 10),
     "before the old state is dropped": ("unlink", 11),
     "last state half written": ("fsync", 18),
-    "before the callback": ("callback", 5),
+    "in the callback": ("callback", 6),
 }
 
 
 def run_and_die(folder, where, number):
     """Train, killed at the `number`th call of what `where` says."""
-    transform, callback = soften, None
+    transform, callbacks = soften, []
     if where == "step":
         transform = on_call(number, kill, soften)
     elif where == "callback":
-        callback = on_call(number, kill, lambda history: None)
+        callbacks = [on_call(number, kill, lambda model, done: None)]
     else:
         owner = os if where == "fsync" else Path
         setattr(owner, where, on_call(number, kill, getattr(owner, where)))
-    run(folder, transform=transform, callback=callback)
+    run(folder, transform=transform, callbacks=callbacks)
 
 
 def run_out_of_space(folder):
     """Train; after the second epoch no file may grow beyond 2000 bytes."""
 
-    def limit(history):
-        if len(history.epoch) == 2:
+    def limit(model, done):
+        if done == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
     try:
-        run(folder, callback=limit)
+        run(folder, callbacks=[limit])
     except OSError as error:
         folder.with_suffix(".txt").write_text(str(error))
 

@@ -159,11 +159,10 @@ def test_transform_is_drawn_anew_for_every_batch_and_epoch(data):
 
 def test_named_checkpoints_and_trajectory_are_the_weights_of_their_epochs(data, tmp_path):
     model = make_model()
-    seen = {0: {name: tensor.clone() for name, tensor in model.state_dict().items()}}
+    seen = {}
 
-    def remember(history):
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        seen[len(history.epoch)] = state
+    def remember(model, done):
+        seen[done] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     result = fit(
         model,
@@ -173,8 +172,9 @@ def test_named_checkpoints_and_trajectory_are_the_weights_of_their_epochs(data, 
         folder=tmp_path,
         checkpoints=("init", "warmup", 3, "last"),
         trajectory=2,
-        callback=remember,
+        callbacks=[remember],
     )
+    assert list(seen) == [0, 1, 2, 3, 4, 5]
     assert list(result.checkpoints) == ["init", "warmup", 3, "last"]
     for name, epoch in (("init", 0), ("warmup", 2), (3, 3), ("last", 5)):
         state = torch.load(result.checkpoints[name], weights_only=True)
@@ -226,7 +226,7 @@ def test_nan_stops_with_the_last_good_weights(data, tmp_path, where):
 
     kept = {}
 
-    def remember(history):
+    def remember(model, done):
         kept.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
     message = {
@@ -234,7 +234,7 @@ def test_nan_stops_with_the_last_good_weights(data, tmp_path, where):
         "weights": "The weights in epoch 2",
     }
     with pytest.raises(FloatingPointError, match=message[where]):
-        fit(model, data, epochs=4, loss=loss, folder=tmp_path, callback=remember, clip=None)
+        fit(model, data, epochs=4, loss=loss, folder=tmp_path, callbacks=[remember], clip=None)
     assert states_equal(model.state_dict(), kept)
     assert {path.name for path in tmp_path.glob("resume*")} == {"resume-00001.pt"}
 

@@ -22,7 +22,7 @@ from tests.training.runs import (
 def test_stopped_between_epochs(tmp_path, make, after):
     whole = run(tmp_path / "whole", make=make)
     with pytest.raises(Stop):
-        run(tmp_path / "parts", make=make, callback=stop_after(after))
+        run(tmp_path / "parts", make=make, callbacks=stop_after(after))
     torch.manual_seed(123)
     assert_same(run(tmp_path / "parts", make=make, resume=True), whole)
 
@@ -47,7 +47,7 @@ def test_stopped_several_times(tmp_path):
     whole = run(tmp_path / "whole")
     for after in (1, 2, 5):
         with pytest.raises(Stop):
-            run(tmp_path / "parts", resume=after > 1, callback=stop_after(after))
+            run(tmp_path / "parts", resume=after > 1, callbacks=stop_after(after))
     assert_same(run(tmp_path / "parts", resume=True), whole)
     lines = (tmp_path / "parts" / "log.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["epoch", *(f"{e}.0" for e in range(1, 7))]
@@ -57,7 +57,7 @@ def test_stopped_several_times(tmp_path):
 def test_damaged_latest_state_is_refused_and_the_one_before_is_used(tmp_path, damage):
     whole = run(tmp_path / "whole")
     with pytest.raises(Stop):
-        run(tmp_path / "parts", callback=stop_after(4))
+        run(tmp_path / "parts", callbacks=stop_after(4))
     latest = tmp_path / "parts" / "resume-00004.pt"
     raw = bytearray(latest.read_bytes())
     if damage == "changed":
@@ -70,7 +70,7 @@ def test_damaged_latest_state_is_refused_and_the_one_before_is_used(tmp_path, da
 
 def test_all_states_damaged_is_an_error(tmp_path):
     with pytest.raises(Stop):
-        run(tmp_path, callback=stop_after(2))
+        run(tmp_path, callbacks=stop_after(2))
     for path in tmp_path.glob("resume*"):
         path.write_bytes(b"")
     with (
@@ -109,7 +109,7 @@ def test_other_run_in_the_folder_is_refused(tmp_path):
 def test_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """A crash in the middle of writing leaves the last state as it was."""
     with pytest.raises(Stop):
-        run(tmp_path / "parts", callback=stop_after(2))
+        run(tmp_path / "parts", callbacks=stop_after(2))
     before = {path.name for path in (tmp_path / "parts").iterdir()}
 
     replace = Path.replace
