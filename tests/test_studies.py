@@ -1,0 +1,188 @@
+"""The studies over seeds: what is kept where, drawing and claims from files, `--quick`."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import landscape
+from landscape.probes.hessian import HessianMaxSpectrum
+from landscape.results import Provenance
+from tests.test_package import ROOT, run
+
+STUDIES = ("reproduce_fig4", "reproduce_fig5", "reproduce_fig6", "reproduce_fig7")
+STUDIES = (*STUDIES, "reproduce_appendix_c")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _examples():
+    sys.path.insert(0, str(ROOT / "examples"))
+    yield
+    sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.fixture
+def comparisons():
+    return importlib.import_module("comparisons")
+
+
+def spectrum(rng, nep):
+    values = rng.gamma(2, 10, size=(8, 5)) * np.where(rng.random((8, 5)) < nep, -1, 1)
+    return HessianMaxSpectrum(
+        eigenvalues=values,
+        residuals=np.zeros_like(values),
+        converged=np.ones(values.shape, dtype=bool),
+        nep=float((values < 0).mean()),
+        nep_interval=(0.0, 1.0),
+        ape=float(values[values > 0].mean()),
+        ape_interval=(0.0, 1.0),
+        num_hvps=100,
+        provenance=Provenance(),
+    )
+
+
+def evaluation(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    return landscape.evaluate(model, [(torch.randn(30, 1, 2, 2), torch.arange(30) % 3)])
+
+
+def made_up(kinds, arms, folder, comparisons):
+    """Write results of three seeds as a study would find them, and return where they lie."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for number, arm in enumerate(arms):
+        for seed in range(3):
+            files = {kind: folder / f"{number}-{seed}-{kind}.npz" for kind in kinds}
+            for kind, path in files.items():
+                spectral = kind in (comparisons.WARMUP, comparisons.LAST)
+                result = spectrum(rng, 0.1 + 0.1 * (number % 5)) if spectral else evaluation(seed)
+                result.save(path)
+            found[arm.label, seed] = files
+    return found
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_is_drawn_and_judged_from_its_files(name, tmp_path, comparisons):
+    preset = "default"
+    script = importlib.import_module(name)
+    kinds = (comparisons.WARMUP, comparisons.LAST, comparisons.TEST, comparisons.TRAIN)
+    arms = script.arms(preset)
+    assert len({arm.label for arm in arms}) == len(arms)
+    protocol = replace(comparisons.PROTOCOLS[preset], seeds=3)
+    found = made_up(kinds, arms, tmp_path, comparisons)
+    comparisons.collect(found, protocol, preset, arms, tmp_path / "study")
+    results = comparisons.load_results(tmp_path / "study")
+    assert {kind: list(named) for kind, named in results.items()} == {
+        kind: [arm.label for arm in arms] for kind in kinds
+    }
+    for (label, _), files in found.items():
+        runs = results[comparisons.TEST][label]
+        assert landscape.Result.load(files[comparisons.TEST]).nll in [r.nll for r in runs]
+    comparisons.draw(script.draw(results), tmp_path / "study")
+    assert (tmp_path / "study.png").stat().st_size > 5000
+    claims = script.claims(results)
+    assert claims
+    assert {claim.verdict for claim in claims} <= {"agrees", "disagrees", "undecided"}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_networks_of_every_preset_can_be_made(name, comparisons):
+    script = importlib.import_module(name)
+    for preset, protocol in comparisons.PROTOCOLS.items():
+        data = SimpleNamespace(images=torch.zeros(1, 3, 1, 1), num_classes=10, device="meta")
+        with torch.device("meta"):
+            made = [comparisons.make_model(protocol, a, data, 0) for a in script.arms(preset)]
+        assert all(isinstance(model, nn.Module) for model in made)
+
+
+def test_runs_are_kept_by_all_that_determines_them_and_by_nothing_else(comparisons):
+    protocol = comparisons.PROTOCOLS["quick"]
+    arm = comparisons.Arm("ViT", "ViT", {"pool": "gap"})
+    folder = comparisons.run_folder(protocol, arm, True)
+    same = [(replace(protocol, seeds=9), arm), (protocol, replace(arm, label="other"))]
+    other = [
+        (replace(protocol, learning_rate=1e-4), arm),
+        (replace(protocol, dataset="cifar10"), arm),
+        (protocol, replace(arm, share=0.5)),
+        (protocol, replace(arm, sizes={"pool": "cls"})),
+        (protocol, replace(arm, network="ResNet")),
+    ]
+    assert {comparisons.run_folder(*of, True) for of in same} == {folder}
+    different = {comparisons.run_folder(*of, True) for of in other}
+    different.add(comparisons.run_folder(protocol, arm, False))
+    assert len(different) == 6
+    assert folder not in different
+
+
+def test_a_run_trains_measures_and_is_found_again(comparisons, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"dim": 12, "depth": 1, "heads": 2, "patch_size": 7}
+    protocol = replace(
+        comparisons.PROTOCOLS["quick"],
+        networks={"ViT": ("vit_nano", sizes)},
+        train_images=64,
+        test_images=40,
+    )
+    arm = comparisons.Arm("ViT", "ViT", share=0.5)
+    kinds = (comparisons.WARMUP, comparisons.LAST, comparisons.TEST, comparisons.TRAIN)
+    found = comparisons.work(protocol, arm, (0, 1), kinds, None)
+    results = {key: {k: landscape.Result.load(p) for k, p in f.items()} for key, f in found.items()}
+    assert set(results) == {("ViT", 0), ("ViT", 1)}
+    of_seed = [results["ViT", seed] for seed in (0, 1)]
+    assert of_seed[0][comparisons.TEST].num_samples == 40
+    assert of_seed[0][comparisons.TRAIN].num_samples == 32  # the share that it was given
+    assert of_seed[0][comparisons.WARMUP].eigenvalues.shape == (1, 5)
+    for kind in kinds:  # seeds and moments differ
+        scores = [getattr(r[kind], "nll", getattr(r[kind], "ape", None)) for r in of_seed]
+        assert scores[0] != scores[1]
+    assert of_seed[0][comparisons.WARMUP].ape != of_seed[0][comparisons.LAST].ape
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    assert comparisons.work(protocol, arm, (0, 1), kinds, None) == found
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
+
+
+def test_the_page_of_claims_lists_every_verdict_with_its_evidence(tmp_path, monkeypatch):
+    claims = importlib.import_module("claims")
+    page = importlib.import_module("summarize_claims")
+    low, high = claims.Measured(0, -1, 1), claims.Measured(3, 2, 4)
+    first = claims.Claim("flatter", "APE", ("ViT", low), ("ResNet", high), about=1)
+    second = claims.Claim("varies", "ratio", ("Conv", high), ("MSA", low), about=3)
+    third = claims.Claim("same", "ratio", ("Conv", low), ("MSA", low), about=3)
+    setting = {"models": ["a", "b"], "images": "folder"}
+    claims.write_claims(tmp_path, "fig1", [first], "note", setting)
+    table = claims.write_claims(tmp_path, "fig9", [second, third], "a note", setting)
+    assert table.endswith("a note\n")
+    assert (tmp_path / "fig9_claims.md").read_text() == table
+    read, of_file = claims.read_claims(tmp_path / "fig9/claims.json")
+    assert (read, of_file) == ([second, third], setting)
+    json.loads((tmp_path / "fig9/claims.json").read_text())
+    monkeypatch.setattr(sys, "argv", ["summarize_claims.py", "--figures", str(tmp_path)])
+    page.main()
+    text = (tmp_path / "CLAIMS.md").read_text()
+    assert list(page.PAPER) == [1, 2, 3, 4, 5]
+    assert all(sentence in text for sentence in page.PAPER.values())
+    assert "**1 comparisons: 1 agree.**" in text
+    assert "**2 comparisons: 1 disagree, 1 undecided.**" in text
+    assert text.count("Not measured.") == 3
+    assert "| [Figure 9](fig9_claims.md) | varies | ratio | Conv 3 [2, 4] | MSA 0 [-1, 1] |" in text
+
+
+@pytest.mark.slow
+def test_studies_in_little(tmp_path):
+    for name in STUDIES:
+        done = run(str(ROOT / f"examples/{name}.py"), "--quick", "--out", "out", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        stem = name.removeprefix("reproduce_")
+        table = (tmp_path / f"out/{stem}_claims.md").read_text()
+        assert table.strip() in done.stdout
+        for suffix in ("png", "pdf"):
+            assert (tmp_path / f"out/{stem}.{suffix}").stat().st_size > 5000
+    done = run(str(ROOT / "examples/summarize_claims.py"), "--figures", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
