@@ -29,6 +29,7 @@ from landscape.plot.robustness import (
     reliability_diagram,
 )
 from landscape.plot.scale import shared_limits
+from landscape.plot.seeds import run_columns, run_curves, spectra_over_runs
 from landscape.plot.surface import loss_line, loss_surface
 from landscape.plot.trajectory import polar_trajectory, trajectory
 
@@ -52,6 +53,10 @@ __all__ = [
     "reliability_diagram",
     "spectral_density",
     "trajectory",
+    # several runs: every run a point, their mean with its interval
+    "run_columns",
+    "run_curves",
+    "spectra_over_runs",
     # figures of the paper
     "figure1",
     "figure1a",
