@@ -24,7 +24,7 @@ from landscape.plot.seeds import run_curves
 Axis = tuple[str, str, tuple[int, ...]]  # what varies, its name in the constructor, its values
 
 SMALL: tuple[Axis, ...] = (
-    ("heads", "heads", (1, 3, 6, 12)),
+    ("heads", "heads", (1, 3, 12)),
     ("depth", "depth", (2, 4, 8)),
     ("width", "dim", (24, 48, 96)),
     ("patch size", "patch_size", (4, 7, 14)),

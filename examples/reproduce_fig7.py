@@ -78,4 +78,4 @@ def claims(results: Results) -> list[Claim]:
 
 
 if __name__ == "__main__":
-    run(Study("fig7", arms, (WARMUP, TEST, TRAIN), draw, claims, NOTE, {"default": 4}), __doc__)
+    run(Study("fig7", arms, (WARMUP, TEST, TRAIN), draw, claims, NOTE, {"default": 3}), __doc__)
