@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -138,6 +138,25 @@ PROTOCOLS = {
 }  # fmt: skip
 
 
+Found = dict[tuple[str, int], dict[str, Path]]
+"""Label of the network and seed -> kind of measurement -> file."""
+
+
+@dataclass(frozen=True)
+class More:
+    """What a study measures besides, on networks that are not trained as the protocol says.
+
+    Attributes:
+        arms: Networks.
+        found: Where their measurements lie.
+        setting: What determines these besides the protocol.
+    """
+
+    arms: Sequence[Arm]
+    found: Found
+    setting: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Study:
     """A figure: the networks, what is measured on each, how it is drawn, what it is to show.
@@ -150,6 +169,7 @@ class Study:
         claims: Claims of the paper with what was measured.
         note: What the intervals mean, and what the setting cannot show.
         seeds: Runs of each network by preset, where it is not the protocol's number.
+        more: What else is measured, of a preset, its protocol, and the data set's own files.
     """
 
     name: str
@@ -159,6 +179,7 @@ class Study:
     claims: Callable[[Results], list[Claim]]
     note: str
     seeds: Mapping[str, int] = field(default_factory=dict)
+    more: Callable[[str, Protocol, str | None], More] | None = None
 
 
 def run(study: Study, description: str) -> None:
@@ -174,7 +195,11 @@ def run(study: Study, description: str) -> None:
         protocol = replace(protocol, seeds=seeds, dataset=args.dataset or protocol.dataset)
         arms = study.arms(preset)
         found = compute(protocol, arms, study.kinds, args.root)
-        collect(found, protocol, preset, arms, folder)
+        more = More((), {}, {})
+        if study.more is not None:
+            more = study.more(preset, protocol, args.root)
+        setting = {"preset": preset, **asdict(protocol), **more.setting}
+        collect(found | more.found, setting, [*arms, *more.arms], folder)
     results = load_results(folder)
     draw(study.draw(results), out / study.name)
     setting = json.loads((folder / "setting.json").read_text())
@@ -193,9 +218,6 @@ def draw(figure: Figure, path: Path) -> None:
 
 # --- compute -------------------------------------------------------------------------------------
 
-Found = dict[tuple[str, int], dict[str, Path]]
-"""Label of the network and seed -> kind of measurement -> file."""
-
 
 def compute(
     protocol: Protocol, arms: Sequence[Arm], kinds: Sequence[str], root: str | None = None
@@ -212,23 +234,30 @@ def compute(
         Where the measurements lie.
     """
     seeds = range(protocol.seeds)
-    if torch.cuda.is_available():
-        jobs = [(protocol, arm, tuple(seeds), kinds, root) for arm in arms]
-        return {key: files for job in tqdm(jobs, "Networks") for key, files in work(*job).items()}
-    jobs = [(protocol, arm, (seed,), kinds, root) for arm in arms for seed in seeds]
+    groups = [tuple(seeds)] if torch.cuda.is_available() else [(seed,) for seed in seeds]
+    jobs = [(protocol, arm, group, kinds, root) for arm in arms for group in groups]
     jobs.sort(key=lambda job: _cost(job[1]), reverse=True)  # long ones first: no core waits at last
-    os.environ["OMP_NUM_THREADS"] = "1"  # small models keep one core busy, not two
     found: Found = {}
+    for files in side_by_side(work, jobs):
+        found |= files
+    return found
+
+
+def side_by_side(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """Yield what a function returns of each job, done first come first; on a GPU one at a time."""
+    if torch.cuda.is_available():
+        yield from (function(*job) for job in tqdm(jobs, "Runs"))
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # small models keep one core busy, not two
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        futures = [pool.submit(work, *job) for job in jobs]
+        futures = [pool.submit(function, *job) for job in jobs]
         try:
             for future in tqdm(as_completed(futures), "Runs", total=len(jobs)):
-                found |= future.result()
+                yield future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return found
 
 
 def work(
@@ -344,8 +373,12 @@ def measure(
         generator = torch.Generator(data.device).manual_seed(seed)
         batches = [augment(x, y, generator) for x, y in data.with_(batch_size=protocol.batch_size)]
         return landscape.evaluate(model, batches)
+    # The corruptions need 32 pixels a side: they act on padded images, the network sees them cut.
+    side = max(protocol.image_size, 32)
     return landscape.corruption_robustness(
-        model, test.subset(protocol.corrupted_images), severities=protocol.severities
+        nn.Sequential(nn.ZeroPad2d((protocol.image_size - side) // 2), model),
+        test.subset(protocol.corrupted_images).resized(side),
+        severities=protocol.severities,
     )
 
 
@@ -357,20 +390,17 @@ def _cost(arm: Arm) -> float:
 # --- results -------------------------------------------------------------------------------------
 
 
-def collect(
-    found: Found, protocol: Protocol, preset: str, arms: Sequence[Arm], folder: Path
-) -> None:
+def collect(found: Found, setting: Mapping[str, Any], arms: Sequence[Arm], folder: Path) -> None:
     """Copy the measurements beside the figure, with what they were measured on."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.npz"):
         stale.unlink()
-    for number, arm in enumerate(arms):
-        for seed in range(protocol.seeds):
-            for kind, path in found[arm.label, seed].items():
-                shutil.copy(path, folder / f"{kind}_{number:02d}_{seed}.npz")
+    numbers = {arm.label: number for number, arm in enumerate(arms)}
+    for (label, seed), files in found.items():
+        for kind, path in files.items():
+            shutil.copy(path, folder / f"{kind}_{numbers[label]:02d}_{seed}.npz")
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    setting = {"command": command, "preset": preset, **asdict(protocol)}
-    setting["arms"] = [asdict(arm) for arm in arms]
+    setting = {"command": command, **setting, "arms": [asdict(arm) for arm in arms]}
     (folder / "setting.json").write_text(json.dumps(setting, indent=1) + "\n")
 
 
