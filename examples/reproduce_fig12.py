@@ -65,7 +65,7 @@ def _draw_predictions(figure: SubFigure, results: Results) -> None:
         },
     }
     place = {"left": 0.085, "right": 0.98, "top": 0.93, "bottom": 0.3}
-    axes = figure.add_gridspec(1, len(panels), wspace=0.62, **place).subplots()
+    axes = figure.add_gridspec(1, len(panels), wspace=0.75, **place).subplots()
     for ax, (label, values) in zip(axes, panels.items(), strict=True):
         run_columns(values, ax=ax)
         ax.set_ylabel(label)
