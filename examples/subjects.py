@@ -76,11 +76,12 @@ def run(study: Study, description: str) -> None:
     began = time.perf_counter()
     folder = args.draw or out / study.name
     if not args.draw:
+        subjects = _subjects(args)
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.npz"):
             stale.unlink()
         (folder / "setting.json").write_text(json.dumps(_setting(args), indent=1) + "\n")
-        for label, subject in _subjects(args).items():
+        for label, subject in subjects.items():
             for kind, result in study.compute(subject).items():
                 result.save(folder / f"{kind}_{label}.npz")
             say(label, "measured")
