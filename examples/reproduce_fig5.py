@@ -60,10 +60,18 @@ def draw(results: Results) -> Figure:
         for name in ("ResNet", "ViT"):
             shares = [f"{name}, {share:.0%}" for share in SHARES]
             _draw_network(right, results, [*shares, name], name, marker="s")
-            for label, text in zip([*shares, name], [*shares, ", 100%"], strict=True):
+            side = (
+                -1 if name == "ResNet" else 1
+            )  # the curves lie close: one is labelled on the left
+            where: dict[str, Any] = {
+                "xytext": (5 * side, 5 if side < 0 else -8),
+                "textcoords": "offset points",
+                "ha": "right" if side < 0 else "left",
+                "color": style.family_color(name),
+            }
+            for label, share in zip([*shares, name], [*SHARES, 1.0], strict=True):
                 nll, error = (np.mean(values) for values in _runs(results, label))
-                where: dict[str, Any] = {"xytext": (5, 2), "textcoords": "offset points"}
-                right.annotate(text.split(", ")[1], (nll, error), size=style.NOTE_SIZE, **where)
+                right.annotate(f"{share:.0%}", (nll, error), size=style.NOTE_SIZE, **where)
         for ax, letter in ((left, "a"), (right, "b")):
             ax.set(xlabel="NLL, augmented training images (nats)", ylabel="Test error (%)")
             ax.legend(loc="best")
