@@ -175,15 +175,22 @@ def test_the_page_of_claims_lists_every_verdict_with_its_evidence(tmp_path, monk
     assert "| [Figure 9](fig9_claims.md) | varies | ratio | Conv 3 [2, 4] | MSA 0 [-1, 1] |" in text
 
 
+@pytest.fixture(scope="module")
+def in_little(tmp_path_factory):
+    """A folder whose trained networks the studies share."""
+    return tmp_path_factory.mktemp("studies")
+
+
 @pytest.mark.slow
-def test_studies_in_little(tmp_path):
-    for name in QUICK:
-        done = run(str(ROOT / f"examples/{name}.py"), "--quick", "--out", "out", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        stem = name.removeprefix("reproduce_")
-        table = (tmp_path / f"out/{stem}_claims.md").read_text()
-        assert table.strip() in done.stdout
-        for suffix in ("png", "pdf"):
-            assert (tmp_path / f"out/{stem}.{suffix}").stat().st_size > 5000
-    done = run(str(ROOT / "examples/summarize_claims.py"), "--figures", "out", cwd=tmp_path)
+@pytest.mark.parametrize("name", QUICK)
+def test_a_study_in_little(name, in_little):
+    done = run(str(ROOT / f"examples/{name}.py"), "--quick", "--out", "out", cwd=in_little)
     assert done.returncode == 0, done.stderr
+    stem = name.removeprefix("reproduce_")
+    table = (in_little / f"out/{stem}_claims.md").read_text()
+    assert table.strip() in done.stdout
+    for suffix in ("png", "pdf"):
+        assert (in_little / f"out/{stem}.{suffix}").stat().st_size > 5000
+    page = run(str(ROOT / "examples/summarize_claims.py"), "--figures", "out", cwd=in_little)
+    assert page.returncode == 0, page.stderr
+    assert f"]({stem}_claims.md)" in (in_little / "out/CLAIMS.md").read_text()
