@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from comparisons import (
+    DEFAULT,
+    PAPER,
     TEST,
     Arm,
     Found,
@@ -21,6 +23,7 @@ from comparisons import (
     make_model,
     run_folder,
     side_by_side,
+    test_images,
     training_images,
 )
 from matplotlib.axes import Axes
@@ -28,10 +31,10 @@ from torch import nn
 from trained import augmentation, say
 
 from landscape import Evaluation, evaluate
-from landscape.intervals import mean_interval
 from landscape.models import alternate
 from landscape.models.residual_stages import count_msas, resnet_stages
 from landscape.plot import style
+from landscape.plot.seeds import draw_mean
 from landscape.training import (
     BuildUp,
     DeviceImages,
@@ -39,7 +42,6 @@ from landscape.training import (
     adamw,
     build_up,
     fit,
-    load_images,
 )
 
 WALK, VALIDATION = "build-up", "validation"
@@ -48,14 +50,19 @@ WALK, VALIDATION = "build-up", "validation"
 HELD_OUT = 0.2
 """Share of the training images that decide and are not trained on."""
 
-SMALL = ("alternet18", {"msas": (0, 0, 0), "heads": (1, 2, 4), "head_dim": 16, "window": 7}
-         | {"width": 8, "drop_path": 0.1})  # fmt: skip
-LARGE = ("alternet50", {"msas": (0, 0, 0, 0), "drop_path": 0.1})
+LARGE = (PAPER.networks["AlterNet"][0], {**PAPER.networks["AlterNet"][1], "msas": (0, 0, 0, 0)})
+
+
+def _small(*depths: int) -> tuple[str, dict[str, Any]]:
+    """Return the AlterNet of the default without MSAs, with other depths of its stages."""
+    constructor, sizes = DEFAULT.networks["AlterNet"]
+    return constructor, {**sizes, "msas": (0, 0, 0), "depths": depths}
+
+
 CHANGES: dict[str, dict[str, Any]] = {
-    "default": {"networks": {"plain": (SMALL[0], SMALL[1] | {"depths": (1, 2, 4)})}}
-    | {"epochs": 6, "warmup_epochs": 1, "seeds": 4},
-    "quick": {"networks": {"plain": (SMALL[0], SMALL[1] | {"depths": (1, 2, 2)})}}
-    | {"epochs": 1, "warmup_epochs": 0, "seeds": 2},
+    "default": {"networks": {"plain": _small(1, 2, 4)}, "epochs": 6}
+    | {"warmup_epochs": 1, "seeds": 4},
+    "quick": {"networks": {"plain": _small(1, 2, 2)}, "epochs": 1, "warmup_epochs": 0, "seeds": 2},
     "gpu": {"networks": {"plain": LARGE}, "epochs": 5, "warmup_epochs": 1, "seeds": 3},
     "paper": {"networks": {"plain": LARGE}, "seeds": 3},
 }
@@ -117,8 +124,7 @@ def score(protocol: Protocol, msas: tuple[int, ...], seed: int, root: str | None
     files = {kind: folder / f"network-{name(msas)}" / f"{kind}.npz" for kind in (VALIDATION, TEST)}
     if not all(path.exists() for path in files.values()):
         data, validation = split_images(protocol, root)
-        test = load_images(protocol.dataset, root=root, split="test", size=protocol.image_size)
-        test = test.to(data.device).subset(protocol.test_images).with_(batch_size=200)
+        test = test_images(protocol, data.device, root)
         plain = make_model(protocol, Arm("plain", "plain"), data, seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -199,12 +205,7 @@ def draw_build_ups(
     }
     accuracy = {label: [100 * each.accuracy for each in runs] for label, runs in scores.items()}
     for column, (label, values) in enumerate(accuracy.items()):
-        mean, low, high = mean_interval(values)
-        bar = None if np.isnan(low) else [[mean - low], [high - mean]]
-        ax.errorbar(
-            column, mean, yerr=bar, fmt="s", ms=4, color="0.2", mec="w", mew=0.4, capsize=2,
-            elinewidth=0.9, gid="mean",
-        )  # fmt: skip
+        draw_mean(ax, column, values, color="0.2")
         for fate, offset, value in zip(fates, offsets, values, strict=True):
             marker = look[fate.get(label, "not tried")]
             if column == 0:
@@ -220,7 +221,7 @@ def draw_build_ups(
     ax.set_xlabel("MSAs per stage, the last stage on top")
     for key, marker in look.items():
         ax.plot([], [], "o", mew=0.7, label=key, **marker)
-    ax.plot([], [], "s", ms=4, color="0.2", mec="w", label="mean, 95 % interval")
+    ax.plot([], [], "s", ms=3.5, color="0.2", mec="w", label="mean, 95 % interval")
     bottom, top = ax.get_ylim()
     ax.set_ylim(bottom, top + 0.2 * (top - bottom))  # room for the legend above every bar
     ax.legend(loc="upper left", ncols=len(look) + 1)

@@ -20,18 +20,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
 from claims import Claim, write_claims
 from matplotlib.figure import Figure
+from outputs import read_setting, save_figure, write_setting
 from torch import nn
 from tqdm import tqdm
-from trained import augmentation, load_weights, say
+from trained import ALTERNET, PRESETS, Setting, augmentation, load_weights, say
 
 import landscape
 from landscape import Objective, Result
 from landscape.models import create_model
-from landscape.plot import style
 from landscape.training import DeviceImages, WarmupCosine, adamw, fit_ensemble, load_images
 
 Results = dict[str, dict[str, list[Any]]]
@@ -99,42 +98,31 @@ class Protocol:
     seeds: int
 
 
-SMALL = {
-    "ResNet": ("resnet20", {"width": 8, "drop_path": 0.1}),
-    "ViT": ("vit_nano", {"drop_path": 0.1}),
-    "AlterNet": (
-        "alternet18",
-        {"depths": (2, 4, 4), "msas": (0, 2, 2), "heads": (1, 2, 4), "head_dim": 16}
-        | {"window": 7, "width": 8, "drop_path": 0.1},
-    ),
-}
-LARGE = {
-    "ResNet": ("resnet50", {"drop_path": 0.1}),
-    "ViT": ("vit_tiny", {"drop_path": 0.1}),
-    "AlterNet": ("alternet50", {"drop_path": 0.1}),
-}
+SMALL = {name: (constructor, sizes) for name, constructor, sizes in (*Setting().models, ALTERNET)}
+LARGE = {name: (constructor, sizes) for name, constructor, sizes in PRESETS["paper"].models}
+LARGE["AlterNet"] = ("alternet50", {"drop_path": 0.1})
+
+DEFAULT = Protocol(
+    dataset="fashion_mnist_mini", image_size=28, train_images=6000, test_images=2000,
+    networks=SMALL, epochs=15, warmup_epochs=3, batch_size=96, learning_rate=2e-3,
+    weight_decay=0.05, hessian_batches=20, corrupted_images=500, severities=(1, 3, 5), seeds=5,
+)  # fmt: skip
+PAPER = replace(
+    DEFAULT, dataset="cifar100", image_size=32, train_images=50_000, test_images=10_000,
+    networks=LARGE, epochs=305, warmup_epochs=5, learning_rate=1.25e-4, hessian_batches=312,
+    corrupted_images=10_000, severities=(1, 2, 3, 4, 5), seeds=3,
+)  # fmt: skip
 PROTOCOLS = {
-    "default": Protocol(
-        dataset="fashion_mnist_mini", image_size=28, train_images=6000, test_images=2000,
-        networks=SMALL, epochs=15, warmup_epochs=3, batch_size=96, learning_rate=2e-3,
-        weight_decay=0.05, hessian_batches=20, corrupted_images=500, severities=(1, 3, 5), seeds=5,
+    "default": DEFAULT,
+    "quick": replace(
+        DEFAULT, train_images=480, test_images=200, epochs=2, warmup_epochs=1, hessian_batches=1,
+        corrupted_images=50, severities=(3,), seeds=2,
     ),
-    "quick": Protocol(
-        dataset="fashion_mnist_mini", image_size=28, train_images=480, test_images=200,
-        networks=SMALL, epochs=2, warmup_epochs=1, batch_size=96, learning_rate=2e-3,
-        weight_decay=0.05, hessian_batches=1, corrupted_images=50, severities=(3,), seeds=2,
+    "gpu": replace(
+        PAPER, dataset="fashion_mnist", train_images=60_000, epochs=20, warmup_epochs=2,
+        hessian_batches=64, corrupted_images=2000, severities=(1, 3, 5),
     ),
-    "gpu": Protocol(
-        dataset="fashion_mnist", image_size=32, train_images=60_000, test_images=10_000,
-        networks=LARGE, epochs=20, warmup_epochs=2, batch_size=96, learning_rate=1.25e-4,
-        weight_decay=0.05, hessian_batches=64, corrupted_images=2000, severities=(1, 3, 5), seeds=3,
-    ),
-    "paper": Protocol(
-        dataset="cifar100", image_size=32, train_images=50_000, test_images=10_000,
-        networks=LARGE, epochs=305, warmup_epochs=5, batch_size=96, learning_rate=1.25e-4,
-        weight_decay=0.05, hessian_batches=312, corrupted_images=10_000,
-        severities=(1, 2, 3, 4, 5), seeds=3,
-    ),
+    "paper": PAPER,
 }  # fmt: skip
 
 
@@ -201,19 +189,10 @@ def run(study: Study, description: str) -> None:
         setting = {"preset": preset, **asdict(protocol), **more.setting}
         collect(found | more.found, setting, [*arms, *more.arms], folder)
     results = load_results(folder)
-    draw(study.draw(results), out / study.name)
-    setting = json.loads((folder / "setting.json").read_text())
-    table = write_claims(out, study.name, study.claims(results), study.note, setting)
+    save_figure(study.draw(results), out / study.name)
+    table = write_claims(out, study.name, study.claims(results), study.note, read_setting(folder))
     print(f"\n{table}\nwrote {out}/{study.name}.png, .pdf, {study.name}/*.npz", end=" ")
     print(f"in {time.perf_counter() - began:.0f} s")
-
-
-def draw(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and PDF, fonts embedded as TrueType."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(style.rc()):
-        figure.savefig(path.with_suffix(".png"), dpi=200)
-        figure.savefig(path.with_suffix(".pdf"))
 
 
 # --- compute -------------------------------------------------------------------------------------
@@ -264,7 +243,6 @@ def work(
     protocol: Protocol, arm: Arm, seeds: Sequence[int], kinds: Sequence[str], root: str | None
 ) -> Found:
     """Train one network with some seeds, and measure it."""
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     whole = any(kind != WARMUP for kind in kinds)
     folder = run_folder(protocol, arm, whole)
     found: Found = {
@@ -274,8 +252,7 @@ def work(
     if all(path.exists() for files in found.values() for path in files.values()):
         return found
     data = training_images(protocol, arm, root)
-    test = load_images(protocol.dataset, root=root, split="test", size=protocol.image_size)
-    test = test.to(data.device).subset(protocol.test_images).with_(batch_size=200)
+    test = test_images(protocol, data.device, root)
     models = [make_model(protocol, arm, data, seed) for seed in seeds]
     checkpoints = train(protocol, models, data, folder, seeds, whole)
     for model, seed, epochs in zip(models, seeds, checkpoints, strict=True):
@@ -302,6 +279,12 @@ def training_images(protocol: Protocol, arm: Arm, root: str | None) -> DeviceIma
     data = data.to("cuda" if torch.cuda.is_available() else "cpu")
     count = round(arm.share * min(protocol.train_images, data.num_samples))
     return data.subset(count)
+
+
+def test_images(protocol: Protocol, device: torch.device, root: str | None) -> DeviceImages:
+    """Return the test images."""
+    test = load_images(protocol.dataset, root=root, split="test", size=protocol.image_size)
+    return test.to(device).subset(protocol.test_images).with_(batch_size=200)
 
 
 def make_model(protocol: Protocol, arm: Arm, data: DeviceImages, seed: int) -> nn.Module:
@@ -399,9 +382,7 @@ def collect(found: Found, setting: Mapping[str, Any], arms: Sequence[Arm], folde
     for (label, seed), files in found.items():
         for kind, path in files.items():
             shutil.copy(path, folder / f"{kind}_{numbers[label]:02d}_{seed}.npz")
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    setting = {"command": command, **setting, "arms": [asdict(arm) for arm in arms]}
-    (folder / "setting.json").write_text(json.dumps(setting, indent=1) + "\n")
+    write_setting(folder, {**setting, "arms": [asdict(arm) for arm in arms]})
 
 
 def load_results(folder: Path) -> Results:
@@ -409,7 +390,7 @@ def load_results(folder: Path) -> Results:
     paths = sorted(folder.glob("*_*_*.npz"))
     if not paths:
         sys.exit(f"{folder} holds no results (KIND_NETWORK_SEED.npz).")
-    labels = [arm["label"] for arm in json.loads((folder / "setting.json").read_text())["arms"]]
+    labels = [arm["label"] for arm in read_setting(folder)["arms"]]
     results: Results = {}
     for path in paths:
         kind, number, _ = path.stem.split("_")

@@ -13,7 +13,6 @@ most of it 47 checkpoints of ResNet-50 of 95 MB each.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import TypeVar
 
 import numpy as np
 from claims import Claim, Measured, write_claims
+from outputs import read_setting, save_figure
 from trained import (
     PRESETS,
     Setting,
@@ -70,8 +70,7 @@ def main() -> None:
     surfaces, trajectories, spectra = load(results)
     draw(surfaces, trajectories, spectra, out)
     claims = figure_claims(surfaces, trajectories, spectra)
-    measured_on = json.loads((results / "setting.json").read_text())
-    table = write_claims(out, "fig1", claims, NOTE, measured_on)
+    table = write_claims(out, "fig1", claims, NOTE, read_setting(results))
     print(f"\n{table}\nwrote {out}/fig1.png, .pdf, fig1a.html, fig1/*.npz", end=" ")
     print(f"in {time.perf_counter() - began:.0f} s")
 
@@ -156,15 +155,9 @@ def load(folder: Path) -> tuple[Surfaces, Trajectories, Spectra]:
 
 def draw(surfaces: Surfaces, trajectories: Trajectories, spectra: Spectra, out: Path) -> None:
     """Write the figure from results alone."""
-    import matplotlib as mpl
-
     from landscape import plot
 
-    out.mkdir(parents=True, exist_ok=True)
-    figure = plot.figure1(surfaces, trajectories, spectra)
-    with mpl.rc_context(plot.style.rc()):  # fonts embedded as TrueType
-        figure.savefig(out / "fig1.png", dpi=160)
-        figure.savefig(out / "fig1.pdf")
+    save_figure(plot.figure1(surfaces, trajectories, spectra), out / "fig1", dpi=160)
     html = plot.interactive.loss_surface(surfaces)
     html.write_html(out / "fig1a.html", include_plotlyjs="cdn")
 

@@ -12,12 +12,11 @@ import argparse
 import time
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
+from outputs import save_figure
 from torch import nn
 
 from landscape.models import alternate, alternet50, create_model
-from landscape.plot import style
 from landscape.plot.diagram import figure11
 from landscape.probes.architecture import Architecture, architecture
 
@@ -67,10 +66,7 @@ def main() -> None:
     if not paths:
         parser.error(f"{folder} holds no results (INDEX_MODEL.npz).")
     figure = figure11({path.stem.split("_", 1)[1]: Architecture.load(path) for path in paths})
-    out.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(style.rc()):  # fonts embedded as TrueType
-        figure.savefig(out / "fig11.png", dpi=200)
-        figure.savefig(out / "fig11.pdf")
+    save_figure(figure, out / "fig11")
     seconds = time.perf_counter() - began
     print(f"wrote {out}/fig11.png, .pdf, fig11/*.npz in {seconds:.0f} s")
 

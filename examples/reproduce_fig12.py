@@ -19,7 +19,7 @@ from hessian_claims import NOTE, smaller_ape, smaller_nep
 from matplotlib.figure import Figure, SubFigure
 
 from landscape.plot import style
-from landscape.plot.seeds import draw_spectra_over_runs, run_columns
+from landscape.plot.seeds import draw_spectra_over_runs, run_columns, tilt_labels
 
 NETWORKS = ("ResNet", "ViT", "AlterNet")
 BUILD_UP_NOTE = (
@@ -69,8 +69,7 @@ def _draw_predictions(figure: SubFigure, results: Results) -> None:
     for ax, (label, values) in zip(axes, panels.items(), strict=True):
         run_columns(values, ax=ax)
         ax.set_ylabel(label)
-        for text in ax.get_xticklabels():
-            text.set(rotation=40, rotation_mode="anchor", ha="right", size=style.NOTE_SIZE)
+        tilt_labels(ax)
 
 
 def claims(results: Results) -> list[Claim]:

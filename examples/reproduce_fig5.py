@@ -60,9 +60,8 @@ def draw(results: Results) -> Figure:
         for name in ("ResNet", "ViT"):
             shares = [f"{name}, {share:.0%}" for share in SHARES]
             _draw_network(right, results, [*shares, name], name, marker="s")
-            side = (
-                -1 if name == "ResNet" else 1
-            )  # the curves lie close: one is labelled on the left
+            # The curves lie close: one is labelled above on the left, one below on the right.
+            side = -1 if name == "ResNet" else 1
             where: dict[str, Any] = {
                 "xytext": (5 * side, 5 if side < 0 else -8),
                 "textcoords": "offset points",

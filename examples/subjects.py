@@ -7,7 +7,6 @@ on a folder of images, one class a folder: the paper's ImageNet setting.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,24 +14,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from claims import Claim, write_claims
 from matplotlib.figure import Figure
+from outputs import read_setting, save_figure, write_setting
 from torch import nn
-from trained import PRESETS, for_every_model, images, say, train, work_folder
+from trained import ALTERNET, PRESETS, for_every_model, images, say, train, work_folder
 
 from landscape import Result
-from landscape.plot import style
 
-ALTERNET = (
-    "AlterNet",
-    "alternet18",
-    {"depths": (2, 4, 4), "msas": (0, 2, 2), "heads": (1, 2, 4), "head_dim": 16}
-    | {"window": 7, "width": 8, "drop_path": 0.1},
-)
-"""Stages of convolutions that end in MSAs, the size of Figure 1's ResNet."""
 QUICK = {"depths": (2, 4), "msas": (0, 2), "heads": (1, 2)}
-"""Sizes of the same in little."""
+"""Sizes of the AlterNet in little."""
 
 Results = dict[str, dict[str, Any]]  # kind of result -> model -> result
 
@@ -80,30 +71,26 @@ def run(study: Study, description: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.npz"):
             stale.unlink()
-        (folder / "setting.json").write_text(json.dumps(_setting(args), indent=1) + "\n")
+        write_setting(folder, _setting(args))
         for label, subject in subjects.items():
             for kind, result in study.compute(subject).items():
                 result.save(folder / f"{kind}_{label}.npz")
             say(label, "measured")
     results = _load(folder)
     figure, html = study.draw(results)
-    with mpl.rc_context(style.rc()):  # fonts embedded as TrueType
-        figure.savefig(out / f"{study.name}.png", dpi=200)
-        figure.savefig(out / f"{study.name}.pdf")
+    save_figure(figure, out / study.name)
     html.write_html(out / f"{study.name}.html", include_plotlyjs="cdn")
-    setting = json.loads((folder / "setting.json").read_text())
-    table = write_claims(out, study.name, study.claims(results), study.note, setting)
+    table = write_claims(out, study.name, study.claims(results), study.note, read_setting(folder))
     print(f"\n{table}\nwrote {out}/{study.name}.png, .pdf, .html, {study.name}/*.npz", end=" ")
     print(f"in {time.perf_counter() - began:.0f} s")
 
 
 def _setting(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the models are and what they are measured on."""
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     if args.model:
-        return {"command": command, "models": args.model, "images": args.images.name}
+        return {"models": args.model, "images": args.images.name}
     preset = "quick" if args.quick else args.preset
-    return {"command": command, "preset": preset, **asdict(PRESETS[preset])} | (
+    return {"preset": preset, **asdict(PRESETS[preset])} | (
         {"dataset": args.dataset} if args.dataset else {}
     )
 

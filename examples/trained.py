@@ -28,6 +28,14 @@ from landscape.training import (
     recipe,
 )
 
+ALTERNET = (
+    "AlterNet",
+    "alternet18",
+    {"depths": (2, 4, 4), "msas": (0, 2, 2), "heads": (1, 2, 4), "head_dim": 16}
+    | {"window": 7, "width": 8, "drop_path": 0.1},
+)
+"""Stages of convolutions that end in MSAs, the size of Figure 1's ResNet: for later figures."""
+
 Work = Callable[["Setting", int, Path, str | None], Any]
 
 

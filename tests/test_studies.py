@@ -86,7 +86,7 @@ def test_a_study_is_drawn_and_judged_from_its_files(name, tmp_path, comparisons)
     for (label, _), files in found.items():
         runs = results[comparisons.TEST][label]
         assert landscape.Result.load(files[comparisons.TEST]).nll in [r.nll for r in runs]
-    comparisons.draw(script.draw(results), tmp_path / "study")
+    comparisons.save_figure(script.draw(results), tmp_path / "study")
     assert (tmp_path / "study.png").stat().st_size > 5000
     claims = script.claims(results)
     assert claims

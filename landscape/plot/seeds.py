@@ -130,8 +130,7 @@ def draw_spectra_over_runs(figure: Figure | SubFigure, results: "Runs") -> None:
     for ax, name in zip(right, ("nep", "ape"), strict=True):
         run_columns({n: [getattr(s, name) for s in runs] for n, runs in results.items()}, ax=ax)
         ax.set_ylabel({"nep": "NEP", "ape": "APE (nats)"}[name])
-        for text in ax.get_xticklabels():
-            text.set(rotation=40, rotation_mode="anchor", ha="right", size=style.NOTE_SIZE)
+        tilt_labels(ax)
         low, high = ax.get_ylim()  # an interval of a few runs may leave the range of a share
         ax.set_ylim(0 if name == "nep" else min(0, low), min(1, high) if name == "nep" else high)
 
@@ -166,14 +165,32 @@ def pool_runs(spectra: "Sequence[HessianMaxSpectrum]") -> "HessianMaxSpectrum":
     )
 
 
+def draw_mean(ax: Axes, x: float, runs: ArrayLike, *, color: str) -> None:
+    """Draw the mean over runs with its 95 % interval.
+
+    Args:
+        ax: Axes to draw on.
+        x: Where.
+        runs: One value a run, `(runs,)`.
+        color: Colour of mark and bar.
+    """
+    mean, low, high = mean_interval(runs)
+    bar = None if np.isnan(low) else [[mean - low], [high - mean]]
+    ax.errorbar(
+        x, mean, yerr=bar, fmt="s", ms=3.5, color=color, mec="white", mew=0.4, capsize=2,
+        elinewidth=0.9, gid="mean",
+    )  # fmt: skip
+
+
+def tilt_labels(ax: Axes) -> None:
+    """Set the labels of the columns small and aslant, for narrow axes."""
+    for text in ax.get_xticklabels():
+        text.set(rotation=40, rotation_mode="anchor", ha="right", size=style.NOTE_SIZE)
+
+
 def _draw_runs(ax: Axes, x: np.ndarray, values: np.ndarray, color: str) -> None:
     """Draw the runs of each point faintly and the mean over them with its interval."""
     runs: dict[str, Any] = {"color": color, "alpha": 0.45, "ms": 2.5, "mew": 0, "gid": "run"}
     ax.plot(np.repeat(x, values.shape[1]), values.ravel(), "o", **runs)
     for place, of_point in zip(x, values, strict=True):
-        mean, low, high = mean_interval(of_point)
-        bar = None if np.isnan(low) else [[mean - low], [high - mean]]
-        ax.errorbar(
-            place, mean, yerr=bar, fmt="s", ms=3.5, color=color, mec="white", mew=0.4, capsize=2,
-            elinewidth=0.9, gid="mean",
-        )  # fmt: skip
+        draw_mean(ax, place, of_point, color=color)
