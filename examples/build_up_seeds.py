@@ -219,12 +219,13 @@ def draw_build_ups(
     ax.set_xticks(range(len(labels)), labels)
     ax.set(xlim=(-0.5, len(labels) - 0.5), ylabel="Validation accuracy (%)")
     ax.set_xlabel("MSAs per stage, the last stage on top")
-    for key, marker in look.items():
+    shown = {"plain": {**look["kept"], "mfc": plain, "mec": plain}, **look}
+    for key, marker in shown.items():
         ax.plot([], [], "o", mew=0.7, label=key, **marker)
     ax.plot([], [], "s", ms=3.5, color="0.2", mec="w", label="mean, 95 % interval")
     bottom, top = ax.get_ylim()
     ax.set_ylim(bottom, top + 0.2 * (top - bottom))  # room for the legend above every bar
-    ax.legend(loc="upper left", ncols=len(look) + 1)
+    ax.legend(loc="upper left", ncols=len(shown) + 1)
 
 
 def _fates(table: BuildUp) -> dict[str, str]:
