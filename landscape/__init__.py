@@ -26,13 +26,12 @@ from landscape.probes.feature_maps import BlockTable
 from landscape.probes.fourier import FourierAmplitude, fourier_amplitude
 from landscape.probes.frequency import RobustnessCurve, frequency_robustness
 from landscape.probes.hessian import (
-    HessianMaxSpectrum,
     HessianSpectrum,
     hessian_density,
-    hessian_max_spectrum,
     hessian_spectrum,
     hessian_trace,
 )
+from landscape.probes.hessian_max import HessianMaxSpectrum, hessian_max_spectrum
 from landscape.probes.lesion import LesionStudy, lesion_study
 from landscape.probes.planes import between, eigen_directions, pca_directions
 from landscape.probes.published_corruptions import (

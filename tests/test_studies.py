@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import landscape
-from landscape.probes.hessian import HessianMaxSpectrum
+from landscape.probes.hessian_max import HessianMaxSpectrum
 from landscape.results import Provenance
 from tests.test_package import ROOT, run
 

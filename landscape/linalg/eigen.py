@@ -19,7 +19,7 @@ Woźniakowski (1992), which hold for the worst spectrum.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import erf, sqrt
 from typing import Literal
@@ -29,7 +29,7 @@ import torch
 
 from landscape._checks import check_at_least, check_choice, check_generator
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
-from landscape.linalg.operators import SymmetricOperator
+from landscape.linalg.operators import SymmetricOperator, VectorSpace
 from landscape.results import Result
 
 Which = Literal["LM", "LA", "SA"]
@@ -38,6 +38,8 @@ Select = Callable[[np.ndarray], np.ndarray]  # Ritz values -> indices of the wan
 BASIS_BYTES = 4 << 30
 MISS = 0.01
 """Probability of missing a copy of an eigenvalue that `certify=True` admits."""
+READS = 3
+"""Products on a GPU between two looks at convergence, a heuristic: a look waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def top_eigenpairs(
         basis_device=basis_device,
         generator=check_generator(generator),
     )
-    search.run(starts=1, certify=certify, first=start)
+    search.run(operator.matvec, starts=1, certify=certify, first=start)
     found = search.pairs(which, vectors)
     warn_unconverged([found.converged], search.num_matvecs, tol)
     return found
@@ -143,7 +145,7 @@ class EigenSearch:
 
     def __init__(
         self,
-        operator: SymmetricOperator,
+        vectors: VectorSpace,
         wanted: dict[str, tuple[int, str]],
         *,
         tol: float,
@@ -152,11 +154,12 @@ class EigenSearch:
         generator: torch.Generator,
         basis_dtype: torch.dtype | None = None,
         basis_device: torch.device | str | None = None,
+        reads: int | None = None,
     ) -> None:
         """Set out the search.
 
         Args:
-            operator: Any symmetric operator.
+            vectors: What the vectors of the symmetric operator are like; the operator itself is.
             wanted: Name to (number of pairs, which end).
             tol: Relative tolerance.
             max_iter: Largest number of products.
@@ -164,6 +167,8 @@ class EigenSearch:
             generator: Source of the random start vectors.
             basis_dtype: Precision of the basis, float64 or float32, or `None` for what fits.
             basis_device: Device of the basis, or `None` for the operator's.
+            reads: Number of products between two looks at convergence; 1 on a CPU by default, and
+                `READS` on a GPU.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -171,20 +176,21 @@ class EigenSearch:
         total = sum(k for k, _ in wanted.values())
         for k, _ in wanted.values():
             check_at_least("k", k, 1)
-            if k > operator.dim:
-                raise ValueError(f"`k` must be at most the dimension {operator.dim}, got {k}.")
-        check_at_least("max_iter", max_iter, min(total, operator.dim))
+            if k > vectors.dim:
+                raise ValueError(f"`k` must be at most the dimension {vectors.dim}, got {k}.")
+        check_at_least("max_iter", max_iter, min(total, vectors.dim))
         if not tol > 0:
             raise ValueError(f"`tol` must be positive, got {tol}.")
         check_choice("basis_dtype", basis_dtype, (None, torch.float64, torch.float32))
-        capacity, dtype = _basis_size(
-            operator.dim, max(max_iter, total + 2), max_basis, basis_dtype
-        )
-        if capacity < min(total + 2, operator.dim):
+        capacity, dtype = _basis_size(vectors.dim, max(max_iter, total + 2), max_basis, basis_dtype)
+        if capacity < min(total + 2, vectors.dim):
             raise ValueError(
                 f"`max_basis` must be at least {total + 2} for {total} pairs, got {capacity}."
             )
-        self.space = KrylovSpace(operator, capacity, dtype, basis_device)
+        if reads is None:
+            reads = 1 if vectors.device.type == "cpu" else READS
+        self.space = KrylovSpace(vectors, capacity, dtype, basis_device, reads)
+        self._vectors = vectors
         self.basis_at_restart: tuple[RitzPairs, np.ndarray] | None = None
         self._wanted, self._tol, self._max_iter = wanted, tol, max_iter
         self._generator = generator
@@ -194,6 +200,7 @@ class EigenSearch:
 
     def run(
         self,
+        matvec: Callable[[torch.Tensor], torch.Tensor],
         *,
         starts: int,
         certify: bool | float,
@@ -204,6 +211,7 @@ class EigenSearch:
         """Grow the space until every wanted pair has converged, or `max_iter` products are spent.
 
         Args:
+            matvec: `matvec(v) -> A v`, both of shape `(dim,)`.
             starts: Number of random start vectors (chains) grown together.
             certify: Look for multiple and missed eigenvalues afterwards; a number is the
                 probability of a miss to admit.
@@ -214,10 +222,34 @@ class EigenSearch:
         Raises:
             ValueError: If `certify` is a number outside (0, 1), or a product is not finite.
         """
+        vectors = self.steps(starts=starts, certify=certify, min_iter=min_iter, first=first)
+        for v in vectors:
+            self.space.take(matvec(v))
+            tick()
+
+    def steps(
+        self,
+        *,
+        starts: int,
+        certify: bool | float,
+        min_iter: int = 0,
+        first: torch.Tensor | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield each vector whose product is wanted, for `space.take` to take before the next.
+
+        Args:
+            starts: As in `run`, like the arguments below.
+            certify: Look for multiple and missed eigenvalues afterwards.
+            min_iter: Fewest products.
+            first: Start vector, or vectors whose sum is taken.
+
+        Raises:
+            ValueError: If `certify` is a number outside (0, 1), or a product is not finite.
+        """
         admitted = check_certify(certify)
         space = self.space
         if first is not None:
-            _check_start(first, space.operator.dim)
+            _check_start(first, space.dim)
             space.start(first.sum(0) if first.dim() == 2 else first)
             self._own = True
         while len(space.alive) < starts:
@@ -226,14 +258,15 @@ class EigenSearch:
         target = min_iter  # number of products before the next look at convergence
         while self.num_matvecs < self._max_iter:
             if not space.alive:
-                if space.size == space.operator.dim:
+                if space.size == space.dim:
                     break
                 space.start(self._random())
-            if space.full and space.size < space.operator.dim:
+            if space.full and space.size < space.dim:
                 self._restart(starts)
-            space.step(space.alive[self.num_matvecs % len(space.alive)])
+            yield space.next(space.alive[self.num_matvecs % len(space.alive)])
             self.num_matvecs += 1
-            tick()
+            if space.behind and self.num_matvecs < self._max_iter:
+                continue
             self._ritz = space.ritz()
             if not np.isfinite(self._ritz.values).all():
                 raise ValueError("`operator` must give finite products, got NaN or infinity.")
@@ -249,11 +282,7 @@ class EigenSearch:
                 space.resume()
                 continue
             values = self._wanted_values()
-            if (
-                not admitted
-                or space.size == space.operator.dim
-                or _same(values, known, 2 * self._tol)
-            ):
+            if not admitted or space.size == space.dim or _same(values, known, 2 * self._tol):
                 break
             # First convergence, or the last chain found something: look once more.
             known = values
@@ -264,7 +293,7 @@ class EigenSearch:
             self.miss = 1.0
             # A start vector of one's own may tell the pairs apart at once; that says nothing here.
             target = self.num_matvecs + max(found or 2, 2 * len(values) if self._own else 0)
-        if space.size == space.operator.dim:
+        if space.size == space.dim:
             self.miss = 0.0  # nothing lies outside
 
     def pairs(self, name: str, vectors: bool = False) -> Eigenpairs:
@@ -282,7 +311,7 @@ class EigenSearch:
         found = None
         if vectors:
             rows = self.space.vectors(self._ritz.coordinates[:, chosen])
-            found = rows.to(self.space.operator.dtype).cpu().numpy()
+            found = rows.to(self._vectors.dtype).cpu().numpy()
         residuals = self._ritz.residuals[chosen]
         return Eigenpairs(
             values, residuals, errors, converged, which, self.num_matvecs, found, self.miss
@@ -313,7 +342,7 @@ class EigenSearch:
         return self._ritz, self.space.start_weights(self._ritz, starts)
 
     def _random(self) -> torch.Tensor:
-        return random_unit_vector(self.space.operator, self._generator)
+        return random_unit_vector(self._vectors, self._generator)
 
     def _restart(self, starts: int) -> None:
         space = self.space
@@ -329,7 +358,7 @@ class EigenSearch:
 
     def _tolerances(self, values: np.ndarray, tol: float) -> np.ndarray:
         # Below the rounding of the products nothing can be told: relative to ‖A‖, no absolute ε.
-        eps = torch.finfo(self.space.operator.dtype).eps
+        eps = torch.finfo(self._vectors.dtype).eps
         floor = 10 * eps * np.abs(self._ritz.values).max(initial=0.0)
         bounds: np.ndarray = np.maximum(tol * np.abs(values), floor)
         return bounds
@@ -371,7 +400,7 @@ class EigenSearch:
                 # One copy more of the last wanted value than is wanted: others change nothing.
                 squares = squares[rank(marks, which) > rank(values, which)[last] + close[last]]
             least = min(least, squares.min(initial=np.inf))
-        return erf(sqrt(self.space.operator.dim / 2 / least))
+        return erf(sqrt(self.space.dim / 2 / least))
 
     def _wanted_values(self) -> np.ndarray:
         chosen = [select(self._ritz.values, k, which) for k, which in self._wanted.values()]
@@ -418,11 +447,11 @@ def error_estimates(ritz: RitzPairs) -> np.ndarray:
     return errors
 
 
-def random_unit_vector(operator: SymmetricOperator, generator: torch.Generator) -> torch.Tensor:
-    """Return a vector drawn uniformly from the unit sphere, on the operator's device."""
-    v = torch.randn(operator.dim, generator=generator, device=generator.device, dtype=torch.float64)
+def random_unit_vector(vectors: VectorSpace, generator: torch.Generator) -> torch.Tensor:
+    """Return a vector drawn uniformly from the unit sphere, on the device of the others."""
+    v = torch.randn(vectors.dim, generator=generator, device=generator.device, dtype=torch.float64)
     v /= v.norm()
-    return v.to(operator.device)
+    return v.to(vectors.device)
 
 
 def check_certify(certify: bool | float) -> float:

@@ -11,7 +11,7 @@ Attention runs under the math kernel, the only one with a second derivative.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -103,7 +103,7 @@ class HessianOperator(CurvatureOperator):
 
     def _setup(self) -> None:
         budget = _bytes(self.memory, self.device)
-        self._graphs: list[_GradientGraph] = []
+        self._graphs: list[GradientGraph] = []
         # Leaves of our own: the user's parameters and their `.grad` take no part.
         self._leaves = {n: v.requires_grad_() for n, v in _copies(self.frozen).items()}
         losses: list[Tensor] = []
@@ -114,7 +114,7 @@ class HessianOperator(CurvatureOperator):
                     with torch.no_grad():
                         losses.append(self.frozen.data_term(self._leaves, batch))
                     continue
-                graph = _GradientGraph(self.frozen, self._leaves, batch, not per_sample)
+                graph = self._graph(batch, measure=not per_sample)
                 losses.append(graph.loss)
                 per_sample = per_sample or graph.num_bytes / batch.size
                 if per_sample * batch.size <= budget:
@@ -136,12 +136,18 @@ class HessianOperator(CurvatureOperator):
                 out.add_(space.flatten([g.detach() for g in graph.gradient]), alpha=graph.weight)
         return out
 
-    def _each_graph(self) -> Iterator["_GradientGraph"]:
+    def _graph(self, batch: PreparedBatch, measure: bool = False) -> "GradientGraph":
+        def loss() -> Tensor:
+            return self.frozen.data_term(self._leaves, batch)
+
+        return GradientGraph(loss, self._leaves, batch.weight, measure)
+
+    def _each_graph(self) -> Iterator["GradientGraph"]:
         yield from self._graphs
         if len(self._graphs) < self.frozen.num_batches:
             for index, batch in enumerate(self.frozen.batches):
                 if index >= len(self._graphs):
-                    yield _GradientGraph(self.frozen, self._leaves, batch)
+                    yield self._graph(batch)
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         space = self.frozen.space
@@ -155,17 +161,32 @@ class HessianOperator(CurvatureOperator):
         return out
 
 
-class _GradientGraph:
-    """The gradient of one batch's mean loss, with the graph to differentiate it again."""
+class GradientGraph:
+    """The gradient of a loss, with the graph to differentiate it again.
+
+    Attributes:
+        loss: Value of the loss.
+        gradient: Its gradient, one tensor a parameter.
+        weight: Factor of the loss in the objective.
+        num_bytes: Memory of the graph, where it was measured.
+    """
 
     def __init__(
         self,
-        frozen: FrozenObjective,
-        leaves: dict[str, Tensor],
-        batch: PreparedBatch,
+        loss: Callable[[], Tensor],
+        leaves: Mapping[str, Tensor],
+        weight: float = 1.0,
         measure: bool = False,
     ) -> None:
-        self.weight = batch.weight
+        """Take the gradient.
+
+        Args:
+            loss: Returns the loss, a scalar of the leaves.
+            leaves: Parameters by name, which require a gradient.
+            weight: Factor of the loss in the objective.
+            measure: Measure the memory of the graph.
+        """
+        self.weight = weight
         self._leaves = list(leaves.values())
         sizes: dict[int, int] = {}
 
@@ -181,18 +202,18 @@ class _GradientGraph:
             else torch.enable_grad(),
         ):
             with cheap_second_derivatives():
-                loss = frozen.data_term(leaves, batch)
-            self.loss = loss.detach()
+                value = loss()
+            self.loss = value.detach()
             # A parameter that the loss ignores has a zero gradient, and a zero row.
             self.gradient = (
-                torch.autograd.grad(loss, self._leaves, create_graph=True, materialize_grads=True)
-                if loss.requires_grad
+                torch.autograd.grad(value, self._leaves, create_graph=True, materialize_grads=True)
+                if value.requires_grad
                 else tuple(torch.zeros_like(p) for p in self._leaves)
             )
         self.num_bytes = sum(sizes.values())
 
     def product(self, tangents: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return the Hessian of the batch times the tangents, parameter by parameter."""
+        """Return the Hessian of the loss times the tangents, parameter by parameter."""
         curved = [i for i, g in enumerate(self.gradient) if g.requires_grad]
         if not curved:
             return tuple(torch.zeros_like(p) for p in self._leaves)

@@ -22,15 +22,19 @@ Orthogonality is kept by Gram-Schmidt against the whole basis, with a second pas
 cancels too much (Parlett, 1998, sec. 6.9). When the basis is full it is compressed to chosen Ritz
 vectors (thick restart, Wu & Simon, 2000). Basis and recurrence are float64 by default, whatever the
 precision of the products.
+
+The space does not multiply: `next` gives the vector to multiply, `take` takes the product. V and R
+are on the device and T, E on the host, where the coefficients arrive at every `reads`-th product:
+nothing waits for the device in between.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from landscape.linalg.operators import SymmetricOperator
+from landscape.linalg.operators import VectorSpace
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class KrylovSpace:
     """Orthonormal basis, projection and residual directions of a growing Krylov space.
 
     Attributes:
-        operator: The symmetric operator.
+        dim: Number of entries of a vector.
         capacity: Largest number of basis vectors.
         size: Number of basis vectors.
         marks: Points at which the polynomials of a chain are watched, shape `(marks,)`.
@@ -61,24 +65,27 @@ class KrylovSpace:
 
     def __init__(
         self,
-        operator: SymmetricOperator,
+        vectors: VectorSpace,
         capacity: int,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
+        reads: int = 1,
     ) -> None:
         """Start empty.
 
         Args:
-            operator: The symmetric operator.
+            vectors: What the vectors of the symmetric operator are like.
             capacity: Largest number of basis vectors; memory is `capacity × dim` numbers.
             dtype: Precision of the basis and the recurrence.
-            device: Device of the basis; the operator's by default.
+            device: Device of the basis; that of the vectors by default.
+            reads: Number of products after which the coefficients are read from the device; with 1
+                a second pass of Gram-Schmidt is left out where it is not needed.
         """
-        self.operator = operator
-        self.capacity = capacity = min(capacity, operator.dim)
-        self._basis = torch.empty(
-            capacity, operator.dim, dtype=dtype, device=device or operator.device
-        )
+        self.dim = vectors.dim
+        self.capacity = capacity = min(capacity, self.dim)
+        self._precision = torch.finfo(vectors.dtype).eps
+        self._reads = reads
+        self._basis = torch.empty(capacity, self.dim, dtype=dtype, device=device or vectors.device)
         self._projection = np.zeros((capacity, capacity))
         self._frontier: list[Tensor] = []
         self._coupling = np.zeros((capacity, 0))  # E
@@ -90,6 +97,7 @@ class KrylovSpace:
         self._marked_frontier = np.zeros((0, 0))  # ... and f: (marks, chains)
         self.size = 0
         self.asymmetry = 0.0
+        self._unread: list[_Step] = []
 
     @property
     def full(self) -> bool:
@@ -102,6 +110,11 @@ class KrylovSpace:
         return [chain for chain, alive in enumerate(self._alive) if alive]
 
     @property
+    def behind(self) -> bool:
+        """Whether there are products whose coefficients have not been read."""
+        return bool(self._unread)
+
+    @property
     def num_starts(self) -> int:
         """Number of chains that were opened."""
         return len(self._alive)
@@ -112,15 +125,16 @@ class KrylovSpace:
         Args:
             vector: Shape `(dim,)`; normalised here, and orthogonalised against the basis.
         """
+        self.read()
         v = vector.to(self._basis)
         v = v / v.norm()
-        v, coordinates = self._orthogonalise(v)
+        v, coordinates = orthogonalise(v, self._basis[: self.size])
         chains, starts = self._pending.shape
         self._frontier.append(v)
         self._alive.append(bool(v.norm() > _NEGLIGIBLE))
         self._coupling = np.pad(self._coupling, ((0, 0), (0, 1)))
         self._starts = np.pad(self._starts, ((0, 0), (0, 1)))
-        self._starts[: self.size, starts] = coordinates
+        self._starts[: self.size, starts] = coordinates.double().cpu().numpy()
         self._pending = np.pad(self._pending, ((0, 1), (0, 1)))
         self._pending[chains, starts] = 1.0
         self._marked_frontier = np.pad(self._marked_frontier, ((0, 0), (0, 1)))
@@ -139,6 +153,7 @@ class KrylovSpace:
 
     def amplification(self) -> np.ndarray:
         """Return the largest p(μ)² / ‖b‖² of the watched chain over the space, shape `(marks,)`."""
+        self.read()
         f = self._marked_frontier
         inverse = np.linalg.pinv(self._gram(), rcond=1e-12, hermitian=True)
         squares: np.ndarray = np.einsum("ai,ij,aj->a", f, inverse, f)
@@ -147,61 +162,102 @@ class KrylovSpace:
 
     def stop(self, chain: int) -> None:
         """Let a chain grow no further; its residual direction stays known."""
+        self.read()
         self._alive[chain] = False
 
     def resume(self) -> None:
         """Let every stopped chain that has not ended grow again."""
         self._alive = [bool(frontier.any()) for frontier in self._frontier]
 
-    def step(self, chain: int) -> None:
-        """Extend a chain by one basis vector; one product.
+    def next(self, chain: int) -> Tensor:
+        """Extend the basis by a chain's direction, and return it: the vector to multiply.
 
         Args:
             chain: Number of a chain in `alive`; `full` must be false.
         """
         r = self._frontier[chain]
-        beta = float(r.norm())
-        q = r / beta
         m = self.size
-        scale = np.abs(self._projection[:m, :m]).max(initial=0.0)
-        if len(self._frontier) > 1 or beta < _CANCELLED * scale:
-            q, _ = self._orthogonalise(q)  # what rounding left of the basis has grown with 1/β
-            q /= q.norm()
+        norm = r.norm()
+        tiny = torch.finfo(r.dtype).tiny  # of a chain that has ended unread, nothing is left
+        q: Tensor = r / norm.clamp_min(tiny)
+        if self._reads > 1 or len(self._frontier) > 1 or self._is_small(norm):
+            # What rounding left of the basis has grown with 1 / norm.
+            q, _ = orthogonalise(q, self._basis[:m], self._reads > 1)
+            q /= q.norm().clamp_min(tiny)
         self._basis[m] = q
         # Move the component along q from the frontier (R) to the basis (V).
-        share = np.zeros(len(self._frontier))
+        shares = [norm if other == chain else f @ q for other, f in enumerate(self._frontier)]
         for other, frontier in enumerate(self._frontier):
             if other != chain:
-                share[other] = float(frontier @ q)
-                frontier.sub_(q, alpha=share[other])
-        share[chain] = beta
+                frontier.addcmul_(q, shares[other], value=-1)
+        self._unread.append(_Step(chain, m, torch.stack(shares)))
+        return q
+
+    def take(self, product: Tensor) -> None:
+        """Take the product of the operator with the vector that `next` returned last.
+
+        Args:
+            product: Shape `(dim,)`.
+        """
+        step = self._unread[-1]
+        self.size = m = step.row + 1
+        w, column = orthogonalise(product.to(self._basis), self._basis[:m], self._reads > 1)
+        step.coefficients = torch.cat([step.shares, column, w.norm()[None]])
+        self._frontier[step.chain] = w
+        if len(self._unread) >= self._reads or self.full or len(self.alive) > 1:
+            self.read()
+
+    def read(self) -> None:
+        """Wait for the device, and take in the coefficients of all products so far."""
+        steps, self._unread = self._unread, []
+        if not steps:
+            return
+        numbers = torch.cat([step.coefficients for step in steps]).double().cpu().numpy()
+        for index, step in enumerate(steps):
+            part, numbers = np.split(numbers, [len(step.coefficients)])
+            self._note(step, *np.split(part, [len(step.shares), len(part) - 1]))
+            if not self._alive[step.chain]:
+                self._forget(steps[index + 1 :])
+                return
+
+    def _note(self, step: "_Step", share: np.ndarray, column: np.ndarray, norm: np.ndarray) -> None:
+        """Enter one product into T and E."""
+        chain, m = step.chain, step.row
         row = self._coupling[:m] @ share
         self._projection[m, :m] = row
         self._starts[m] = share @ self._pending
         self._coupling[:, chain] = 0.0
         self._pending[chain] = 0.0
-        value = self._marked_frontier[:, chain] / beta
+        value = self._marked_frontier[:, chain] / share[chain]
         self._marked_frontier -= np.outer(value, share)
         self._marked[:, m] = value
-        self.size = m + 1
-
-        w = self.operator.matvec(q).to(q)
-        w, column = self._orthogonalise(w)
         self._projection[: m + 1, m] = column
         if m:
             self.asymmetry = max(self.asymmetry, float(np.abs(column[:m] - row).max()))
         self._marked_frontier[:, chain] = self.marks * value - self._marked[:, : m + 1] @ column
         self._coupling[m, chain] = 1.0
-        self._frontier[chain] = w
         scale = np.abs(self._projection[: m + 1, : m + 1]).max()
-        rounding = 10 * torch.finfo(self.operator.dtype).eps * max(scale, float(w.norm()))
-        if not float(w.norm()) > rounding or self.size == self.operator.dim:
+        if not norm[0] > 10 * self._precision * max(scale, norm[0]) or m + 1 == self.dim:
             # The space is invariant under A: the chain has nothing more to find.
-            self._frontier[chain] = torch.zeros_like(w)
+            self._frontier[chain] = torch.zeros_like(self._frontier[chain])
             self._alive[chain] = False
+
+    def _forget(self, steps: "list[_Step]") -> None:
+        """Undo steps of a chain that had nothing more to find."""
+        for step in reversed(steps):
+            self.size = step.row
+            for other, frontier in enumerate(self._frontier):
+                if other != step.chain:
+                    frontier.addcmul_(self._basis[step.row], step.shares[other])
+
+    def _is_small(self, norm: Tensor) -> bool:
+        """Whether a direction is so short beside A that rounding shows in it."""
+        scale = np.abs(self._projection[: self.size, : self.size]).max(initial=0.0)
+        return bool(norm < _CANCELLED * scale)
 
     def ritz(self) -> RitzPairs:
         """Return the Ritz pairs of the whole space, ascending."""
+        self.read()
         m = self.size
         projection = self._projection[:m, :m]
         values, coordinates = np.linalg.eigh((projection + projection.T) / 2)
@@ -260,23 +316,40 @@ class KrylovSpace:
 
     def _gram(self) -> np.ndarray:
         """Return RᵀR."""
-        gram = np.zeros((len(self._frontier),) * 2)
-        for i, a in enumerate(self._frontier):
-            for j in range(i + 1):
-                gram[i, j] = gram[j, i] = float(a @ self._frontier[j])
+        count = len(self._frontier)
+        upper = np.triu_indices(count)
+        products = [self._frontier[i] @ self._frontier[j] for i, j in zip(*upper, strict=True)]
+        gram = np.zeros((count, count))
+        gram[upper] = torch.stack(products).double().cpu().numpy()
+        gram.T[upper] = gram[upper]
         return gram
 
-    def _orthogonalise(self, w: Tensor) -> tuple[Tensor, np.ndarray]:
-        """Return `w` without its components along the basis, and those components."""
-        return orthogonalise(w, self._basis[: self.size])
+
+@dataclass
+class _Step:
+    """A product whose coefficients are still on the device.
+
+    Attributes:
+        chain: Number of its chain.
+        row: Number of its basis vector q.
+        shares: Components of the residual directions along q, shape `(chains,)`.
+        coefficients: `shares`, components of the product along the basis, norm of the rest.
+    """
+
+    chain: int
+    row: int
+    shares: Tensor
+    coefficients: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, np.ndarray]:
+def orthogonalise(w: Tensor, basis: Tensor, always_twice: bool = False) -> tuple[Tensor, Tensor]:
     """Take from a vector its components along orthonormal ones.
 
     Args:
         w: Vector of shape `(dim,)`; not changed.
         basis: Orthonormal vectors, one a row, shape `(m, dim)`.
+        always_twice: Make the second pass without a look at whether it is needed, for which the
+            host would have to wait for the device.
 
     Returns:
         The rest of `w`, orthogonal to the basis to 1e-13 of its length where the precision allows,
@@ -288,9 +361,11 @@ def orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, np.ndarray]:
         w = torch.addmv(w, basis.T, part, alpha=-1)
         total += part
         # One pass leaves ε |part| along the basis: enough unless that much was cancelled.
-        if float(w.norm()) * _ORTHOGONAL > torch.finfo(w.dtype).eps * float(total.norm()):
+        if not always_twice and float(w.norm()) * _ORTHOGONAL > torch.finfo(w.dtype).eps * float(
+            total.norm()
+        ):
             break
-    return w, total.double().cpu().numpy()
+    return w, total
 
 
 _CANCELLED = 1e-3  # of the scale of A

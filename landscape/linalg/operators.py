@@ -1,7 +1,7 @@
 """Symmetric linear operators: what the algorithms of this package see of a matrix."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -9,6 +9,20 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+
+
+class VectorSpace(Protocol):
+    """What a vector is like: an operator and a `ParameterSpace` both say so.
+
+    Attributes:
+        dim: Number of entries.
+        dtype: Precision.
+        device: Device.
+    """
+
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 class SymmetricOperator(ABC):

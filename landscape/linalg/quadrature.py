@@ -143,24 +143,31 @@ def lanczos_quadrature(
     num_steps = min(num_steps, operator.dim)
     window = int(np.clip(basis_bytes // (8 * operator.dim), 2, num_steps))
     basis = torch.zeros(window, operator.dim, dtype=torch.float64, device=operator.device)
-    diagonal: list[float] = []
-    off: list[float] = []
+    diagonal: list[torch.Tensor] = []
+    off: list[torch.Tensor] = []
     q = start.double()
+    every = 1 if operator.device.type == "cpu" else _READS
     rounding = 10 * torch.finfo(operator.dtype).eps
     for step in range(num_steps):
         basis[step % window] = q
         w = operator.matvec(q.to(operator.dtype)).double()
-        diagonal.append(float(q @ w))
-        w, _ = orthogonalise(w, basis[: step + 1])
-        norm = float(w.norm())
-        if not np.isfinite(norm):
-            raise ValueError("`operator` must give finite products, got NaN or infinity.")
-        scale = max(np.abs(diagonal).max(), max(off, default=0.0))
-        if not norm > rounding * scale or step + 1 == num_steps:
-            break
-        off.append(norm)
-        q = w / norm
-    values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
+        diagonal.append(q @ w)
+        w, _ = orthogonalise(w, basis[: step + 1], every > 1)
+        off.append(w.norm())
+        q = w / off[-1].clamp_min(torch.finfo(w.dtype).tiny)
+        if (step + 1) % every == 0 or step + 1 == num_steps:
+            alpha, beta = torch.stack([torch.stack(diagonal), torch.stack(off)]).cpu().numpy()
+            scale = np.maximum(np.maximum.accumulate(abs(alpha)), np.maximum.accumulate(beta))
+            ended = np.flatnonzero(~(beta > rounding * scale))
+            if len(ended):
+                break
+    size = int(ended[0]) + 1 if len(ended) else num_steps
+    if not np.isfinite([alpha[:size], beta[:size]]).all():
+        raise ValueError("`operator` must give finite products, got NaN or infinity.")
+    off_diagonal = beta[: size - 1]
+    values, vectors = np.linalg.eigh(
+        np.diag(alpha[:size]) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)
+    )
     return values, vectors[0] ** 2
 
 
@@ -228,4 +235,5 @@ def _gaussian(x: np.ndarray, sigma: float) -> np.ndarray:
     return kernel
 
 
+_READS = 16  # products on a GPU between two looks at whether the chain has ended
 _CHUNK = 1024  # grid points smoothed at once

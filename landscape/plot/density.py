@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from landscape.probes.hessian import HessianMaxSpectrum
+    from landscape.probes.hessian_max import HessianMaxSpectrum
 
 FEWEST = 8
 """Fewest values that get a density; fewer are drawn as a rug alone. A heuristic."""

@@ -27,7 +27,7 @@ from landscape.plot.surface import loss_surface
 from landscape.plot.trajectory import polar_trajectory
 
 if TYPE_CHECKING:
-    from landscape.probes.hessian import HessianMaxSpectrum
+    from landscape.probes.hessian_max import HessianMaxSpectrum
     from landscape.probes.surface import LossSurface
     from landscape.probes.trajectory import PolarTrajectory
 

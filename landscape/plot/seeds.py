@@ -23,7 +23,7 @@ from landscape.plot.hessian import (
 )
 
 if TYPE_CHECKING:
-    from landscape.probes.hessian import HessianMaxSpectrum
+    from landscape.probes.hessian_max import HessianMaxSpectrum
 
     Runs = Mapping[str, Sequence[HessianMaxSpectrum]]
 

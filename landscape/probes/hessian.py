@@ -1,7 +1,6 @@
-"""Hessian spectra: over all data (both edges, density, trace), and per mini-batch (the paper's).
+"""Spectrum of the Hessian over all of the data: both edges, density and trace.
 
 The Hessian is that of the objective on frozen data, loss and weight decay, in evaluation mode.
-Leaving out the weight decay or the augmentation is a common mistake (Park & Kim, 2022, sec. 2).
 """
 
 import time
@@ -16,11 +15,11 @@ from torch import nn
 from landscape._checks import check_at_least, check_choice, check_generator
 from landscape._progress import track
 from landscape.linalg.eigen import Eigenpairs, EigenSearch, warn_unconverged
-from landscape.linalg.hessian import HessianOperator, Memory, check_finite_losses
+from landscape.linalg.hessian import HessianOperator, Memory
 from landscape.linalg.krylov import RitzPairs
 from landscape.linalg.quadrature import SpectralDensity, density_of, spectral_density
 from landscape.linalg.trace import TraceEstimate, hutch_plus_plus
-from landscape.objective import FrozenObjective, Objective
+from landscape.objective import Objective
 from landscape.provenance import provenance
 from landscape.results import Provenance, Result
 
@@ -54,35 +53,6 @@ class HessianSpectrum(Result):
     provenance: Provenance
 
     _plot: ClassVar[str | None] = "hessian_spectrum"
-
-
-@dataclass(frozen=True)
-class HessianMaxSpectrum(Result):
-    """Top eigenvalues of the Hessian of every mini-batch (Park & Kim, 2022, Fig. 1c).
-
-    Attributes:
-        eigenvalues: By magnitude, largest first, shape `(batches, k)`.
-        residuals: ‖Hv − λv‖ of each, shape `(batches, k)`.
-        converged: Whether each error estimate is at most `tol` · |λ|, shape `(batches, k)`.
-        nep: Negative max eigenvalue proportion, ∫_{-∞}^0 p(λ)dλ, over all eigenvalues gathered.
-        nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high).
-        ape: Average of the positive max eigenvalues, ∫_0^∞ λp(λ)dλ / ∫_0^∞ p(λ)dλ; NaN if none.
-        ape_interval: 95 % bootstrap interval of `ape` over mini-batches, (low, high).
-        num_hvps: Mini-batch Hessian-vector products in all.
-        provenance: Where it came from.
-    """
-
-    eigenvalues: np.ndarray
-    residuals: np.ndarray
-    converged: np.ndarray
-    nep: float
-    nep_interval: tuple[float, float]
-    ape: float
-    ape_interval: tuple[float, float]
-    num_hvps: int
-    provenance: Provenance
-
-    _plot: ClassVar[str | None] = "hessian_max_spectrum"
 
 
 def hessian_spectrum(
@@ -145,10 +115,9 @@ def hessian_spectrum(
         TypeError: If `data` is not a re-iterable of batches.
     """
     began = time.perf_counter()
-    generator = _check(k, num_probes, engine, generator)
+    check_at_least("num_probes", num_probes, 1)
+    generator = check_arguments(k, engine, start, generator)
     first = start_vectors(start)
-    if first is not None and engine != "native":
-        raise ValueError(f"`start` needs engine='native', got {engine!r}.")
     if first is not None and density:
         raise ValueError("`start` needs `density=False`, got `density=True`.")
     seed = generator.initial_seed()
@@ -181,6 +150,7 @@ def hessian_spectrum(
     nothing: tuple[int, ...] = ()
     with track(nothing, "Hessian spectrum", progress, total=max_iter) as bar:
         search.run(
+            operator.matvec,
             starts=num_probes if first is None else 1,
             certify=certify,
             min_iter=40 * num_probes if density else 0,
@@ -208,115 +178,6 @@ def hessian_spectrum(
             settings={"engine": engine, "k": k, "tol": tol}
             | {"num_probes": num_probes, "certify": certify, "warm": first is not None}
             | {"kept_batches": operator.num_kept, "num_batches": operator.frozen.num_batches},
-        ),
-    )
-
-
-def hessian_max_spectrum(
-    model: nn.Module,
-    data: Iterable[Any],
-    *,
-    objective: Objective = Objective(),
-    k: int = 5,
-    tol: float = 1e-3,
-    max_iter: int = 100,
-    certify: bool | float = True,
-    num_bootstrap: int = 2000,
-    start: HessianSpectrum | Eigenpairs | np.ndarray | torch.Tensor | None = None,
-    memory: Memory = "auto",
-    generator: torch.Generator | None = None,
-    engine: Engine = "native",
-    progress: bool = False,
-) -> HessianMaxSpectrum:
-    """Top-`k` Hessian eigenvalues of every mini-batch (Park & Kim, 2022, Fig. 1c).
-
-    The paper gathers the five largest by magnitude of mini-batches of 16 samples, from a tenth of
-    the training set, at the objective that was optimised (loss, weight decay, augmented data).
-
-    Args:
-        model: Any module; left as it was found.
-        data: Re-iterable of mini-batches, each measured by itself.
-        objective: Whose Hessian.
-        k: Eigenvalues a mini-batch.
-        tol: Relative error of the eigenvalues.
-        max_iter: Largest number of products a mini-batch.
-        certify: Look for multiple and missed eigenvalues; a number is the probability of a miss
-            to admit (`top_eigenpairs`).
-        num_bootstrap: Resamplings of mini-batches for the intervals.
-        start: What was found before, with vectors, or vectors `(m, dim)`: the first mini-batch's
-            Krylov space starts from their sum instead of a random vector. Every other one's starts
-            from the sum of the eigenvectors found before it, which saves 1 or 2 products.
-        memory: What may be kept of a mini-batch's graph between products.
-        generator: Source of the start vectors and resamplings; seed 0 by default.
-        engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion
-            (`landscape.probes.pyhessian_engine` says what it can do).
-        progress: Show a bar.
-
-    Returns:
-        Eigenvalues, NEP and APE with intervals. Cost: 15 to 25 products a mini-batch.
-
-    Raises:
-        ValueError: If an argument is out of range, or the loss of a mini-batch is not finite.
-        TypeError: If `data` is not a re-iterable of batches.
-    """
-    began = time.perf_counter()
-    generator = _check(k, 1, engine, generator)
-    first = start_vectors(start)
-    if first is not None and engine != "native":
-        raise ValueError(f"`start` needs engine='native', got {engine!r}.")
-    seed = generator.initial_seed()
-    frozen = objective.freeze(model, data, check_mean=False)
-    if k > frozen.space.dim:
-        raise ValueError(f"`k` must be at most the dimension {frozen.space.dim}, got {k}.")
-    _check_finite(frozen)
-    if engine == "pyhessian":
-        from landscape.probes import pyhessian_engine
-    rows: list[Eigenpairs] = []
-    total, kept = frozen.num_batches, 0
-    for batch in track(frozen.batches, "Hessian max spectrum", progress, total=total):
-        operator = HessianOperator.of(frozen.of_batch(batch), memory=memory)
-        kept += operator.num_kept
-        if engine == "pyhessian":
-            found = pyhessian_engine.top_eigenpairs(
-                operator, k, tol=tol, max_iter=max_iter, generator=generator
-            )
-            rows.append(found)
-            continue
-        search = EigenSearch(
-            operator,
-            {"top": (k, "LM")},
-            tol=tol,
-            max_iter=max_iter,
-            max_basis=None,
-            generator=generator,
-        )
-        search.run(starts=1, certify=certify, first=first)
-        rows.append(search.pairs("top"))
-        first = search.direction("top")
-    eigenvalues = np.stack([row.values for row in rows])
-    converged = np.stack([row.converged for row in rows])
-    num_hvps = sum(row.num_matvecs for row in rows)
-    if engine == "pyhessian":
-        pyhessian_engine.warn_unconverged([converged], num_hvps, tol)
-    else:
-        warn_unconverged([converged], num_hvps, tol)
-    nep_interval, ape_interval = _bootstrap(eigenvalues, num_bootstrap, generator)
-    return HessianMaxSpectrum(
-        eigenvalues=eigenvalues,
-        residuals=np.stack([row.residuals for row in rows]),
-        converged=converged,
-        nep=_nep(eigenvalues),
-        nep_interval=nep_interval,
-        ape=_ape(eigenvalues),
-        ape_interval=ape_interval,
-        num_hvps=num_hvps,
-        provenance=provenance(
-            frozen,
-            seed=seed,
-            seconds=time.perf_counter() - began,
-            num_hvps=num_hvps / frozen.num_batches,
-            settings={"k": k, "tol": tol, "engine": engine, "certify": certify}
-            | {"kept_batches": kept, "num_batches": frozen.num_batches},
         ),
     )
 
@@ -415,19 +276,15 @@ def start_vectors(
     return torch.from_numpy(np.concatenate(vectors))
 
 
-def _check(
-    k: int, num_probes: int, engine: str, generator: torch.Generator | None
+def check_arguments(
+    k: int, engine: str, start: object, generator: torch.Generator | None
 ) -> torch.Generator:
+    """Refuse bad arguments of a spectrum, and return the generator to use."""
     check_at_least("k", k, 1)
-    check_at_least("num_probes", num_probes, 1)
     check_choice("engine", engine, ("native", "pyhessian"))
+    if start is not None and engine != "native":
+        raise ValueError(f"`start` needs engine='native', got {engine!r}.")
     return check_generator(generator)
-
-
-def _check_finite(frozen: FrozenObjective) -> None:
-    with torch.no_grad():
-        losses = [frozen.data_term(frozen.space.values, batch) for batch in frozen.batches]
-    check_finite_losses(losses)
 
 
 def _density(ritz: RitzPairs, weights: np.ndarray, dim: int, k: int) -> SpectralDensity:
@@ -449,26 +306,3 @@ def _density(ritz: RitzPairs, weights: np.ndarray, dim: int, k: int) -> Spectral
     outliers = values[exact]
     nodes = np.broadcast_to(values[~exact], (len(weights), int((~exact).sum())))
     return spectral_density(nodes.copy(), weights[:, ~exact], dim, outliers=outliers)
-
-
-def _nep(eigenvalues: np.ndarray) -> float:
-    return float((eigenvalues < 0).mean())
-
-
-def _ape(eigenvalues: np.ndarray) -> float:
-    positive = eigenvalues[eigenvalues > 0]
-    return float(positive.mean()) if len(positive) else float("nan")
-
-
-def _bootstrap(
-    eigenvalues: np.ndarray, count: int, generator: torch.Generator
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the 95 % percentile intervals of NEP and APE over resampled mini-batches."""
-    check_at_least("num_bootstrap", count, 1)
-    batches = len(eigenvalues)
-    draws = torch.randint(
-        batches, (count, batches), generator=generator, device=generator.device
-    ).cpu()
-    samples = [(_nep(eigenvalues[rows]), _ape(eigenvalues[rows])) for rows in draws.numpy()]
-    low, high = np.nanpercentile(np.array(samples), [2.5, 97.5], axis=0)
-    return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))

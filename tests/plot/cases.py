@@ -5,7 +5,8 @@ import numpy as np
 from landscape.linalg.eigen import Eigenpairs
 from landscape.linalg.quadrature import SpectralDensity
 from landscape.probes.directions import Directions
-from landscape.probes.hessian import HessianMaxSpectrum, HessianSpectrum
+from landscape.probes.hessian import HessianSpectrum
+from landscape.probes.hessian_max import HessianMaxSpectrum
 from landscape.probes.surface import LossLine, LossSurface
 from landscape.probes.trajectory import PolarTrajectory, Trajectory
 from landscape.results import Provenance

@@ -7,7 +7,7 @@ import pytest
 from landscape.intervals import mean_interval
 from landscape.plot import style
 from landscape.plot.seeds import pool_runs, run_columns, run_curves, spectra_over_runs
-from landscape.probes.hessian import HessianMaxSpectrum
+from landscape.probes.hessian_max import HessianMaxSpectrum
 from landscape.results import Provenance
 
 

@@ -119,7 +119,7 @@ def test_max_spectrum_at_a_zero_head_has_multiple_eigenvalues():
 
 def test_bootstrap_interval_covers(generator):
     """The interval of the mean over mini-batches covers the truth about as often as it says."""
-    from landscape.probes.hessian import _bootstrap
+    from landscape.probes.hessian_max import _bootstrap
 
     covered = []
     for _ in range(100):

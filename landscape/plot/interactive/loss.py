@@ -24,7 +24,7 @@ from landscape.plot.trajectory import known_angles
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from landscape.probes.hessian import HessianMaxSpectrum
+    from landscape.probes.hessian_max import HessianMaxSpectrum
     from landscape.probes.surface import LossSurface
     from landscape.probes.trajectory import PolarTrajectory
 
