@@ -12,6 +12,7 @@ up to rounding.
 | batch norm in evaluation mode, after a convolution | as a factor of that one's weights |
 | scale and shift of a layer norm, before a linear layer | as factors of that one's weights |
 | linear | sums of products accumulate in place |
+| ReLU | known to be zero |
 | GELU | first and second derivative are tables |
 | layer norm, attention | closed forms, with what they share computed once |
 
@@ -31,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from landscape.linalg.attention import attention
 from landscape.linalg.bilinear import conv, linear
-from landscape.linalg.pointwise import gelu, standardise
+from landscape.linalg.pointwise import gelu, relu, standardise
 
 _BY_POSITION = {"input", "query", "key", "value"}  # a call that names them is left as it is
 
@@ -55,6 +56,8 @@ class _Replacing(TorchFunctionMode):
             F.batch_norm: self._batch_norm,
             F.linear: self._linear,
             F.layer_norm: self._layer_norm,
+            F.relu: _relu,
+            torch.relu: _relu,
             F.gelu: _gelu,
             F.scaled_dot_product_attention: _attention,
         }
@@ -168,6 +171,10 @@ class _Made:
     def is_still(self, tensor: Tensor) -> bool:
         """Whether a tensor is the output, unchanged since."""
         return tensor is self._out and tensor._version == self._version
+
+
+def _relu(x: Tensor, inplace: bool = False) -> Tensor | None:
+    return None if inplace else relu(x)
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
