@@ -92,7 +92,7 @@ def pyhessian(tol: float, max_iter: int) -> Solve:
         counted = _Counter()
         torch.manual_seed(seed)
         one = {"data": batches[0]} if len(batches) == 1 else {"dataloader": batches}
-        with _quiet_backward():
+        with quiet_backward():
             engine = hessian(model, nn.CrossEntropyLoss(), cuda=False, **one)
             with counted.wrapping_pyhessian(engine):
                 values, _ = engine.eigenvalues(maxIter=max_iter, tol=tol, top_n=k)
@@ -193,7 +193,7 @@ def pyhessian_density(
     from pyhessian import hessian
 
     torch.manual_seed(seed)
-    with _quiet_backward():
+    with quiet_backward():
         engine = hessian(model, nn.CrossEntropyLoss(), data=batches[0], cuda=False)
         try:
             nodes, weights = engine.density(iter=steps, n_v=probes)
@@ -288,7 +288,7 @@ class _Counter:
         return self.wrapping(sys.modules[type(engine).__module__], "hessian_vector_product")
 
 
-def _quiet_backward() -> AbstractContextManager[Any]:
+def quiet_backward() -> AbstractContextManager[Any]:
     """PyHessian's backward(create_graph=True) warns at every call."""
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
