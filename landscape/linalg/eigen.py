@@ -4,24 +4,28 @@ A residual r = ‖A y − θ y‖ of a unit vector y bounds the distance from θ
 and by r² / gap where θ is separated by `gap` from the rest of the spectrum (Parlett, 1998, sec.
 11.7). Both shrink in step with the true error, so the iteration stops on them, never on a change.
 
-No residual tells that an eigenvalue is missing. A Krylov space of one start vector holds a single
-vector of each eigenspace, so of a multiple eigenvalue it sees one copy. Let x be a unit
-eigenvector, of eigenvalue μ, that is orthogonal to all start vectors but the last, a random u. A
-vector b = … + p(A) u of the space then has b·x = p(μ) u·x, so that
+No residual tells that an eigenvalue is missing. Let x be a unit eigenvector, of eigenvalue μ, that
+the space of random start vectors v_c does not hold, and g_c = √n x·v_c, which are standard normal.
+The space knows a matrix M(μ) with gᵀ M g = n |part of x in the space|² ≤ n
+(`KrylovSpace.visibility`), so g lies in an ellipsoid that shrinks with every product. That has at
+most the probability Π_i erf(√(n / 2 m_i)), with m_i the eigenvalues of M: the box around the
+ellipsoid. Two cases may be missed and matter:
 
-    |u·x| ≤ ‖b‖ / |p(μ)|    for every b of the space,
+- a copy of a value that was found. Of an eigenspace a start vector sees one vector, so x can be
+  chosen orthogonal to all start vectors but the last, and g has one entry;
+- another value, beyond the last that is wanted but for the tolerance. All of g counts (but for a
+  start vector of one's own), and the worst of a grid of μ around the values found.
 
-and the space knows the least right side, a Christoffel function (`KrylovSpace.amplification`).
-Since u·x √n is a standard normal g, an x that is missed has |g| ≤ δ = √n ‖b‖ / |p(μ)|, which has
-the probability erf(δ/√2) whenever one stops. In exact arithmetic this is no estimate: the
-probability is over u alone, whatever the spectrum. It says more than the bounds of Kuczyński &
-Woźniakowski (1992), which hold for the worst spectrum.
+The probability is over the start vectors alone, whatever the spectrum; it takes for granted that
+the course of the iteration does not depend on an x that it has not seen. It says more than the
+bounds of Kuczyński & Woźniakowski (1992), which hold for the worst spectrum. After a restart only
+start vectors since then are accounted for.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from math import erf, sqrt
+from math import erf
 from typing import Literal
 
 import numpy as np
@@ -33,7 +37,8 @@ from landscape.linalg.operators import SymmetricOperator, VectorSpace
 from landscape.results import Result
 
 Which = Literal["LM", "LA", "SA"]
-Select = Callable[[np.ndarray], np.ndarray]  # Ritz values -> indices of the wanted, in order
+Products = Generator[torch.Tensor, torch.Tensor, None]
+"""Yields each vector whose product is wanted, and is sent the product."""
 
 BASIS_BYTES = 4 << 30
 MISS = 0.01
@@ -54,8 +59,8 @@ class Eigenpairs(Result):
         which: Which end of the spectrum.
         num_matvecs: Products that were spent.
         vectors: Unit eigenvectors, one a row, shape `(k, dim)`, where they were asked for.
-        miss: Bound on the probability that a copy of one of the values is missing, over the random
-            start vectors; 1 where it was not looked for.
+        miss: Bound on the probability that a value is missing, over the random start vectors: the
+            one admitted, or more where the search ended before; 1 where it was not looked for.
     """
 
     values: np.ndarray
@@ -136,11 +141,15 @@ def top_eigenpairs(
 class EigenSearch:
     """One growing Krylov space and the sets of extreme pairs that are wanted of it.
 
+    Products of reduced precision make the residuals of the space those of another operator. `check`
+    then takes one accurate product a pair, and gives the Ritz pairs of the space of these vectors:
+    their residuals are true, and their errors of the order of the vectors' squared errors.
+
     Attributes:
         space: The Krylov space.
         basis_at_restart: Ritz pairs and start weights just before the first restart, if any.
         num_matvecs: Products spent.
-        miss: Bound on the probability that a copy of a wanted value is missing.
+        miss: Bound on the probability that a wanted value is missing.
     """
 
     def __init__(
@@ -155,6 +164,7 @@ class EigenSearch:
         basis_dtype: torch.dtype | None = None,
         basis_device: torch.device | str | None = None,
         reads: int | None = None,
+        rough: bool = False,
     ) -> None:
         """Set out the search.
 
@@ -169,6 +179,8 @@ class EigenSearch:
             basis_device: Device of the basis, or `None` for the operator's.
             reads: Number of products between two looks at convergence; 1 on a CPU by default, and
                 `READS` on a GPU.
+            rough: The products are of reduced precision, and `check` will follow: their rounding
+                does not hold the stop.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -194,6 +206,8 @@ class EigenSearch:
         self.basis_at_restart: tuple[RitzPairs, np.ndarray] | None = None
         self._wanted, self._tol, self._max_iter = wanted, tol, max_iter
         self._generator = generator
+        self._rough = rough
+        self._checked: dict[str, tuple[RitzPairs, torch.Tensor]] = {}
         self._own = False  # whether the first start vector was given
         self.num_matvecs = 0
         self.miss = 1.0
@@ -222,10 +236,13 @@ class EigenSearch:
         Raises:
             ValueError: If `certify` is a number outside (0, 1), or a product is not finite.
         """
-        vectors = self.steps(starts=starts, certify=certify, min_iter=min_iter, first=first)
-        for v in vectors:
-            self.space.take(matvec(v))
+
+        def product(v: torch.Tensor) -> torch.Tensor:
             tick()
+            return matvec(v)
+
+        steps = self.steps(starts=starts, certify=certify, min_iter=min_iter, first=first)
+        multiply(steps, product)
 
     def steps(
         self,
@@ -234,8 +251,8 @@ class EigenSearch:
         certify: bool | float,
         min_iter: int = 0,
         first: torch.Tensor | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """Yield each vector whose product is wanted, for `space.take` to take before the next.
+    ) -> Products:
+        """Search as `run` does, with products from outside.
 
         Args:
             starts: As in `run`, like the arguments below.
@@ -263,18 +280,19 @@ class EigenSearch:
                 space.start(self._random())
             if space.full and space.size < space.dim:
                 self._restart(starts)
-            yield space.next(space.alive[self.num_matvecs % len(space.alive)])
+            space.take((yield space.next(space.alive[self.num_matvecs % len(space.alive)])))
             self.num_matvecs += 1
             if space.behind and self.num_matvecs < self._max_iter:
                 continue
-            self._ritz = space.ritz()
+            self._ritz = space.ritz(rounding=not self._rough)
             if not np.isfinite(self._ritz.values).all():
                 raise ValueError("`operator` must give finite products, got NaN or infinity.")
             if found is None and self._all_within(0.1):
                 found = max(self.num_matvecs, 2)
             waiting = bool(space.alive) and self.num_matvecs < target
             if known is not None:
-                self.miss = self._bound_of_a_miss()
+                # Stopped as soon as it is low enough, so the level is all that can be claimed.
+                self.miss = max(self._bound_of_a_miss(), admitted)
                 waiting = waiting and self.miss > admitted
             if waiting:
                 continue
@@ -289,30 +307,52 @@ class EigenSearch:
             for chain in space.alive:
                 space.stop(chain)
             space.start(self._random())
-            space.watch(np.concatenate(self._marks()))
+            space.watch(self._marks())
             self.miss = 1.0
             # A start vector of one's own may tell the pairs apart at once; that says nothing here.
             target = self.num_matvecs + max(found or 2, 2 * len(values) if self._own else 0)
         if space.size == space.dim:
             self.miss = 0.0  # nothing lies outside
 
+    def check(self) -> Products:
+        """Find the residuals of all wanted pairs, and better values, from accurate products."""
+        for name, (k, which) in self._wanted.items():
+            rows = self.space.vectors(self._coordinates(name))
+            products = []
+            for row in rows:
+                products.append((yield row).to(rows))
+                self.num_matvecs += 1
+            images = torch.stack(products)
+            projection = (rows @ images.T).double().cpu().numpy()
+            values, rotation = np.linalg.eigh((projection + projection.T) / 2)
+            order = select(values, k, which)
+            small = torch.from_numpy(np.ascontiguousarray(rotation[:, order].T)).to(rows)
+            values, rows, images = values[order], small @ rows, small @ images
+            rest = images - torch.from_numpy(values).to(rows)[:, None] * rows
+            residuals = rest.norm(dim=1).double().cpu().numpy()
+            self._checked[name] = RitzPairs(values, residuals, np.eye(k)), rows
+
     def pairs(self, name: str, vectors: bool = False) -> Eigenpairs:
-        """Return one wanted set.
+        """Return one wanted set, as `check` has found it if it was called.
 
         Args:
             name: Its name.
             vectors: Return the eigenvectors too.
         """
         k, which = self._wanted[name]
-        chosen = select(self._ritz.values, k, which)
-        errors = error_estimates(self._ritz)[chosen]
-        values = self._ritz.values[chosen]
+        ritz, chosen = self._ritz, select(self._ritz.values, k, which)
+        if name in self._checked:
+            better, rows = self._checked[name]
+            ritz = RitzPairs(ritz.values.copy(), ritz.residuals.copy(), ritz.coordinates)
+            ritz.values[chosen], ritz.residuals[chosen] = better.values, better.residuals
+        values, residuals = ritz.values[chosen], ritz.residuals[chosen]
+        errors = error_estimates(ritz)[chosen]
         converged = errors <= self._tolerances(values, self._tol)
         found = None
         if vectors:
-            rows = self.space.vectors(self._ritz.coordinates[:, chosen])
+            if name not in self._checked:
+                rows = self.space.vectors(self._coordinates(name))
             found = rows.to(self._vectors.dtype).cpu().numpy()
-        residuals = self._ritz.residuals[chosen]
         return Eigenpairs(
             values, residuals, errors, converged, which, self.num_matvecs, found, self.miss
         )
@@ -323,9 +363,7 @@ class EigenSearch:
         Args:
             name: Name of the set.
         """
-        k, which = self._wanted[name]
-        chosen = select(self._ritz.values, k, which)
-        return self.space.vectors(self._ritz.coordinates[:, chosen].sum(1, keepdims=True))[0]
+        return self.space.vectors(self._coordinates(name).sum(1, keepdims=True))[0]
 
     def snapshot(self, starts: int) -> tuple[RitzPairs, np.ndarray] | None:
         """Return Ritz pairs and quadrature weights of the first random start vectors.
@@ -341,12 +379,17 @@ class EigenSearch:
             return self.basis_at_restart
         return self._ritz, self.space.start_weights(self._ritz, starts)
 
+    def _coordinates(self, name: str) -> np.ndarray:
+        """Return a wanted set's vectors in the basis, one a column."""
+        k, which = self._wanted[name]
+        return self._ritz.coordinates[:, select(self._ritz.values, k, which)]
+
     def _random(self) -> torch.Tensor:
         return random_unit_vector(self._vectors, self._generator)
 
     def _restart(self, starts: int) -> None:
         space = self.space
-        ritz = space.ritz()
+        ritz = space.ritz(rounding=not self._rough)
         if self.basis_at_restart is None:
             self.basis_at_restart = (ritz, space.start_weights(ritz, starts))
         total = sum(k for k, _ in self._wanted.values())
@@ -377,30 +420,37 @@ class EigenSearch:
                 return False
         return True
 
-    def _marks(self) -> list[np.ndarray]:
-        """Return where each wanted set is looked for copies, and for values beyond its last."""
-        marks = []
-        for k, which in self._wanted.values():
-            values = self._ritz.values[select(self._ritz.values, k, which)]
-            marks.append(np.append(values, -values[-1]) if which == "LM" else values)
-        return marks
+    def _marks(self) -> np.ndarray:
+        """Return where the space is watched: at the wanted values, then around them."""
+        values = self._wanted_values()
+        close = 2 * self._tolerances(values, self._tol)
+        around = [values + sign * 1.5 * 4.0**j * close for sign in (-1, 1) for j in range(5)]
+        mirrored = [-around[j] for j in range(10)] if "LM" in self._ends() else []
+        return np.concatenate([values, *around, *mirrored])
 
     def _bound_of_a_miss(self) -> float:
         """Return the probability with which the last chain has missed what it was to find."""
-        values, errors = self._ritz.values, error_estimates(self._ritz)
-        close = 2 * self._tolerances(values, self._tol)
-        amplification = self.space.amplification()
-        least, seen = np.inf, 0
+        marks, matrices = self.space.marks, self.space.visibility()
+        if self._own and matrices.shape[1] > 1:
+            # Nothing is known of the first entry of g: the least over it, a Schur complement.
+            first = matrices[:, :1, 1:]
+            scale = np.maximum(matrices[:, :1, :1], 1e-30)
+            matrices = matrices[:, 1:, 1:] - first.transpose(0, 2, 1) @ first / scale
+        copies = np.arange(len(marks)) < sum(k for k, _ in self._wanted.values())
+        entries = np.linalg.eigvalsh(matrices)
+        entries[copies] = 0.0  # a factor of 1
+        entries[copies, -1] = matrices[copies, -1, -1]
+        factors = _erf(np.sqrt(self.space.dim / 2 / np.maximum(entries, 1e-30)))
+        worst = 0.0
         for k, which in self._wanted.values():
-            squares = amplification[seen : seen + k + (which == "LM")]
-            marks = self.space.marks[seen : seen + len(squares)]
-            seen += len(squares)
-            last, *after = select(values, k + 1, which)[k - 1 :]
-            if after and errors[after[0]] + abs(values[after[0]] - values[last]) <= close[last]:
-                # One copy more of the last wanted value than is wanted: others change nothing.
-                squares = squares[rank(marks, which) > rank(values, which)[last] + close[last]]
-            least = min(least, squares.min(initial=np.inf))
-        return erf(sqrt(self.space.dim / 2 / least))
+            last = self._ritz.values[select(self._ritz.values, k, which)][-1:]
+            beyond = rank(last, which) + 2 * self._tolerances(last, self._tol)
+            reached = factors[rank(marks, which) > beyond]
+            worst = max(worst, float(reached.prod(1).max(initial=0.0)))
+        return worst
+
+    def _ends(self) -> list[str]:
+        return [which for _, which in self._wanted.values()]
 
     def _wanted_values(self) -> np.ndarray:
         chosen = [select(self._ritz.values, k, which) for k, which in self._wanted.values()]
@@ -408,13 +458,30 @@ class EigenSearch:
         return values
 
 
-def warn_unconverged(converged: list[np.ndarray], num_matvecs: float, tol: float) -> None:
+def multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Make the products that are asked for.
+
+    Args:
+        products: Yields the vectors, and is sent the products.
+        matvec: `matvec(v) -> A v`.
+    """
+    try:
+        v = next(products)
+        while True:
+            v = products.send(matvec(v))
+    except StopIteration:
+        return
+
+
+def warn_unconverged(
+    converged: list[np.ndarray], num_matvecs: float, tol: float, remedy: str = "raise `max_iter`"
+) -> None:
     """Warn once where some pair has not converged."""
     flags = np.concatenate([c.ravel() for c in converged])
     if not flags.all():
         warnings.warn(
             f"{int((~flags).sum())} of {len(flags)} eigenpairs have not converged to {tol:g} in "
-            f"{num_matvecs:g} products; raise `max_iter`. The residuals tell how far they are.",
+            f"{num_matvecs:g} products; {remedy}. The residuals tell how far they are.",
             stacklevel=3,
         )
 
@@ -486,6 +553,9 @@ def _check_start(start: torch.Tensor, dim: int) -> None:
         raise ValueError(
             f"`start` must have shape ({dim},) or (m, {dim}), got {tuple(start.shape)}."
         )
+
+
+_erf = np.vectorize(erf, otypes=[float])
 
 
 def _same(values: np.ndarray, known: np.ndarray | None, tol: float) -> bool:

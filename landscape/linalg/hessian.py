@@ -13,21 +13,23 @@ Attention runs under the math kernel, the only one with a second derivative.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from landscape._checks import check_at_least
+from landscape._checks import check_at_least, check_choice
 from landscape.batches import PreparedBatch
 from landscape.linalg.layers import cheap_second_derivatives
 from landscape.linalg.operators import SymmetricOperator
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective
+from landscape.parameters import ParameterSpace
 
 Memory = int | float | str
+Precision = Literal["full", "tf32", "bf16"]
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -99,7 +101,35 @@ class HessianOperator(CurvatureOperator):
 
     Attributes:
         num_kept: Number of batches whose graph is kept.
+        precision: Of the products: `"full"` is the model's, `"tf32"` lets a GPU round the factors
+            of matrix products and convolutions to 10 bits, `"bf16"` runs the model under bfloat16
+            autocast; both accumulate in float32. What that does to a spectrum, `hessian_spectrum`
+            measures.
     """
+
+    precision: Precision = "full"
+
+    @classmethod
+    def of(
+        cls, frozen: FrozenObjective, *, memory: Memory = "auto", precision: Precision = "full"
+    ) -> Self:
+        """Return the operator of an objective that is already frozen.
+
+        Args:
+            frozen: The objective on one fixed draw of the data.
+            memory: As in the constructor.
+            precision: Of the products; see the class.
+
+        Raises:
+            ValueError: If the model is not in float32 for a reduced precision, or `"tf32"` has no
+                GPU to run on.
+        """
+        check_precision(precision, frozen.space)
+        self = cls.__new__(cls)
+        self.precision = precision
+        self.memory = _memory_budget(memory)
+        self._set_frozen(frozen)
+        return self
 
     def _setup(self) -> None:
         budget = _bytes(self.memory, self.device)
@@ -140,7 +170,7 @@ class HessianOperator(CurvatureOperator):
         def loss() -> Tensor:
             return self.frozen.data_term(self._leaves, batch)
 
-        return GradientGraph(loss, self._leaves, batch.weight, measure)
+        return GradientGraph(loss, self._leaves, batch.weight, self.precision, measure)
 
     def _each_graph(self) -> Iterator["GradientGraph"]:
         yield from self._graphs
@@ -176,6 +206,7 @@ class GradientGraph:
         loss: Callable[[], Tensor],
         leaves: Mapping[str, Tensor],
         weight: float = 1.0,
+        precision: Precision = "full",
         measure: bool = False,
     ) -> None:
         """Take the gradient.
@@ -184,9 +215,11 @@ class GradientGraph:
             loss: Returns the loss, a scalar of the leaves.
             leaves: Parameters by name, which require a gradient.
             weight: Factor of the loss in the objective.
+            precision: As in `HessianOperator`.
             measure: Measure the memory of the graph.
         """
         self.weight = weight
+        self._precision = precision
         self._leaves = list(leaves.values())
         sizes: dict[int, int] = {}
 
@@ -200,8 +233,12 @@ class GradientGraph:
             torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
             if measure
             else torch.enable_grad(),
+            _rounding(precision),
         ):
-            with cheap_second_derivatives():
+            with (
+                torch.autocast(self._leaves[0].device.type, torch.bfloat16, precision == "bf16"),
+                cheap_second_derivatives(),
+            ):
                 value = loss()
             self.loss = value.detach()
             # A parameter that the loss ignores has a zero gradient, and a zero row.
@@ -217,13 +254,14 @@ class GradientGraph:
         curved = [i for i, g in enumerate(self.gradient) if g.requires_grad]
         if not curved:
             return tuple(torch.zeros_like(p) for p in self._leaves)
-        return torch.autograd.grad(
-            [self.gradient[i] for i in curved],
-            self._leaves,
-            [tangents[i] for i in curved],
-            retain_graph=True,
-            materialize_grads=True,
-        )
+        with _rounding(self._precision):
+            return torch.autograd.grad(
+                [self.gradient[i] for i in curved],
+                self._leaves,
+                [tangents[i] for i in curved],
+                retain_graph=True,
+                materialize_grads=True,
+            )
 
 
 class _OutputCurvature(CurvatureOperator):
@@ -358,6 +396,37 @@ def math_attention() -> Iterator[None]:
     """Run attention under the math kernel, the only one with a second derivative."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+def check_precision(precision: str, space: ParameterSpace) -> None:
+    """Refuse a precision that the model or its device does not have.
+
+    Raises:
+        ValueError: If it is unknown, the model is not in float32, or `"tf32"` has no GPU.
+    """
+    check_choice("precision", precision, get_args(Precision))
+    if precision != "full" and space.dtype != torch.float32:
+        raise ValueError(f"`precision` must be 'full' for a model in {space.dtype}.")
+    if precision == "tf32" and space.device.type != "cuda":
+        raise ValueError(f"`precision` 'tf32' needs a CUDA device, got a model on {space.device}.")
+
+
+@contextmanager
+def _rounding(precision: Precision) -> Iterator[None]:
+    """Let matrix products and convolutions of a GPU round their factors to TF32, or not.
+
+    PyTorch's own default rounds those of convolutions.
+    """
+    cudnn: Any = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
 
 
 def _copies(frozen: FrozenObjective) -> dict[str, Tensor]:

@@ -10,13 +10,15 @@ several chains make a band Lanczos process (Ruhe, 1979), and a chain may start a
 this one relation follow, without further products, the Ritz pairs (eigenpairs of T), the residual
 norm of each, and, for a start vector v = V c, the quadrature vᵀ f(A) v ≈ cᵀ f(T) c.
 
-Every vector of the space is Σ_j p_j(A) v_j over its start vectors v_j, with polynomials p_j. For
-one chain c and points μ the space can keep the values p_c(μ) of its basis vectors, y (m), with
+What would the space see of a unit eigenvector x of A, with eigenvalue μ? Let z = Vᵀx, w = Rᵀx and
+let S, P be the coordinates of the start vectors, V S + R P. Then
 
-    μ yᵀ = yᵀ T + fᵀ Eᵀ,    f (p) the values of the residual directions R
+    μ zᵀ = zᵀ T + wᵀ Eᵀ,    zᵀ S + wᵀ P = g    with g_c = x·v_c for each start vector v_c
 
-so that 1 / |y|² is the least ‖b‖² of a vector b of the space with p_c(μ) = 1 (a Christoffel
-function). `landscape.linalg.eigen` concludes from it that an eigenvalue was not missed.
+determine z and w from g, and the part of x in the space has the squared length |z|² + wᵀ(RᵀR)⁻¹w =
+gᵀ M g with a small matrix M(μ), the inverse of a Christoffel function. It is at most 1, and grows
+with every product: `landscape.linalg.eigen` concludes which g an eigenvector that has not shown
+itself can still have.
 
 Orthogonality is kept by Gram-Schmidt against the whole basis, with a second pass where the first
 cancels too much (Parlett, 1998, sec. 6.9). When the basis is full it is compressed to chosen Ritz
@@ -59,7 +61,7 @@ class KrylovSpace:
         dim: Number of entries of a vector.
         capacity: Largest number of basis vectors.
         size: Number of basis vectors.
-        marks: Points at which the polynomials of a chain are watched, shape `(marks,)`.
+        marks: Points μ at which `visibility` is known, shape `(marks,)`.
         asymmetry: Largest measured |uᵀA v − vᵀA u| over basis vectors: rounding of the products.
     """
 
@@ -92,9 +94,11 @@ class KrylovSpace:
         self._starts = np.zeros((capacity, 0))  # coordinates of the start vectors in V ...
         self._pending = np.zeros((0, 0))  # ... and in R: (chains, start vectors)
         self._alive: list[bool] = []
+        self._history: list[tuple[int | None, np.ndarray]] = []  # starts and steps since a restart
         self.marks = np.zeros(0)  # μ
-        self._marked = np.zeros((0, capacity))  # y, one row a mark ...
-        self._marked_frontier = np.zeros((0, 0))  # ... and f: (marks, chains)
+        self._rows = np.zeros(0)  # μ of each row: the marks once for each start vector
+        self._marked = np.zeros((0, capacity))  # z for g = (0, …, 1, …, 0), one a row ...
+        self._marked_frontier = np.zeros((0, 0))  # ... and w: (rows, chains)
         self.size = 0
         self.asymmetry = 0.0
         self._unread: list[_Step] = []
@@ -137,27 +141,51 @@ class KrylovSpace:
         self._starts[: self.size, starts] = coordinates.double().cpu().numpy()
         self._pending = np.pad(self._pending, ((0, 1), (0, 1)))
         self._pending[chains, starts] = 1.0
-        self._marked_frontier = np.pad(self._marked_frontier, ((0, 0), (0, 1)))
+        self._history.append((None, self._starts[: self.size, starts].copy()))
+        self.watch(self.marks)
         return chains
 
     def watch(self, marks: np.ndarray) -> None:
-        """Keep the polynomials' values at `marks` for the chain opened last, yet without a step.
+        """Follow what the space would see of an eigenvector with eigenvalue μ.
 
         Args:
             marks: Points μ, shape `(marks,)`; earlier ones are forgotten.
         """
-        self.marks = marks
-        self._marked = np.zeros((len(marks), self.capacity))
-        self._marked_frontier = np.zeros((len(marks), len(self._frontier)))
-        self._marked_frontier[:, -1] = 1.0
-
-    def amplification(self) -> np.ndarray:
-        """Return the largest p(μ)² / ‖b‖² of the watched chain over the space, shape `(marks,)`."""
         self.read()
-        f = self._marked_frontier
+        # A restart has forgotten what earlier start vectors have to do with the space.
+        chains = len(self._frontier)
+        known = sum(chain is None for chain, _ in self._history)
+        self.marks, self._rows = marks, np.tile(marks, known)
+        self._marked = np.zeros((len(self._rows), self.capacity))
+        self._marked_frontier = np.zeros((len(self._rows), chains - known))
+        row, opened = self.size - sum(chain is not None for chain, _ in self._history), 0
+        for chain, numbers in self._history:
+            if chain is None:
+                own = np.repeat(np.arange(known) == opened, len(marks))
+                column = own - self._marked[:, : len(numbers)] @ numbers
+                self._marked_frontier = np.column_stack([self._marked_frontier, column])
+                opened += 1
+            else:
+                self._follow(chain, row, numbers)
+                row += 1
+
+    def _follow(self, chain: int, row: int, share: np.ndarray) -> None:
+        """Enter one product into z and w."""
+        value = self._marked_frontier[:, chain] / share[chain]
+        self._marked_frontier -= np.outer(value, share)
+        self._marked[:, row] = value
+        seen = self._marked[:, : row + 1] @ self._projection[: row + 1, row]
+        self._marked_frontier[:, chain] = self._rows * value - seen
+
+    def visibility(self) -> np.ndarray:
+        """Return M at every mark, shape `(marks, c, c)`, for start vectors since a restart."""
+        self.read()
+        chains = len(self._rows) // len(self.marks)
         inverse = np.linalg.pinv(self._gram(), rcond=1e-12, hermitian=True)
-        squares: np.ndarray = np.einsum("ai,ij,aj->a", f, inverse, f)
-        squares += (self._marked[:, : self.size] ** 2).sum(1)
+        z = self._marked[:, : self.size].reshape(chains, len(self.marks), -1)
+        w = self._marked_frontier.reshape(chains, len(self.marks), -1)
+        squares: np.ndarray = np.einsum("cai,dai->acd", z, z)
+        squares += np.einsum("cai,ij,daj->acd", w, inverse, w)
         return squares
 
     def stop(self, chain: int) -> None:
@@ -228,13 +256,11 @@ class KrylovSpace:
         self._starts[m] = share @ self._pending
         self._coupling[:, chain] = 0.0
         self._pending[chain] = 0.0
-        value = self._marked_frontier[:, chain] / share[chain]
-        self._marked_frontier -= np.outer(value, share)
-        self._marked[:, m] = value
         self._projection[: m + 1, m] = column
         if m:
             self.asymmetry = max(self.asymmetry, float(np.abs(column[:m] - row).max()))
-        self._marked_frontier[:, chain] = self.marks * value - self._marked[:, : m + 1] @ column
+        self._history.append((chain, share))
+        self._follow(chain, m, share)
         self._coupling[m, chain] = 1.0
         scale = np.abs(self._projection[: m + 1, : m + 1]).max()
         if not norm[0] > 10 * self._precision * max(scale, norm[0]) or m + 1 == self.dim:
@@ -255,15 +281,19 @@ class KrylovSpace:
         scale = np.abs(self._projection[: self.size, : self.size]).max(initial=0.0)
         return bool(norm < _CANCELLED * scale)
 
-    def ritz(self) -> RitzPairs:
-        """Return the Ritz pairs of the whole space, ascending."""
+    def ritz(self, rounding: bool = True) -> RitzPairs:
+        """Return the Ritz pairs of the whole space, ascending.
+
+        Args:
+            rounding: Count the rounding of the products, `asymmetry`, into the residuals.
+        """
         self.read()
         m = self.size
         projection = self._projection[:m, :m]
         values, coordinates = np.linalg.eigh((projection + projection.T) / 2)
         tails = self._coupling[:m].T @ coordinates
         squares = np.einsum("im,ij,jm->m", tails, self._gram(), tails)
-        residuals = np.sqrt(np.maximum(squares, 0.0) + self.asymmetry**2)
+        residuals = np.sqrt(np.maximum(squares, 0.0) + (self.asymmetry**2 if rounding else 0.0))
         return RitzPairs(values, residuals, coordinates)
 
     def vectors(self, coordinates: np.ndarray) -> Tensor:
@@ -295,6 +325,7 @@ class KrylovSpace:
             keep: Indices of the Ritz pairs to keep.
         """
         m, kept = self.size, len(keep)
+        self._history = []
         small = ritz.coordinates[:, keep]
         rotation = torch.from_numpy(np.ascontiguousarray(small.T)).to(self._basis)
         for columns in torch.split(self._basis, _CHUNK, dim=1):  # slices: in place

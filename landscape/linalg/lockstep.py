@@ -22,8 +22,8 @@ from torch.func import vmap
 
 from landscape._checks import check_at_least
 from landscape.batches import PreparedBatch
-from landscape.linalg.eigen import EigenSearch
-from landscape.linalg.hessian import GradientGraph, HessianOperator, math_attention
+from landscape.linalg.eigen import Products
+from landscape.linalg.hessian import GradientGraph, HessianOperator, Precision, math_attention
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective
 
@@ -44,13 +44,18 @@ class StackedHessian:
     """
 
     def __init__(
-        self, frozen: FrozenObjective, batches: Sequence[PreparedBatch], measure: bool = False
+        self,
+        frozen: FrozenObjective,
+        batches: Sequence[PreparedBatch],
+        precision: Precision = "full",
+        measure: bool = False,
     ) -> None:
         """Build the graph; one gradient of all mini-batches.
 
         Args:
             frozen: The objective.
             batches: Mini-batches of one shape.
+            precision: As in `HessianOperator`.
             measure: Measure the memory of the graph.
 
         Raises:
@@ -74,7 +79,7 @@ class StackedHessian:
             return losses[0].sum()
 
         with math_attention():
-            self._graph = GradientGraph(total, leaves, measure=measure)
+            self._graph = GradientGraph(total, leaves, precision=precision, measure=measure)
         self.losses = losses[0].detach()
         self.num_bytes = self._graph.num_bytes
 
@@ -94,51 +99,42 @@ class StackedHessian:
         return out.add_(vectors, alpha=self._weight_decay)
 
 
-def run_in_step(
-    searches: Sequence[EigenSearch],
+def multiply_in_step(
+    searches: Sequence[Products],
     frozen: FrozenObjective,
     batches: Sequence[PreparedBatch],
-    *,
-    certify: bool | float,
-    firsts: Sequence[Tensor | None],
+    precision: Precision = "full",
 ) -> None:
-    """Run one search a mini-batch, all with the same products.
+    """Make the products that are asked for of all mini-batches, those of one step together.
 
     Args:
-        searches: One a mini-batch.
+        searches: One a mini-batch: each yields the vectors, and is sent the products.
         frozen: The objective.
         batches: Mini-batches of one shape.
-        certify: Look for multiple and missed eigenvalues (`EigenSearch.run`).
-        firsts: Start vector of each search, or the vectors whose sum is taken; `None` is random.
+        precision: As in `HessianOperator`.
 
     Raises:
         ValueError: If a product is not finite.
     """
-    steps = [
-        search.steps(starts=1, certify=certify, first=first)
-        for search, first in zip(searches, firsts, strict=True)
-    ]
-    wanted = {index: next(each) for index, each in enumerate(steps)}
+    wanted = {index: next(search) for index, search in enumerate(searches)}
     rows: list[int] = []
     nothing = torch.zeros(frozen.space.dim, dtype=frozen.space.dtype, device=frozen.space.device)
     while wanted:
         if not rows or 2 * len(wanted) <= len(rows):
             rows = list(wanted)
-            hessian = StackedHessian(frozen, [batches[index] for index in rows])
+            alive = [batches[index] for index in rows]
+            hessian = StackedHessian(frozen, alive, precision)
         vectors = [wanted[index].to(nothing) if index in wanted else nothing for index in rows]
         products = hessian.product(torch.stack(vectors))
         for index, product in zip(rows, products, strict=True):
-            if index not in wanted:
-                continue
-            searches[index].space.take(product)
-            following = next(steps[index], None)
-            if following is None:
-                del wanted[index]
-            else:
-                wanted[index] = following
+            if index in wanted:
+                try:
+                    wanted[index] = searches[index].send(product)
+                except StopIteration:
+                    del wanted[index]
 
 
-def group_size(frozen: FrozenObjective, group: int | None) -> int:
+def group_size(frozen: FrozenObjective, group: int | None, precision: Precision = "full") -> int:
     """Return how many mini-batches to solve together.
 
     Args:
@@ -146,12 +142,20 @@ def group_size(frozen: FrozenObjective, group: int | None) -> int:
         group: The number, or `None` for 1 on a CPU, and on a GPU for as many as fit half of the
             free memory: the graph of each twice (what a product makes on the way) and its basis, a
             heuristic. The caller halves the group when memory runs out all the same.
+        precision: Of the products; `"bf16"` allows a group of 1 only.
 
     Raises:
         ValueError: If `group` is below 1, or above it where `vmap` cannot run the model.
     """
     if group is not None:
         check_at_least("group", group, 1)
+    if precision == "bf16":
+        if group not in (None, 1):
+            raise ValueError(
+                f'`group` must be 1 with `precision="bf16"`, got {group}: autocast does not reach '
+                "under vmap."
+            )
+        return 1
     batches = list(itertools.islice(frozen.batches, 2))
     on_cpu = frozen.space.device.type == "cpu"
     alike = len(batches) == 2 and shape_of(batches[0]) == shape_of(batches[1])

@@ -14,8 +14,8 @@ from torch import nn
 
 from landscape._checks import check_at_least, check_choice, check_generator
 from landscape._progress import track
-from landscape.linalg.eigen import Eigenpairs, EigenSearch, warn_unconverged
-from landscape.linalg.hessian import HessianOperator, Memory
+from landscape.linalg.eigen import Eigenpairs, EigenSearch, multiply, warn_unconverged
+from landscape.linalg.hessian import HessianOperator, Memory, Precision
 from landscape.linalg.krylov import RitzPairs
 from landscape.linalg.quadrature import SpectralDensity, density_of, spectral_density
 from landscape.linalg.trace import TraceEstimate, hutch_plus_plus
@@ -72,6 +72,7 @@ def hessian_spectrum(
     vectors: bool = False,
     start: HessianSpectrum | Eigenpairs | np.ndarray | torch.Tensor | None = None,
     memory: Memory = "auto",
+    precision: Precision = "full",
     generator: torch.Generator | None = None,
     engine: Engine = "native",
     progress: bool = False,
@@ -102,6 +103,10 @@ def hessian_spectrum(
             Krylov space starts from their sum. Needs `density=False`, as a density is that of
             random start vectors; the trace is then that of the certificate's, or NaN without one.
         memory: What the operator may keep between products (`HessianOperator`).
+        precision: `"tf32"` or `"bf16"` search with cheaper products on a GPU (`HessianOperator`).
+            One product in full precision a pair then gives the residuals and better values, so
+            that nothing of it is silent: an eigenvector may be off by the rounding, its eigenvalue
+            by the square of that. Density and trace are those of the cheap products.
         generator: Source of the start vectors; seed 0 by default.
         engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion
             (`landscape.probes.pyhessian_engine` says what it can do).
@@ -116,12 +121,13 @@ def hessian_spectrum(
     """
     began = time.perf_counter()
     check_at_least("num_probes", num_probes, 1)
-    generator = check_arguments(k, engine, start, generator)
+    generator = check_arguments(k, engine, start, precision, generator)
     first = start_vectors(start)
     if first is not None and density:
         raise ValueError("`start` needs `density=False`, got `density=True`.")
     seed = generator.initial_seed()
-    operator = HessianOperator(model, data, objective, memory=memory)
+    frozen = objective.freeze(model, data)
+    operator = HessianOperator.of(frozen, memory=memory, precision=precision)
     k = min(k, operator.dim)
     if engine == "pyhessian":
         from landscape.probes import pyhessian_engine
@@ -146,6 +152,7 @@ def hessian_spectrum(
         basis_dtype=basis_dtype,
         basis_device=basis_device,
         generator=generator,
+        rough=precision != "full",
     )
     nothing: tuple[int, ...] = ()
     with track(nothing, "Hessian spectrum", progress, total=max_iter) as bar:
@@ -157,8 +164,12 @@ def hessian_spectrum(
             first=first,
             tick=bar.update,
         )
+        if precision != "full":
+            multiply(search.check(), HessianOperator.of(frozen, memory=memory).matvec)
     largest, smallest = search.pairs("largest", vectors), search.pairs("smallest", vectors)
-    warn_unconverged([largest.converged, smallest.converged], search.num_matvecs, tol)
+    warn_unconverged(
+        [largest.converged, smallest.converged], search.num_matvecs, tol, remedy(precision)
+    )
     taken = search.snapshot(num_probes)
     measure = None if taken is None else _density(*taken, operator.dim, k if certify else 0)
     return HessianSpectrum(
@@ -175,7 +186,7 @@ def hessian_spectrum(
             seed=seed,
             seconds=time.perf_counter() - began,
             num_hvps=search.num_matvecs,
-            settings={"engine": engine, "k": k, "tol": tol}
+            settings={"engine": engine, "k": k, "tol": tol, "precision": precision}
             | {"num_probes": num_probes, "certify": certify, "warm": first is not None}
             | {"kept_batches": operator.num_kept, "num_batches": operator.frozen.num_batches},
         ),
@@ -276,14 +287,21 @@ def start_vectors(
     return torch.from_numpy(np.concatenate(vectors))
 
 
+def remedy(precision: Precision) -> str:
+    """Return what to do about pairs that have not converged."""
+    return "raise `max_iter`" if precision == "full" else 'raise `tol` or take `precision="full"`'
+
+
 def check_arguments(
-    k: int, engine: str, start: object, generator: torch.Generator | None
+    k: int, engine: str, start: object, precision: str, generator: torch.Generator | None
 ) -> torch.Generator:
     """Refuse bad arguments of a spectrum, and return the generator to use."""
     check_at_least("k", k, 1)
     check_choice("engine", engine, ("native", "pyhessian"))
     if start is not None and engine != "native":
         raise ValueError(f"`start` needs engine='native', got {engine!r}.")
+    if precision != "full" and engine != "native":
+        raise ValueError(f"`precision` {precision!r} needs engine='native', got {engine!r}.")
     return check_generator(generator)
 
 

@@ -17,11 +17,17 @@ from torch import nn
 from landscape._checks import check_at_least
 from landscape._progress import track
 from landscape.batches import PreparedBatch
-from landscape.linalg.eigen import Eigenpairs, EigenSearch, warn_unconverged
-from landscape.linalg.hessian import HessianOperator, Memory, check_finite_losses
-from landscape.linalg.lockstep import BASIS, group_size, run_in_step, shape_of
+from landscape.linalg.eigen import Eigenpairs, EigenSearch, multiply, warn_unconverged
+from landscape.linalg.hessian import HessianOperator, Memory, Precision, check_finite_losses
+from landscape.linalg.lockstep import BASIS, group_size, multiply_in_step, shape_of
 from landscape.objective import FrozenObjective, Objective
-from landscape.probes.hessian import Engine, HessianSpectrum, check_arguments, start_vectors
+from landscape.probes.hessian import (
+    Engine,
+    HessianSpectrum,
+    check_arguments,
+    remedy,
+    start_vectors,
+)
 from landscape.provenance import provenance
 from landscape.results import Provenance, Result
 
@@ -68,6 +74,7 @@ def hessian_max_spectrum(
     start: HessianSpectrum | Eigenpairs | np.ndarray | torch.Tensor | None = None,
     memory: Memory = "auto",
     group: int | None = None,
+    precision: Precision = "full",
     generator: torch.Generator | None = None,
     engine: Engine = "native",
     progress: bool = False,
@@ -94,6 +101,9 @@ def hessian_max_spectrum(
         group: Mini-batches solved together, in lock-step (`landscape.linalg.lockstep`); each starts
             from what its like in the group before found. By default 1 on a CPU, where that is
             fastest, and on a GPU as many as its free memory holds, if `vmap` can run the model.
+        precision: `"tf32"` or `"bf16"` search with cheaper products on a GPU; `k` products in full
+            precision a mini-batch then give the residuals (`hessian_spectrum`). `"bf16"` solves one
+            mini-batch after the other.
         generator: Source of the start vectors and resamplings; seed 0 by default.
         engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion
             (`landscape.probes.pyhessian_engine` says what it can do).
@@ -107,15 +117,15 @@ def hessian_max_spectrum(
         TypeError: If `data` is not a re-iterable of batches.
     """
     began = time.perf_counter()
-    generator = check_arguments(k, engine, start, generator)
+    generator = check_arguments(k, engine, start, precision, generator)
     first = start_vectors(start)
     seed = generator.initial_seed()
     frozen = objective.freeze(model, data, check_mean=False)
     if k > frozen.space.dim:
         raise ValueError(f"`k` must be at most the dimension {frozen.space.dim}, got {k}.")
     _check_finite(frozen)
-    size = 1 if engine == "pyhessian" else group_size(frozen, group)
-    solver = _Solver(frozen, k, tol, max_iter, certify, memory, generator, size, first)
+    size = 1 if engine == "pyhessian" else group_size(frozen, group, precision)
+    solver = _Solver(frozen, k, tol, max_iter, certify, memory, generator, size, first, precision)
     total = frozen.num_batches
     rows: list[Eigenpairs] = []
     with track(_NOTHING, "Hessian max spectrum", progress, total=total) as bar:
@@ -139,7 +149,7 @@ def hessian_max_spectrum(
     if engine == "pyhessian":
         pyhessian_engine.warn_unconverged([converged], num_hvps, tol)
     else:
-        warn_unconverged([converged], num_hvps, tol)
+        warn_unconverged([converged], num_hvps, tol, remedy(precision))
     nep_interval, ape_interval = _bootstrap(eigenvalues, num_bootstrap, generator)
     return HessianMaxSpectrum(
         eigenvalues=eigenvalues,
@@ -156,6 +166,7 @@ def hessian_max_spectrum(
             seconds=time.perf_counter() - began,
             num_hvps=num_hvps / total,
             settings={"k": k, "tol": tol, "engine": engine, "certify": certify}
+            | {"precision": precision}
             | {"kept_batches": solver.kept, "num_batches": total, "group": solver.size},
         ),
     )
@@ -180,15 +191,19 @@ class _Solver:
         generator: torch.Generator,
         size: int,
         first: torch.Tensor | None,
+        precision: Precision,
     ) -> None:
         self._frozen, self._k, self._certify, self._memory = frozen, k, certify, memory
+        self._precision: Precision = precision
         self._settings: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "generator": generator}
+        self._settings["rough"] = precision != "full"
         self._firsts = [first] * size  # where each of a group starts from
         self.size, self.kept = size, 0
 
     def operator(self, batch: PreparedBatch) -> HessianOperator:
         """Return the Hessian of one mini-batch."""
-        operator = HessianOperator.of(self._frozen.of_batch(batch), memory=self._memory)
+        frozen = self._frozen.of_batch(batch)
+        operator = HessianOperator.of(frozen, memory=self._memory, precision=self._precision)
         self.kept += operator.num_kept
         return operator
 
@@ -223,13 +238,21 @@ class _Solver:
         operator = self.operator(batch)
         search = self._search(None, None)
         search.run(operator.matvec, starts=1, certify=self._certify, first=self._firsts[0])
+        if self._precision != "full":
+            exact = HessianOperator.of(self._frozen.of_batch(batch), memory=self._memory)
+            multiply(search.check(), exact.matvec)
         return search
 
     def _together(self, batches: list[PreparedBatch]) -> list[EigenSearch]:
-        space = self._frozen.space
-        searches = [self._search(self._k + BASIS, space.dtype) for _ in batches]
-        firsts = self._firsts[: len(batches)]
-        run_in_step(searches, self._frozen, batches, certify=self._certify, firsts=firsts)
+        frozen = self._frozen
+        searches = [self._search(self._k + BASIS, frozen.space.dtype) for _ in batches]
+        steps = [
+            search.steps(starts=1, certify=self._certify, first=first)
+            for search, first in zip(searches, self._firsts, strict=False)
+        ]
+        multiply_in_step(steps, frozen, batches, self._precision)
+        if self._precision != "full":
+            multiply_in_step([search.check() for search in searches], frozen, batches)
         self.kept += len(batches)
         return searches
 

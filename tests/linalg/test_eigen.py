@@ -60,24 +60,38 @@ def test_without_certificate_one_krylov_space_sees_one_copy():
     assert one.num_matvecs < top_eigenpairs(operator, 4, "LM").num_matvecs
 
 
-def test_a_miss_is_at_most_as_likely_as_stated():
-    """Of 10, which is double, one copy is missed in at most the stated share of runs."""
-    operator = planted([10.0, 10.0, 8.0, 6.0, 4.0] + BULK)
+MISSED = {
+    "a copy of the first": ([10.0, 10.0, 8.0, 6.0, 4.0], 3),
+    "a copy of the second": ([10.0, 6.0, 6.0, 3.0, 1.5], 3),
+    "a neighbour of the last": ([10.0, 6.0, 5.8, 3.0, 1.5], 2),
+    "its mirror image": ([10.0, 6.0, -5.8, 3.0, 1.5], 2),
+}
+
+
+@pytest.mark.parametrize("name", MISSED)
+def test_a_miss_is_at_most_as_likely_as_stated(name):
+    """What has the worst chance to be seen is missed in at most the stated share of runs."""
+    spectrum, k = MISSED[name]
+    operator = planted(spectrum + BULK)
+    expected = wanted(spectrum, k, "LM")
     bounds, missed, products = [], [], []
     for seed in range(150):
         generator = torch.Generator().manual_seed(seed)
-        pairs = top_eigenpairs(operator, 3, certify=0.5, generator=generator)
+        pairs = top_eigenpairs(operator, k, certify=0.4, generator=generator)
         bounds.append(pairs.miss)
-        missed.append(abs(pairs.values[1] - 10) > 0.1)
+        missed.append(np.abs(pairs.values - expected).max() > 0.1)
         products.append(pairs.num_matvecs)
-    assert 0 < np.sum(missed) < 0.5 * len(missed)
-    assert np.max(bounds) <= 0.5
-    sure = top_eigenpairs(operator, 3, certify=1e-6)
-    usual = top_eigenpairs(operator, 3)
-    np.testing.assert_allclose(sure.values, [10, 10, 8], rtol=1e-3)
-    assert sure.miss <= 1e-6 < usual.miss <= 0.01
+    assert np.mean(missed) <= 0.4
+    if name == "a neighbour of the last":  # not for want of looking: here the bound is sharp
+        assert np.mean(missed) > 0.05
+    assert np.max(bounds) == 0.4
+    sure = top_eigenpairs(operator, k, certify=1e-6)
+    usual = top_eigenpairs(operator, k)
+    np.testing.assert_allclose(sure.values, expected, rtol=1e-3)
+    assert sure.miss == 1e-6
+    assert usual.miss == 0.01
     assert np.median(products) < usual.num_matvecs < sure.num_matvecs
-    assert top_eigenpairs(operator, 3, certify=False).miss == 1.0
+    assert top_eigenpairs(operator, k, certify=False).miss == 1.0
 
 
 @pytest.mark.parametrize("max_basis", [8, 12, 40])
@@ -325,39 +339,38 @@ def test_rare_reads_find_the_same(name):
     assert products[0] - 3 <= products[1] <= products[0] + 12
 
 
-@pytest.mark.parametrize("restart", [False, True])
-def test_amplification_is_the_largest_over_the_space(restart, generator):
-    """The largest q(μ)² / ‖p(A) v + q(A) u‖², by the powers of A."""
+def test_visibility_is_the_part_of_an_eigenvector_in_the_space(generator):
+    """For an eigenvector x: gᵀ M g = |Qᵀx|², with g its products with the start vectors."""
     operator = planted([10, 8, 6, -5, 4, 3] + BULK)
-    space = KrylovSpace(operator, 30)
-    v, u = (torch.randn(operator.dim, generator=generator, dtype=torch.float64) for _ in range(2))
-    first = space.start(v)
-    for _ in range(4):
-        step(space, operator, first)
-    second = space.start(u)
-    space.watch(np.array([10.0, -7.0]))
-    for _ in range(3):
-        step(space, operator, second)
-    found = space.amplification()
-    if restart:  # a part of the space: a weaker bound, never a stronger one
-        space.compress(space.ritz(), np.array([0, 1, 4, 5, 6]))
-        assert (space.amplification() <= found * (1 + 1e-9)).all()
-        return
+    values, vectors = torch.linalg.eigh(operator.matrix)
+    starts = torch.randn(3, operator.dim, generator=generator, dtype=torch.float64)
+    starts /= starts.norm(dim=1, keepdim=True)
+    space = KrylovSpace(operator, 60, reads=2)
+    marks = values[[-1, -3, 0, 100]].numpy()
+    for number, start in enumerate(starts):
+        chain = space.start(start)
+        if number == 1:
+            space.watch(marks)  # what came before is followed too, and what comes after
+        for _ in range(3):
+            step(space, operator, chain)
+        space.stop(chain)
+    matrices = space.visibility()
+    assert matrices.shape == (4, 3, 3)
+    held = torch.linalg.qr(torch.cat([space._basis[: space.size], *_rows(space)]).T).Q
+    for matrix, index in zip(matrices, [-1, -3, 0, 100], strict=True):
+        x = vectors[:, index]
+        g = (starts @ x).numpy()
+        seen = (held.T @ x).square().sum().item()
+        assert 0 < seen < 1
+        assert g @ matrix @ g == pytest.approx(seen, rel=1e-6)
+    # A restart keeps a part of the space, and forgets what it has to do with earlier starts.
+    space.compress(space.ritz(), np.array([0, 1, 4, 5, 8]))
+    less = space.visibility()
+    assert (np.linalg.eigvalsh(matrices - less) > -1e-9 * matrices.max()).all()
+    chain = space.start(torch.ones(operator.dim, dtype=torch.float64))
+    space.watch(marks)
+    assert space.visibility().shape == (4, 1, 1)
 
-    # Every vector of the space as p(A) v + q(A) u, and from it q(μ).
-    def powers(x, count):
-        columns = [x / x.norm()]
-        for _ in range(count - 1):
-            columns.append(operator.matrix @ columns[-1] / 10)
-        return torch.stack(columns, 1)
 
-    vectors = torch.cat([space._basis[: space.size], torch.stack(space._frontier)]).T
-    both = torch.cat([powers(v, 8), powers(u, 4)], 1)
-    coefficients = torch.linalg.lstsq(both, vectors).solution
-    torch.testing.assert_close(both @ coefficients, vectors, rtol=0, atol=1e-9)
-    orthonormal, triangle = torch.linalg.qr(vectors)
-    for mu, squares in zip((10.0, -7.0), found, strict=True):
-        values = (mu / 10) ** torch.arange(4, dtype=torch.float64) @ coefficients[8:]
-        # ‖b‖² = |R a|² is least at q(μ) = values · a = 1 where 1 / ‖b‖² = |R⁻ᵀ values|²
-        largest = torch.linalg.solve_triangular(triangle.T, values[:, None], upper=False)
-        assert squares == pytest.approx(largest.square().sum().item(), rel=1e-6)
+def _rows(space):
+    return [frontier[None] for frontier in space._frontier if frontier.any()]

@@ -1,12 +1,16 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import landscape
 from landscape import Objective
+from landscape.models import create_model
+from landscape.training import load_images
 from tests import oracles
 from tests.cases import assert_untouched, make_batches, make_model, snapshot
 
@@ -219,6 +223,116 @@ def test_the_result_tells_how_many_graphs_were_kept(memory, kept):
     for probe in (landscape.hessian_spectrum, landscape.hessian_max_spectrum):
         settings = probe(model, batches, k=2, memory=memory).provenance.settings
         assert (settings["kept_batches"], settings["num_batches"]) == (kept, 2)
+
+
+@pytest.fixture
+def trained():
+    """A small ResNet after some steps: its eigenvalues stand apart as those of trained nets do."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = create_model("resnet20", width=4, num_classes=3, in_channels=1)
+    images = load_images("fashion_mnist_mini", batch_size=32)
+    kept = [(x[y < 3], y[y < 3]) for x, y in itertools.islice(images, 12)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for x, y in kept * 3:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model, [(x[:6], y[:6]) for x, y in kept[:4]]
+
+
+def test_reduced_precision_is_measured_and_reported(trained):
+    """bfloat16 products err by percents, the values found with them by far less, and it says so."""
+    model, batches = trained
+    frozen = Objective().freeze(model, batches)
+    rough = landscape.HessianOperator.of(frozen, precision="bf16")
+    exact = landscape.HessianOperator.of(frozen)
+    v = torch.randn(exact.dim, generator=torch.Generator().manual_seed(0))
+    error = (rough.matvec(v) - exact.matvec(v)).norm() / exact.matvec(v).norm()
+    assert 1e-3 < error < 0.2
+    full = landscape.hessian_spectrum(model, batches, k=2, tol=1e-4)
+    with pytest.warns(UserWarning, match='take `precision="full"`'):
+        found = landscape.hessian_spectrum(
+            model, batches, k=2, tol=1e-3, precision="bf16", vectors=True
+        )
+    assert found.provenance.settings["precision"] == "bf16"
+    for pairs, known in ((found.largest, full.largest), (found.smallest, full.smallest)):
+        np.testing.assert_allclose(pairs.values[0], known.values[0], rtol=0.1)
+        assert (np.abs(pairs.values - known.values) <= pairs.residuals).all()
+        # The residuals are those of the vectors under products in full precision.
+        for value, y, residual in zip(pairs.values, pairs.vectors, pairs.residuals, strict=True):
+            y = torch.from_numpy(y)
+            true = (exact.matvec(y) - float(value) * y).norm()
+            assert residual == pytest.approx(true.item(), rel=0.01)
+    assert found.asymmetry > 10 * full.asymmetry
+
+
+def test_reduced_precision_mini_batch_by_mini_batch(trained):
+    model, batches = trained
+    full = landscape.hessian_max_spectrum(model, batches, k=1)
+    with pytest.warns(UserWarning, match='take `precision="full"`'):
+        found = landscape.hessian_max_spectrum(model, batches, k=1, precision="bf16")
+    np.testing.assert_allclose(found.eigenvalues, full.eigenvalues, rtol=0.1)
+    assert (np.abs(found.eigenvalues - full.eigenvalues) <= found.residuals).all()
+    assert found.provenance.settings["precision"] == "bf16"
+    with pytest.raises(ValueError, match="autocast does not reach"):
+        landscape.hessian_max_spectrum(model, batches, precision="bf16", group=2)
+
+
+def test_products_that_round_nothing_are_checked_to_be_the_same(trained, monkeypatch):
+    """The way of reduced precision with accurate products, one after the other and in lock-step."""
+    model, batches = trained
+    monkeypatch.setattr("landscape.linalg.hessian.check_precision", lambda *_: None)
+    spectrum = {}
+    for precision in ("full", "tf32"):  # which a CPU does not have
+        spectrum[precision] = landscape.hessian_spectrum(model, batches, k=2, precision=precision)
+        for group in (1, 3):
+            found = landscape.hessian_max_spectrum(
+                model, batches, k=2, precision=precision, group=group
+            )
+            assert found.converged.all()
+            key = precision, group
+            spectrum[key] = found
+            np.testing.assert_allclose(
+                found.eigenvalues, spectrum["full", 1].eigenvalues, rtol=1e-3
+            )
+    more = spectrum["tf32"].num_hvps - spectrum["full"].num_hvps
+    assert more == 4  # one a pair
+    for name in ("largest", "smallest"):
+        a, b = (getattr(spectrum[p], name) for p in ("full", "tf32"))
+        np.testing.assert_allclose(a.values, b.values, rtol=1e-3)
+        np.testing.assert_allclose(a.residuals, b.residuals, rtol=0.05, atol=1e-4)
+    assert (spectrum["tf32", 3].residuals < 1.1 * spectrum["full", 3].residuals + 1e-3).all()
+
+
+def test_the_rounding_of_a_gpu_is_chosen_and_put_back(trained):
+    model, batches = trained
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    seen = []
+
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            seen.append(tuple(backend.fp32_precision for backend in backends))
+            return self.model(x)
+
+    before = [backend.fp32_precision for backend in backends]
+    frozen = Objective().freeze(Looking(), batches)
+    operator = landscape.HessianOperator.of(frozen)
+    assert seen[-1] == ("ieee", "ieee")
+    operator.matvec(torch.ones(operator.dim))
+    assert [backend.fp32_precision for backend in backends] == before
+    with pytest.raises(ValueError, match="'tf32' needs a CUDA device"):
+        landscape.hessian_spectrum(model, batches, precision="tf32")
+    with pytest.raises(ValueError, match="must be 'full' for a model in torch.float64"):
+        landscape.hessian_max_spectrum(make_model("conv"), make_batches((4,)), precision="bf16")
+    with pytest.raises(ValueError, match="`precision` must be one of 'full', 'tf32', 'bf16'"):
+        landscape.hessian_spectrum(model, batches, precision="half")
+    with pytest.raises(ValueError, match="needs engine='native'"):
+        landscape.hessian_spectrum(model, batches, precision="bf16", engine="pyhessian")
 
 
 def test_model_is_untouched_even_by_an_interrupt():
