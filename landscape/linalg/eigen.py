@@ -13,8 +13,12 @@ ellipsoid. Two cases may be missed and matter:
 
 - a copy of a value that was found. Of an eigenspace a start vector sees one vector, so x can be
   chosen orthogonal to all start vectors but the last, and g has one entry;
-- another value, beyond the last that is wanted but for the tolerance. All of g counts (but for a
-  start vector of one's own), and the worst of a grid of μ around the values found.
+- another value, beyond the last that is wanted but for the tolerance. All of g counts, at the worst
+  of a grid of μ around the values found.
+
+A start vector of one's own gets a random one added, as large as itself. Its entry of g is then
+normal with half the variance and a mean that is not known, and a mean makes no ellipsoid around 0
+more probable (Anderson, 1955).
 
 The probability is over the start vectors alone, whatever the spectrum; it takes for granted that
 the course of the iteration does not depend on an x that it has not seen. It says more than the
@@ -25,7 +29,7 @@ start vectors since then are accounted for.
 import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from math import erf
+from math import erf, sqrt
 from typing import Literal
 
 import numpy as np
@@ -43,6 +47,8 @@ Products = Generator[torch.Tensor, torch.Tensor, None]
 BASIS_BYTES = 4 << 30
 MISS = 0.01
 """Probability of missing a copy of an eigenvalue that `certify=True` admits."""
+OWN = 0.5
+"""Share of a random vector in a start vector of one's own."""
 READS = 3
 """Products on a GPU between two looks at convergence, a heuristic: a look waits for the device."""
 
@@ -111,7 +117,8 @@ def top_eigenpairs(
             a number instead of `True` is the probability of a miss to admit.
         vectors: Return the eigenvectors too.
         start: First start vector, shape `(dim,)`, or vectors whose sum is taken, shape `(m, dim)`,
-            such as the eigenvectors at the checkpoint before; random by default.
+            such as the eigenvectors at the checkpoint before; with `certify` a random vector as
+            long is added. By default random alone.
         generator: Source of the random start vectors.
 
     Returns:
@@ -267,7 +274,8 @@ class EigenSearch:
         space = self.space
         if first is not None:
             _check_start(first, space.dim)
-            space.start(first.sum(0) if first.dim() == 2 else first)
+            own = first.sum(0) if first.dim() == 2 else first
+            space.start(self._mixed(own) if admitted else own)
             self._own = True
         while len(space.alive) < starts:
             space.start(self._random())
@@ -384,6 +392,12 @@ class EigenSearch:
         k, which = self._wanted[name]
         return self._ritz.coordinates[:, select(self._ritz.values, k, which)]
 
+    def _mixed(self, v: torch.Tensor) -> torch.Tensor:
+        """Return a vector of one's own with a random one added, so that it may see everything."""
+        random = self._random()
+        mixed: torch.Tensor = sqrt(1 - OWN) * v.to(random) / v.norm() + sqrt(OWN) * random
+        return mixed
+
     def _random(self) -> torch.Tensor:
         return random_unit_vector(self._vectors, self._generator)
 
@@ -431,11 +445,10 @@ class EigenSearch:
     def _bound_of_a_miss(self) -> float:
         """Return the probability with which the last chain has missed what it was to find."""
         marks, matrices = self.space.marks, self.space.visibility()
-        if self._own and matrices.shape[1] > 1:
-            # Nothing is known of the first entry of g: the least over it, a Schur complement.
-            first = matrices[:, :1, 1:]
-            scale = np.maximum(matrices[:, :1, :1], 1e-30)
-            matrices = matrices[:, 1:, 1:] - first.transpose(0, 2, 1) @ first / scale
+        if self._own and matrices.shape[1] == self.space.num_starts:
+            matrices = matrices.copy()
+            matrices[:, 0] *= sqrt(OWN)
+            matrices[:, :, 0] *= sqrt(OWN)
         copies = np.arange(len(marks)) < sum(k for k, _ in self._wanted.values())
         entries = np.linalg.eigvalsh(matrices)
         entries[copies] = 0.0  # a factor of 1
@@ -553,6 +566,8 @@ def _check_start(start: torch.Tensor, dim: int) -> None:
         raise ValueError(
             f"`start` must have shape ({dim},) or (m, {dim}), got {tuple(start.shape)}."
         )
+    if not start.any():
+        raise ValueError("`start` must not be zero.")
 
 
 _erf = np.vectorize(erf, otypes=[float])

@@ -225,6 +225,8 @@ def test_bad_input_is_refused():
         MatrixOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     with pytest.raises(TypeError, match=r"torch\.Generator"):
         top_eigenpairs(operator, 1, generator=3)
+    with pytest.raises(ValueError, match="`start` must not be zero"):
+        top_eigenpairs(operator, 1, start=torch.zeros(3))
 
 
 def step(space, operator, chain):
