@@ -94,6 +94,21 @@ def test_a_miss_is_at_most_as_likely_as_stated(name):
     assert top_eigenpairs(operator, k, certify=False).miss == 1.0
 
 
+def test_a_start_of_ones_own_is_certified_too():
+    """It holds the first and the third eigenvector, and nothing of the second."""
+    operator = planted([10.0, 6.0, 5.8, 3.0, 1.5] + BULK)
+    vectors = torch.linalg.eigh(operator.matrix).eigenvectors
+    start = vectors[:, -1] + vectors[:, -3]
+    missed = []
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        pairs = top_eigenpairs(operator, 2, certify=0.3, start=start, generator=generator)
+        missed.append(abs(pairs.values[1] - 6) > 0.1)
+    assert 0 < np.mean(missed) <= 0.3
+    sure = top_eigenpairs(operator, 2, start=start)
+    np.testing.assert_allclose(sure.values, [10, 6], rtol=1e-3)
+
+
 @pytest.mark.parametrize("max_basis", [8, 12, 40])
 def test_thick_restart_finds_the_same_in_bounded_memory(max_basis):
     for name in ("simple", "triple", "close"):
