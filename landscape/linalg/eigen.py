@@ -97,8 +97,8 @@ def top_eigenpairs(
     """Extreme eigenpairs by Lanczos with full reorthogonalisation and thick restart.
 
     A Krylov space of one start vector cannot see that an eigenvalue is multiple. With `certify`,
-    once all wanted pairs have converged, a chain from a fresh random start vector grows in their
-    orthogonal complement until a copy of any of them, or an eigenvalue larger than the last, would
+    once all wanted pairs have converged, a chain from a fresh random start vector grows beside the
+    first until a copy of any of them but the last, or another eigenvalue beyond the last, would
     have shown itself but with a probability of 1 % (the module says how that is known), and at most
     for as long as the first chain took to tell the wanted pairs apart (relative error 10 %). What
     it finds joins the wanted set, until a chain finds nothing new.
