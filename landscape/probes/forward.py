@@ -27,9 +27,9 @@ from landscape.restore import eval_mode
 PART = 16
 """Fewest samples a part, a heuristic: the best of 8, 16, 32, 64 for ViTs and for wide ResNets."""
 
-CACHE = 1 << 21
-"""Bytes of the largest activation of a part that may have up to 2 · PART samples, a heuristic: 32
-samples are best for a ResNet-20, whose activations are small."""
+CACHE = 1 << 22
+"""Bytes of the largest activation of a part that may have up to 4 · PART samples, a heuristic: 32
+to 64 samples are best for a ResNet-20 and a small ViT, whose activations are small."""
 
 MAX_GROUP = 32
 """Most points a vmapped call, a heuristic: launches hardly count any more."""
@@ -61,7 +61,7 @@ class Forward:
             inputs: Inputs of the batch.
             size: Number of its samples.
         """
-        if not self.part or size <= self.part:
+        if not self.part or (size <= self.part and not self.channels_last):
             return self._frozen.logits(state, inputs)
         return self._cut_logits(state, inputs, size, self.part, self.channels_last)
 
@@ -100,7 +100,7 @@ class Forward:
         inputs = _rows(batch.inputs, batch.size, slice(0, size))
         with _largest_output(frozen.model) as largest:
             expected = frozen.logits(frozen.space.values, inputs)
-        part = min(max(CACHE * size // max(largest), PART), 2 * PART)
+        part = min(max(CACHE * size // max(largest), PART), 4 * PART)
         convolves = any(isinstance(module, nn.Conv2d) for module in frozen.model.modules())
         last = (True, False) if convolves and frozen.space.dtype == torch.float32 else (False,)
         for channels_last in last:

@@ -75,8 +75,8 @@ def test_batches_are_cut_only_where_that_changes_nothing(make, dtype, way):
 
 def test_parts_are_larger_where_activations_are_small():
     batches = make_batches((40,), torch.float32)
-    assert Forward(Objective().freeze(make_model("conv", torch.float32), batches)).part == 32
-    for width, part in [(2**15, 16), (22000, 23), (2**14, 32)]:  # 4 bytes · width a sample
+    assert Forward(Objective().freeze(make_model("conv", torch.float32), batches)).part == 64
+    for width, part in [(2**16, 16), (44000, 23), (2**14, 64)]:  # 4 bytes · width a sample
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.Linear(width, 3))
         assert Forward(Objective().freeze(model, batches)).part == part
 
@@ -101,12 +101,12 @@ def test_mapping_batches_are_cut_too():
             self.sizes.append(len(pixels))
             return self.model(pixels * scale)
 
-    model, (x, y) = make_model("attention"), make_batches((40,))[0]
+    model, (x, y) = make_model("attention"), make_batches((80,))[0]
     named = Named(model)
     data = [{"pixels": x, "scale": torch.tensor(1.0), "labels": y}]
     directions = random_directions(named, num=1)
     line = loss_line(named, data, directions=directions, points=[0.0])
-    assert named.sizes[-2:] == [20, 20]
+    assert named.sizes[-2:] == [40, 40]
     assert line.nll[0] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-12)
 
 
