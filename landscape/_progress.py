@@ -20,3 +20,14 @@ def track(
         total: Number of items where `items` has no length.
     """
     return tqdm(items, desc=description, disable=not progress, total=total, leave=False)
+
+
+def count(description: str, progress: bool, total: int) -> "tqdm[int]":
+    """Return a tqdm bar to update by hand, silent unless `progress`.
+
+    Args:
+        description: Text in front of the bar.
+        progress: Show the bar.
+        total: Number of updates.
+    """
+    return track(range(0), description, progress, total)

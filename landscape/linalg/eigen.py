@@ -46,7 +46,7 @@ Products = Generator[torch.Tensor, torch.Tensor, None]
 
 BASIS_BYTES = 4 << 30
 MISS = 0.01
-"""Probability of missing a copy of an eigenvalue that `certify=True` admits."""
+"""Probability of missing an eigenvalue that `certify=True` admits."""
 OWN = 0.5
 """Share of a random vector in a start vector of one's own."""
 READS = 3
@@ -214,7 +214,7 @@ class EigenSearch:
         self._wanted, self._tol, self._max_iter = wanted, tol, max_iter
         self._generator = generator
         self._rough = rough
-        self._checked: dict[str, tuple[RitzPairs, torch.Tensor]] = {}
+        self._checked: dict[str, tuple[np.ndarray, np.ndarray, torch.Tensor]] = {}
         self._own = False  # whether the first start vector was given
         self.num_matvecs = 0
         self.miss = 1.0
@@ -245,8 +245,9 @@ class EigenSearch:
         """
 
         def product(v: torch.Tensor) -> torch.Tensor:
+            found = matvec(v)
             tick()
-            return matvec(v)
+            return found
 
         steps = self.steps(starts=starts, certify=certify, min_iter=min_iter, first=first)
         multiply(steps, product)
@@ -338,7 +339,7 @@ class EigenSearch:
             values, rows, images = values[order], small @ rows, small @ images
             rest = images - torch.from_numpy(values).to(rows)[:, None] * rows
             residuals = rest.norm(dim=1).double().cpu().numpy()
-            self._checked[name] = RitzPairs(values, residuals, np.eye(k)), rows
+            self._checked[name] = values, residuals, rows
 
     def pairs(self, name: str, vectors: bool = False) -> Eigenpairs:
         """Return one wanted set, as `check` has found it if it was called.
@@ -350,9 +351,9 @@ class EigenSearch:
         k, which = self._wanted[name]
         ritz, chosen = self._ritz, select(self._ritz.values, k, which)
         if name in self._checked:
-            better, rows = self._checked[name]
+            better, true, rows = self._checked[name]
             ritz = RitzPairs(ritz.values.copy(), ritz.residuals.copy(), ritz.coordinates)
-            ritz.values[chosen], ritz.residuals[chosen] = better.values, better.residuals
+            ritz.values[chosen], ritz.residuals[chosen] = better, true
         values, residuals = ritz.values[chosen], ritz.residuals[chosen]
         errors = error_estimates(ritz)[chosen]
         converged = errors <= self._tolerances(values, self._tol)
@@ -439,8 +440,9 @@ class EigenSearch:
         values = self._wanted_values()
         close = 2 * self._tolerances(values, self._tol)
         around = [values + sign * 1.5 * 4.0**j * close for sign in (-1, 1) for j in range(5)]
-        mirrored = [-around[j] for j in range(10)] if "LM" in self._ends() else []
-        return np.concatenate([values, *around, *mirrored])
+        if any(which == "LM" for _, which in self._wanted.values()):
+            around += [-points for points in around]
+        return np.concatenate([values, *around])
 
     def _bound_of_a_miss(self) -> float:
         """Return the probability with which the last chain has missed what it was to find."""
@@ -461,9 +463,6 @@ class EigenSearch:
             reached = factors[rank(marks, which) > beyond]
             worst = max(worst, float(reached.prod(1).max(initial=0.0)))
         return worst
-
-    def _ends(self) -> list[str]:
-        return [which for _, which in self._wanted.values()]
 
     def _wanted_values(self) -> np.ndarray:
         chosen = [select(self._ritz.values, k, which) for k, which in self._wanted.values()]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from landscape._checks import check_at_least, check_choice, check_generator
-from landscape._progress import track
+from landscape._progress import count
 from landscape.linalg.eigen import Eigenpairs, EigenSearch, multiply, warn_unconverged
 from landscape.linalg.hessian import HessianOperator, Memory, Precision
 from landscape.linalg.krylov import RitzPairs
@@ -154,8 +154,7 @@ def hessian_spectrum(
         generator=generator,
         rough=precision != "full",
     )
-    nothing: tuple[int, ...] = ()
-    with track(nothing, "Hessian spectrum", progress, total=max_iter) as bar:
+    with count("Hessian spectrum", progress, max_iter) as bar:
         search.run(
             operator.matvec,
             starts=num_probes if first is None else 1,

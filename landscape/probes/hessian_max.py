@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from landscape._checks import check_at_least
-from landscape._progress import track
+from landscape._progress import count
 from landscape.batches import PreparedBatch
 from landscape.linalg.eigen import Eigenpairs, EigenSearch, multiply, warn_unconverged
 from landscape.linalg.hessian import HessianOperator, Memory, Precision, check_finite_losses
@@ -128,7 +128,7 @@ def hessian_max_spectrum(
     solver = _Solver(frozen, k, tol, max_iter, certify, memory, generator, size, first, precision)
     total = frozen.num_batches
     rows: list[Eigenpairs] = []
-    with track(_NOTHING, "Hessian max spectrum", progress, total=total) as bar:
+    with count("Hessian max spectrum", progress, total) as bar:
         if engine == "pyhessian":
             from landscape.probes import pyhessian_engine
 
@@ -196,7 +196,7 @@ class _Solver:
         self._frozen, self._k, self._certify, self._memory = frozen, k, certify, memory
         self._precision: Precision = precision
         self._settings: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "generator": generator}
-        self._settings["rough"] = precision != "full"
+        self._settings |= {"wanted": {"top": (k, "LM")}, "rough": precision != "full"}
         self._firsts = [first] * size  # where each of a group starts from
         self.size, self.kept = size, 0
 
@@ -258,11 +258,7 @@ class _Solver:
 
     def _search(self, max_basis: int | None, basis_dtype: torch.dtype | None) -> EigenSearch:
         return EigenSearch(
-            self._frozen.space,
-            {"top": (self._k, "LM")},
-            max_basis=max_basis,
-            basis_dtype=basis_dtype,
-            **self._settings,
+            self._frozen.space, max_basis=max_basis, basis_dtype=basis_dtype, **self._settings
         )
 
 
@@ -293,6 +289,3 @@ def _bootstrap(
     samples = [(_nep(eigenvalues[rows]), _ape(eigenvalues[rows])) for rows in draws.numpy()]
     low, high = np.nanpercentile(np.array(samples), [2.5, 97.5], axis=0)
     return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
-
-
-_NOTHING: tuple[int, ...] = ()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from landscape._checks import check_choice
-from landscape._progress import track
+from landscape._progress import count
 from landscape.batches import Transform, split_batch
 from landscape.objective import Loss
 from landscape.results import Result
@@ -192,10 +192,7 @@ def _train(
         done, num_steps = len(histories[0]["epoch"]), len(runs) * runs[0].num_batches
         stack = contexts.enter_context(stacking.stacked(steps)) if at_once else None
         draws = Draws(steps[0].model)
-        nothing: tuple[int, ...] = ()
-        bar = contexts.enter_context(
-            track(nothing, "Training", progress, total=runs[0].epochs * num_steps)
-        )
+        bar = contexts.enter_context(count("Training", progress, runs[0].epochs * num_steps))
         bar.update(done * num_steps)
         together.call(callbacks, runs, done)
         for epoch in range(done, runs[0].epochs):

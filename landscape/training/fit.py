@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from landscape._progress import track
+from landscape._progress import count
 from landscape.batches import Transform
 from landscape.objective import Loss
 from landscape.training import loop, run, states, surroundings
@@ -130,8 +130,7 @@ def _train(
     done = len(history["epoch"])
     for callback in callbacks:
         callback(this.step.model, done)
-    nothing: tuple[int, ...] = ()
-    with track(nothing, "Training", progress, total=this.epochs * this.num_batches) as bar:
+    with count("Training", progress, this.epochs * this.num_batches) as bar:
         bar.update(done * this.num_batches)
         for epoch in range(done, this.epochs):
             run.run_epoch(this, epoch, history, bar)
