@@ -288,26 +288,35 @@ def test_the_defining_relation_of_the_krylov_space(reads, generator):
     check()
 
 
-def test_a_chain_that_ends_unread_is_cut_back(generator):
-    """Two vectors and what A, of rank 2, makes of them span 4: later steps were for nothing."""
-    operator = planted([3.0, -1.0] + [0.0] * 40)
+@pytest.mark.parametrize("case", ["low rank", "two eigenvectors"])
+def test_a_chain_that_ends_unread_is_cut_back(case, generator):
+    """Its later steps were for nothing, and what they took of the other chain is given back."""
+    if case == "low rank":  # two vectors and what A, of rank 2, makes of them span 4
+        operator, expected = planted([3.0, -1.0] + [0.0] * 40), 4
+        starts = torch.randn(2, operator.dim, generator=generator, dtype=torch.float64)
+    else:  # the second chain sees two eigenvectors, of which the first has nothing
+        operator, expected = planted([-30.0, 30.0, *np.linspace(0.5, 1, 50)]), 3
+        vectors = torch.linalg.eigh(operator.matrix).eigenvectors
+        starts = torch.stack([vectors[:, 1:-1].sum(1), vectors[:, 0] + vectors[:, -1]])
     space = KrylovSpace(operator, 30, reads=20)
-    first = space.start(torch.randn(operator.dim, generator=generator, dtype=torch.float64))
+    first = space.start(starts[0])
     step(space, operator, first)
     space.read()
     space.stop(first)
-    second = space.start(torch.randn(operator.dim, generator=generator, dtype=torch.float64))
+    second = space.start(starts[1])
     for _ in range(8):
         step(space, operator, second)
     assert space.behind
     space.read()
     assert space.alive == []
-    assert space.size == 4
+    assert space.size == expected
     basis, frontier = space._basis[: space.size], torch.stack(space._frontier)
-    torch.testing.assert_close(basis @ basis.T, torch.eye(space.size).double(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(basis @ frontier.T, torch.zeros(4, 2).double(), rtol=0, atol=1e-12)
-    products = basis.T @ torch.from_numpy(space._projection[:4, :4])
-    products += frontier.T @ torch.from_numpy(space._coupling[:4].T)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(expected).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        basis @ frontier.T, torch.zeros(expected, 2).double(), rtol=0, atol=1e-12
+    )
+    products = basis.T @ torch.from_numpy(space._projection[:expected, :expected])
+    products += frontier.T @ torch.from_numpy(space._coupling[:expected].T)
     torch.testing.assert_close(operator.matrix @ basis.T, products, rtol=0, atol=1e-12)
 
 

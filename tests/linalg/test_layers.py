@@ -72,6 +72,7 @@ CASES = {
     ),
     "linear of one vector": (F.linear, [(5,), (6, 5)], None),
     "relu": (F.relu, [(3, 5)], "_Relu"),
+    "relu, scaled": (lambda x, w: F.relu(x) * w, [(3, 5), (3, 5)], "Mul"),
     "relu of torch": (torch.relu, [(3, 5)], "_Relu"),
     "relu in place": (lambda x: F.relu(1 * x, inplace=True), [(3, 5)], None),
     "gelu": (F.gelu, [(3, 5)], "_Gelu"),
