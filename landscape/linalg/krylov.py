@@ -171,11 +171,20 @@ class KrylovSpace:
 
     def _follow(self, chain: int, row: int, share: np.ndarray) -> None:
         """Enter one product into z and w."""
+        if not len(self._rows):
+            return
         value = self._marked_frontier[:, chain] / share[chain]
         self._marked_frontier -= np.outer(value, share)
         self._marked[:, row] = value
         seen = self._marked[:, : row + 1] @ self._projection[: row + 1, row]
         self._marked_frontier[:, chain] = self._rows * value - seen
+        size = np.abs(self._marked_frontier).max(1, initial=0.0).reshape(-1, len(self.marks))
+        if (size > _OVERFLOWS).any():
+            # Seen beyond doubt: a smaller M says less, and is true too.
+            smaller = np.where(size.max(0) > _OVERFLOWS, 1 / _OVERFLOWS, 1.0)
+            rows = np.tile(smaller, len(size))[:, None]
+            self._marked *= rows
+            self._marked_frontier *= rows
 
     def visibility(self) -> np.ndarray:
         """Return M at every mark, shape `(marks, c, c)`, for start vectors since a restart."""
@@ -402,4 +411,5 @@ def orthogonalise(w: Tensor, basis: Tensor, always_twice: bool = False) -> tuple
 _CANCELLED = 1e-3  # of the scale of A
 _NEGLIGIBLE = 1e-10  # of a unit start vector: it lies in the space already
 _ORTHOGONAL = 1e-13  # a unit vector's component along the basis that does no harm
+_OVERFLOWS = 1e100  # its square is a number, and so is what a product makes of it
 _CHUNK = 1 << 16

@@ -400,3 +400,18 @@ def test_visibility_is_the_part_of_an_eigenvector_in_the_space(generator):
 
 def _rows(space):
     return [frontier[None] for frontier in space._frontier if frontier.any()]
+
+
+def test_an_eigenvalue_far_above_a_small_bulk_is_watched_without_overflow():
+    """μ over the width of the bulk, 1e4 here, comes into M at the power of each product."""
+    operator = planted([50] + [-1e-3 * i / 300 for i in range(300)])
+    search = EigenSearch(
+        operator, {"largest": (1, "LA"), "smallest": (1, "SA")}, tol=1e-4, max_iter=500,
+        max_basis=None, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    search.run(operator.matvec, starts=1, certify=True, min_iter=150)
+    found = [search.pairs(name) for name in ("largest", "smallest")]
+    np.testing.assert_allclose([pairs.values[0] for pairs in found], [50, -299e-5 / 3], rtol=1e-3)
+    assert all(pairs.converged.all() for pairs in found)
+    assert search.miss == pytest.approx(0.01)
+    assert np.isfinite(search.space.visibility()).all()
