@@ -1,5 +1,6 @@
 """Contexts that leave a model as it was found."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run compiled modules as the Python they were made of.
+
+    Compiled code can be differentiated once only, and hides the calls that it makes.
+    """
+    if "torch._dynamo" not in sys.modules:  # a costly import; without it nothing is compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

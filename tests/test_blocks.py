@@ -274,10 +274,27 @@ def test_mapping_inputs_and_another_size(images):
     assert larger["inner.stages.2.2"].shape == (2, 16, 6, 6)
 
 
-def test_a_compiled_model(images):
-    model = build(SMALL["resnet"])
-    compiled = torch.compile(model, backend="eager")
-    assert Blocks(compiled, example=images).names == Blocks(model, example=images).names
+@pytest.mark.parametrize("how", ["wrapped", "in place", "in part"])
+def test_a_compiled_model(how, images):
+    model = build(SMALL["vit"])
+    plain, name = Blocks(model, example=images), "blocks.1.mlp"
+    features = [*plain.capture(images).values(), *plain.capture(images[:2]).values()]
+    with plain.lesion(name), torch.no_grad():
+        lesioned = model.eval()(images)
+    if how == "wrapped":
+        model = torch.compile(model, backend="aot_eager")
+    elif how == "in place":
+        model.compile(backend="aot_eager")
+    else:
+        model.blocks[1] = torch.compile(model.blocks[1], backend="aot_eager")
+        name = "blocks.1._orig_mod.mlp"
+    with torch.no_grad():
+        model(images)  # compiled by now
+        blocks = Blocks(model, example=images)
+        captured = [*blocks.capture(images).values(), *blocks.capture(images[:2]).values()]
+        torch.testing.assert_close(captured, features)
+        with blocks.lesion(name):
+            torch.testing.assert_close(model(images), lesioned)
 
 
 # --- lesions -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ that very call (`passes`): no hook, no copy, no rewriting of the model. Values a
 step that made them; only values that depend on the model's input are followed.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,7 +124,9 @@ def record(model: nn.Module, inputs: Any) -> Trace:
     tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
     recorder = _Recorder(tensors)
     # No inference mode: a model that caches a tensor in it could not be trained afterwards.
-    with torch.no_grad(), recorder.modules(model), recorder:
+    with warnings.catch_warnings(), torch.no_grad(), recorder.modules(model), recorder:
+        # A compiled part is entered twice: with its wrapper, and by itself.
+        warnings.filterwarnings("ignore", ".* when there are global hooks on modules", UserWarning)
         logits = predict(model, inputs)
     trace = recorder.trace
     images = [t for t in tensors if t.is_floating_point()] or tensors
@@ -131,7 +134,8 @@ def record(model: nn.Module, inputs: Any) -> Trace:
     if id(logits) not in recorder.values:
         raise ValueError(
             f"`model` must compute its outputs by torch functions, got outputs of a "
-            f"{type(model).__name__} whose inside cannot be seen; pass the uncompiled module."
+            f"{type(model).__name__} whose inside cannot be seen; pass the module that it was "
+            "scripted or exported from."
         )
     trace.output = recorder.values[id(logits)]
     return trace

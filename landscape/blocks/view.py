@@ -34,7 +34,7 @@ from landscape.blocks.passes import ControlledPass, Handler
 from landscape.blocks.structure import Kind, find_units, named_units
 from landscape.blocks.tracing import Trace, function_name, record
 from landscape.objective import predict
-from landscape.restore import eval_mode
+from landscape.restore import eagerly, eval_mode
 
 Choose = str | Sequence[str]
 Visitor = Callable[[Block, Tensor], None]
@@ -130,7 +130,7 @@ class Blocks:
             step = traced.trace.steps[unit.value]
             show = functools.partial(_show, block, step.name, layout, n, visitor)
             handlers[step.ordinal or 0] = show
-        with eval_mode(self.model), ControlledPass(handlers):
+        with eval_mode(self.model), eagerly(), ControlledPass(handlers):
             return predict(self.model, inputs)
 
     def capture(self, inputs: Any) -> dict[str, Tensor]:
@@ -189,7 +189,8 @@ class Blocks:
             self.model.register_forward_hook(end, always_call=True),
         ]
         try:
-            yield
+            with eagerly():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -202,7 +203,7 @@ class Blocks:
     def _record(self, inputs: Any) -> Trace:
         placement = Placement.of(self.model)
         example = resized(placement.place(inputs), _TRACED)
-        with eval_mode(self.model), _own_randomness(placement.device), torch.no_grad():
+        with eval_mode(self.model), eagerly(), _own_randomness(placement.device), torch.no_grad():
             predict(self.model, example)  # what a model caches at its first pass is there by now
             return record(self.model, example)
 

@@ -27,6 +27,7 @@ from landscape.linalg.operators import SymmetricOperator
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective
 from landscape.parameters import ParameterSpace
+from landscape.restore import eagerly
 
 Memory = int | float | str
 Precision = Literal["full", "tf32", "bf16"]
@@ -138,7 +139,7 @@ class HessianOperator(CurvatureOperator):
         self._leaves = {n: v.requires_grad_() for n, v in _copies(self.frozen).items()}
         losses: list[Tensor] = []
         per_sample = 0.0
-        with math_attention():
+        with twice_differentiable():
             for batch in self.frozen.batches:
                 if len(self._graphs) < len(losses) or per_sample * batch.size > budget:
                     with torch.no_grad():
@@ -161,7 +162,7 @@ class HessianOperator(CurvatureOperator):
         """Return the gradient of the objective, shape `(dim,)`; one gradient over all data."""
         space = self.frozen.space
         out = self._weight_decay * space.flatten(space.values)
-        with math_attention():
+        with twice_differentiable():
             for graph in self._each_graph():
                 out.add_(space.flatten([g.detach() for g in graph.gradient]), alpha=graph.weight)
         return out
@@ -182,7 +183,7 @@ class HessianOperator(CurvatureOperator):
     def _matmat(self, vectors: Tensor) -> Tensor:
         space = self.frozen.space
         out = self._weight_decay * vectors
-        with math_attention():
+        with twice_differentiable():
             for graph in self._each_graph():
                 for column in range(vectors.shape[1]):
                     tangents = list(space.unflatten(vectors[:, column]).values())
@@ -273,7 +274,7 @@ class _OutputCurvature(CurvatureOperator):
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         out = self._weight_decay * vectors  # the Hessian of (λ/2)‖θ‖² is λI
-        with math_attention():
+        with twice_differentiable():
             for batch in self.frozen.batches:
                 for column in range(vectors.shape[1]):
                     product = self._batch_product(batch, vectors[:, column])
@@ -392,9 +393,12 @@ def check_finite_losses(losses: list[Tensor]) -> None:
 
 
 @contextmanager
-def math_attention() -> Iterator[None]:
-    """Run attention under the math kernel, the only one with a second derivative."""
-    with sdpa_kernel(SDPBackend.MATH):
+def twice_differentiable() -> Iterator[None]:
+    """Run attention under the math kernel, and compiled modules eagerly.
+
+    Neither the other kernels nor compiled code have a second derivative.
+    """
+    with sdpa_kernel(SDPBackend.MATH), eagerly():
         yield
 
 

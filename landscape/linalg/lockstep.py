@@ -23,7 +23,7 @@ from torch.func import vmap
 from landscape._checks import check_at_least
 from landscape.batches import PreparedBatch
 from landscape.linalg.eigen import Products
-from landscape.linalg.hessian import GradientGraph, HessianOperator, Precision, math_attention
+from landscape.linalg.hessian import GradientGraph, HessianOperator, Precision, twice_differentiable
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective
 
@@ -78,7 +78,7 @@ class StackedHessian:
             losses.append(vmap(one, dims)(leaves, inputs, targets))
             return losses[0].sum()
 
-        with math_attention():
+        with twice_differentiable():
             self._graph = GradientGraph(total, leaves, precision=precision, measure=measure)
         self.losses = losses[0].detach()
         self.num_bytes = self._graph.num_bytes
@@ -93,7 +93,7 @@ class StackedHessian:
             Shape `(B, dim)`.
         """
         tangents: dict[str, Tensor] = vmap(self._space.unflatten)(vectors)
-        with math_attention():
+        with twice_differentiable():
             products = self._graph.product(list(tangents.values()))
         out: Tensor = vmap(lambda *tensors: self._space.flatten(tensors))(*products)
         return out.add_(vectors, alpha=self._weight_decay)

@@ -28,7 +28,7 @@ from landscape.blocks.passes import PartialPasses
 from landscape.objective import predict
 from landscape.probes.scores import PairedResult, PairedScores, Truths, stream
 from landscape.provenance import forward_provenance
-from landscape.restore import untouched
+from landscape.restore import eagerly, untouched
 from landscape.results import Provenance
 
 Units = Literal["paper", "branch", "conv", "head"]
@@ -106,7 +106,7 @@ def lesion_study(
     batches = stream(model, data, "Lesion study", progress)
     truths, shares = Truths(), True
     plan: _Plan | None = None
-    with untouched(model), torch.no_grad():
+    with untouched(model), eagerly(), torch.no_grad():
         for inputs, targets, _ in batches:
             blocks = blocks_of(model, blocks, inputs)
             traced, passes = blocks.traced(inputs), _passes(blocks, inputs)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from landscape._checks import check_at_least
 from landscape.batches import PreparedBatch
 from landscape.linalg.eigen import Eigenpairs, error_estimates
-from landscape.linalg.hessian import HessianOperator, math_attention
+from landscape.linalg.hessian import HessianOperator, twice_differentiable
 from landscape.linalg.krylov import RitzPairs
 from landscape.linalg.quadrature import SpectralDensity, spectral_density
 from landscape.objective import FrozenObjective
@@ -238,7 +238,7 @@ def _pyhessian(frozen: FrozenObjective, generator: torch.Generator) -> Iterator[
         stack.callback(loss.zero_grad)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Using backward", UserWarning)
-        stack.enter_context(math_attention())
+        stack.enter_context(twice_differentiable())
         stack.enter_context(torch.enable_grad())
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))

@@ -56,6 +56,20 @@ def test_operators_equal_dense_autograd(kind, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_operators_of_a_compiled_model(how, kind):
+    model, batches = make_model("attention"), make_batches((7, 3))
+    expected = oracles.dense(model, batches, kind=kind, weight_decay=0.1)
+    if how == "wrapped":
+        model = torch.compile(model, backend="aot_eager")
+    else:
+        model.compile(backend="aot_eager")
+    model(batches[0][0])  # compiled by now
+    operator = KINDS[kind](model, batches, Objective(weight_decay=0.1), memory=PART)
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_operators_in_single_precision(kind):
     model, batches = make_model("attention", torch.float32), make_batches((7, 3), torch.float32)
     operator = KINDS[kind](model, batches)
