@@ -67,38 +67,50 @@ class _AttentionBack(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        tensors = [t.contiguous() for t in grads] + list(ctx.saved_tensors)
-        p = ctx.saved_tensors[4]
-        size = len(p)
-        if p.dim() > 2 and p.device.type == "cpu":
-            size = max(1, CACHED * size // p.numel())
-        parts = [_attention_curvature(part, ctx.scale) for part in _split(tensors, size)]
-        return (*(torch.cat(each) for each in zip(*parts, strict=True)), None, None)
+        # ⟨b, (x, y, w)⟩ = ⟨D, T⟩ + ⟨P, g wᵀ⟩ with T = s (x kᵀ + q yᵀ), the tangent of the scores.
+        q, k, v, g = ctx.saved_tensors[:4]
+        outs = [torch.empty_like(t) for t in (q, k, v, g)]
+        for part in _parts([*grads, *ctx.saved_tensors, *outs]):
+            _attention_curvature(ctx.scale, *part)
+        return (*outs, None, None)
 
 
-def _attention_curvature(tensors: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
-    """Return the derivatives of ⟨b, (x, y, w)⟩ in q, k, v and g.
+def _attention_curvature(
+    scale: float,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    p: Tensor,
+    a: Tensor,
+    centred: Tensor,
+    d: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dg: Tensor,
+) -> None:
+    """Write the derivatives of ⟨b, (x, y, w)⟩ in q, k, v and g."""
+    t = torch.bmm(x, k.mT).baddbmm_(q, y.mT).mul_(scale)
+    weighted = p * t
+    mean = weighted.sum(-1, keepdim=True)
+    dp = torch.bmm(g, w.mT).addcmul_(t, centred).addcmul_(a, mean, value=-1).mul_(p)
+    ds = dp.addcmul_(p, dp.sum(-1, keepdim=True), value=-1).mul_(scale)
+    tangent = weighted.addcmul_(p, mean, value=-1)  # of P: the derivative in A
+    torch.bmm(ds, k, out=dq).baddbmm_(d, y)
+    torch.bmm(ds.mT, q, out=dk).baddbmm_(d.mT, x)
+    torch.bmm(tangent.mT, g, out=dv)
+    torch.bmm(tangent, v, out=dg).baddbmm_(p, w)
 
-    ⟨b, (x, y, w)⟩ = ⟨D, T⟩ + ⟨P, g wᵀ⟩ with T = s (x kᵀ + q yᵀ), the tangent of the scores.
-    """
-    x, y, w, q, k, v, g, p, a, centred, d = tensors
-    t = x @ k.mT
-    t += q @ y.mT
-    t *= scale
-    mean = (p * t).sum(-1, keepdim=True)
-    tangent = (t - mean).mul_(p)  # of P: the derivative in A
-    dp = torch.addcmul(g @ w.mT, t, centred).addcmul_(a, mean, value=-1)
-    dp -= (dp * p).sum(-1, keepdim=True)
-    ds = dp.mul_(p).mul_(scale)
-    dq, dk, dv = ds @ k, ds.mT @ q, tangent.mT @ g
-    dq += d @ y
-    dk += d.mT @ x
-    dg = tangent @ v
-    dg += p @ w
-    return dq, dk, dv, dg
 
-
-def _split(tensors: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the tensors in parts of `size` along their first dimension."""
-    parts: list[tuple[Tensor, ...]] = [torch.split(t, size) for t in tensors]
+def _parts(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield tensors, their leading dimensions as one, in parts that stay in a CPU's cache."""
+    flat = [t.contiguous().flatten(0, -3) if t.dim() > 2 else t[None] for t in tensors]
+    size = len(flat[0])
+    if flat[0].device.type == "cpu":
+        size = max(1, CACHED * size // max(t.numel() for t in flat))
+    parts: list[tuple[Tensor, ...]] = [torch.split(t, size) for t in flat]
     return zip(*parts, strict=True)

@@ -110,11 +110,14 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, weight = ctx.saved_tensors
+        if grads[0] is None:  # the first layer of an `mlp`, which takes the gradient itself
+            return None, None, None
         return apply(_LinearBack, x, weight, grads[0], ctx.needs_input_grad)
 
 

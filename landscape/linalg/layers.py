@@ -14,6 +14,7 @@ up to rounding.
 | linear | sums of products accumulate in place |
 | ReLU | known to be zero |
 | GELU | first and second derivative are tables |
+| linear, GELU, linear | row by row, in cache |
 | layer norm, attention | closed forms, with what they share computed once |
 
 `cheap_second_derivatives` puts them in the place of PyTorch's functions while a model runs. A call
@@ -32,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from landscape.linalg.attention import attention
 from landscape.linalg.bilinear import conv, linear
+from landscape.linalg.mlp import mlp
 from landscape.linalg.pointwise import gelu, relu, standardise
 
 _BY_POSITION = {"input", "query", "key", "value"}  # a call that names them is left as it is
@@ -51,6 +53,8 @@ class _Replacing(TorchFunctionMode):
         super().__init__()
         self._convolved: _Made | None = None
         self._normed: _Made | None = None
+        self._widened: _Made | None = None  # the output of a linear layer ...
+        self._activated: _Made | None = None  # ... and its GELU
         self._layers: dict[Any, Callable[..., Tensor | None]] = {
             torch.conv2d: self._conv,
             F.batch_norm: self._batch_norm,
@@ -58,7 +62,7 @@ class _Replacing(TorchFunctionMode):
             F.layer_norm: self._layer_norm,
             F.relu: _relu,
             torch.relu: _relu,
-            F.gelu: _gelu,
+            F.gelu: self._gelu,
             F.scaled_dot_product_attention: _attention,
         }
 
@@ -120,11 +124,17 @@ class _Replacing(TorchFunctionMode):
             shift = shift + last.bias * scale
         folded = last.weight * scale[:, None, None, None]
         known = (x, scale, shift if last.bias is None else shift - last.bias * scale)
-        return conv(last.x, folded, shift, last.settings, tuple(t.detach() for t in known))
+        return conv(last.x, folded, shift, last.more, tuple(t.detach() for t in known))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         if x.dim() < 2 or weight.dim() != 2:
             return None
+        last = self._activated
+        if last is not None and last.is_still(x) and weight.requires_grad:
+            before, h, *slopes = last.more
+            tables = [_rows(t) for t in (x.detach(), *slopes)]
+            out = mlp(before.x, before.weight, before.bias, _rows(h), weight, bias, tables)
+            return out.view(*x.shape[:-1], len(weight))
         last = self._normed
         if last is not None and last.is_still(x):
             # (z s + t) wᵀ + bias = z (w s)ᵀ + (w t + bias)
@@ -133,8 +143,10 @@ class _Replacing(TorchFunctionMode):
                 bias = weight @ last.bias if bias is None else weight @ last.bias + bias
             if last.weight is not None:
                 weight = weight * last.weight
-        rows = x.reshape(-1, x.shape[-1])
-        return linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
+        rows = _rows(x)
+        out = linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
+        self._widened = _Made(out, rows, weight, bias)
+        return out
 
     def _layer_norm(
         self,
@@ -153,6 +165,15 @@ class _Replacing(TorchFunctionMode):
         self._normed = _Made(out, z, weight, bias)
         return out
 
+    def _gelu(self, x: Tensor, approximate: str = "none") -> Tensor | None:
+        if approximate != "none":
+            return None
+        out, first, second = gelu(x)
+        last = self._widened
+        if last is not None and last.is_still(x) and last.is_learned():
+            self._activated = _Made(out, x, None, None, (last, x, first, second))
+        return out
+
 
 class _Made:
     """The output of a layer with what it was made of, to be made in another way."""
@@ -163,24 +184,22 @@ class _Made:
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        settings: Any = None,
+        more: Any = None,
     ) -> None:
-        self.x, self.weight, self.bias, self.settings = x, weight, bias, settings
+        self.x, self.weight, self.bias, self.more = x, weight, bias, more
         self._out, self._version = out, out._version
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether a tensor is the output, unchanged since."""
         return tensor is self._out and tensor._version == self._version
 
+    def is_learned(self) -> bool:
+        """Whether input and weights both require a gradient."""
+        return self.x.requires_grad and self.weight is not None and self.weight.requires_grad
+
 
 def _relu(x: Tensor, inplace: bool = False) -> Tensor | None:
     return None if inplace else relu(x)
-
-
-def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
-    if approximate != "none":
-        return None
-    return gelu(x)
 
 
 def _attention(
@@ -215,6 +234,10 @@ def _covered(argument: Any) -> bool:
         and not torch.is_autocast_enabled(argument.device.type)
         and not torch._C._functorch.is_functorch_wrapped_tensor(argument)
     )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _pair(size: int | Sequence[int]) -> list[int]:

@@ -21,10 +21,18 @@ def relu(x: Tensor) -> Tensor:
     return out
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Return x Φ(x), element by element."""
-    out: Tensor = apply(_Gelu, x)
-    return out
+def gelu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y = x Φ(x), element by element, and without a graph y' = Φ + x φ, y'' = (2 − x²) φ."""
+    phi, first, second = _gelu_tables(x.detach())
+    return apply(_Gelu, x, phi, first, second), first, second
+
+
+def _gelu_tables(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    phi = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
+    density = (x * x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+    first = torch.addcmul(phi, x, density)
+    second = (x * x).neg_().add_(2).mul_(density)
+    return phi, first, second
 
 
 def standardise(x: Tensor, eps: float) -> Tensor:
@@ -64,22 +72,19 @@ class _ReluBack(Function):
 
 
 class _Gelu(Function):
-    """y = x Φ(x), with y' = Φ + x φ and y'' = (2 − x²) φ as tables."""
+    """y = x Φ(x), of which Φ, y' and y'' are tables."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        phi = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
-        density = (x * x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        first = torch.addcmul(phi, x, density)
-        second = (x * x).neg_().add_(2).mul_(density)
+    def forward(ctx: Any, x: Tensor, phi: Tensor, first: Tensor, second: Tensor) -> Tensor:
         ctx.save_for_backward(x, first, second)
-        return phi.mul_(x)
+        return phi * x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (g,) = grads
         x, first, second = ctx.saved_tensors
-        return apply(_GeluBack, x, g, first, second) if torch.is_grad_enabled() else g * first
+        back = apply(_GeluBack, x, g, first, second) if torch.is_grad_enabled() else g * first
+        return back, None, None, None
 
 
 class _GeluBack(Function):
