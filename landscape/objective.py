@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from landscape._checks import check_at_least
 from landscape.batches import LABEL_KEYS, FrozenBatches, Inputs, PreparedBatch, Transform
 from landscape.losses import amount_averaged, is_classification, loss_settings
 from landscape.memory import free_memory
-from landscape.parameters import Choice, ParameterSpace
+from landscape.parameters import Choice, ParameterSpace, call_with
 from landscape.restore import eval_mode
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -145,8 +144,8 @@ class FrozenObjective:
             buffers = {name: t.clone() for name, t in self.space.buffers.items()}
             state = {**self.space.fixed, **buffers, **parameters}
             if isinstance(inputs, Mapping):
-                return functional_call(self.model, state, (), dict(inputs))
-            return functional_call(self.model, state, (inputs,))
+                return call_with(self.model, state, **inputs)
+            return call_with(self.model, state, inputs)
 
     def logits(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the model's outputs as one tensor."""

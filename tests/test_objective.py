@@ -1,11 +1,12 @@
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from landscape import Objective
+from landscape import Objective, loss_line
 from tests.cases import assert_untouched, make_batches, make_model, snapshot
 
 
@@ -27,6 +28,19 @@ class Record(nn.Module):
         if self.as_mapping:
             return {"logits": logits, "loss": loss}
         return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+class Twice(nn.Module):
+    """One layer and one batch norm, each registered under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Tanh())
+        self.again = self.first
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.again(self.first(x)).flatten(1))
 
 
 def direct_value(model, batches, weight_decay=0.0, loss=F.cross_entropy):
@@ -144,6 +158,22 @@ def test_flat_vector_round_trip():
     assert vector.shape == (space.dim,) == (2 + 80 + 15 + 3,)
     for name, tensor in space.unflatten(vector).items():
         assert torch.equal(tensor, space.values[name])
+
+
+def test_a_module_registered_twice_keeps_its_tensors():
+    model = Twice().double()
+    batches = make_batches((20, 3))
+    optimizer = torch.optim.SGD(model.parameters())
+    before = snapshot(model)
+    buffers = [id(b) for b in model.buffers()]
+    value = Objective().freeze(model, batches).value()
+    line = loss_line(model, batches, points=[0.0, 1.0], batch_norm="recalibrate", metrics="loss")
+    assert_untouched(model, before)
+    assert buffers == [id(b) for b in model.buffers()]
+    held = optimizer.param_groups[0]["params"]
+    assert all(p is q for p, q in zip(model.parameters(), held, strict=True))
+    assert value == pytest.approx(direct_value(model, batches), rel=1e-12)
+    assert np.isfinite(line.nll).all()
 
 
 def test_model_is_untouched_even_by_an_exception():
