@@ -124,6 +124,7 @@ class FrozenObjective:
             transform=objective.transform,
             seed=objective.seed,
             amount=functools.partial(amount_averaged, objective.loss),
+            ignore=loss_settings(objective.loss)[1],
             keep_bytes=free_memory(device) // 4 if keep_bytes is None else keep_bytes,
         )
         self.batches: Iterable[PreparedBatch] = batches
@@ -201,7 +202,7 @@ class FrozenObjective:
                 return
             once = self.logits(self.space.values, inputs)
             again = self.logits(self.space.values, inputs)
-            if len(once) != size:
+            if once.dim() == 0 or len(once) != size:
                 raise ValueError(
                     f"`model` must return one output a sample, got shape {tuple(once.shape)} "
                     f"for {size} samples."
@@ -224,9 +225,8 @@ class FrozenObjective:
         if label_range is None or not is_classification(self.objective.loss):
             return
         low, high = label_range
-        ignore = loss_settings(self.objective.loss)[1]
         classes = logits.shape[1] if logits.dim() > 1 else 1
-        if high >= classes or (low < 0 and low != ignore):
+        if high >= classes or low < 0:
             raise ValueError(
                 f"`data` must have labels in 0 … {classes - 1} for the {classes} outputs of "
                 f"`model`, got labels from {low} to {high}."
