@@ -50,7 +50,7 @@ class FrozenBatches:
     Attributes:
         num_samples: Number of samples over all batches.
         num_batches: Number of batches.
-        label_range: Smallest and largest integer label, or `None`.
+        label_range: Smallest and largest integer label that is not ignored, or `None`.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class FrozenBatches:
         transform: Transform | None,
         seed: int,
         amount: Callable[[Tensor | None, int], Tensor | float],
+        ignore: int,
         keep_bytes: int,
     ) -> None:
         """Draw every batch once.
@@ -73,6 +74,7 @@ class FrozenBatches:
             transform: Random transform of a batch, or `None`.
             seed: Seed of its stream.
             amount: `amount(targets, size)`, the weight of a batch in the mean over all data.
+            ignore: The label that does not count.
             keep_bytes: Batches are kept up to this size.
 
         Raises:
@@ -83,7 +85,7 @@ class FrozenBatches:
         self._transform, self._seed = transform, seed
         self._kept: list[_Drawn] | None = []
         self._prints: list[Tensor] = []
-        self._first_pass(amount, keep_bytes)
+        self._first_pass(amount, ignore, keep_bytes)
 
     @property
     def kept(self) -> bool:
@@ -105,7 +107,10 @@ class FrozenBatches:
                 yield PreparedBatch(inputs, targets, size, weight)
 
     def _first_pass(
-        self, amount: Callable[[Tensor | None, int], Tensor | float], keep_bytes: int
+        self,
+        amount: Callable[[Tensor | None, int], Tensor | float],
+        ignore: int,
+        keep_bytes: int,
     ) -> None:
         sizes: list[int] = []
         amounts: list[Tensor | float] = []
@@ -117,7 +122,7 @@ class FrozenBatches:
             sizes.append(drawn[2])
             amounts.append(amount(targets, drawn[2]))
             if targets is not None and not targets.is_floating_point() and targets.numel():
-                extremes.append(torch.stack([targets.min(), targets.max()]))
+                extremes.append(_extremes(targets.long(), ignore))
             if self._kept is None:
                 self._prints.append(_fingerprint(drawn))
                 continue
@@ -266,6 +271,14 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
             f"{tuple(targets.shape)} in batch {index}."
         )
     return inputs, targets
+
+
+def _extremes(labels: Tensor, ignore: int) -> Tensor:
+    """Return the smallest and the largest label that counts, `(2,)`."""
+    limits = torch.iinfo(labels.dtype)
+    skipped = labels == ignore
+    low, high = labels.masked_fill(skipped, limits.max), labels.masked_fill(skipped, limits.min)
+    return torch.stack([low.min(), high.max()])
 
 
 def _size(inputs: Inputs, targets: Tensor | None) -> int:

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from landscape._checks import check_at_least
 from landscape.batches import LABEL_KEYS, FrozenBatches, Inputs, PreparedBatch, Transform
 from landscape.losses import amount_averaged, is_classification, loss_settings
 from landscape.memory import free_memory
-from landscape.parameters import Choice, ParameterSpace
+from landscape.parameters import Choice, ParameterSpace, call_with
 from landscape.restore import eval_mode
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -125,6 +124,7 @@ class FrozenObjective:
             transform=objective.transform,
             seed=objective.seed,
             amount=functools.partial(amount_averaged, objective.loss),
+            ignore=loss_settings(objective.loss)[1],
             keep_bytes=free_memory(device) // 4 if keep_bytes is None else keep_bytes,
         )
         self.batches: Iterable[PreparedBatch] = batches
@@ -145,8 +145,8 @@ class FrozenObjective:
             buffers = {name: t.clone() for name, t in self.space.buffers.items()}
             state = {**self.space.fixed, **buffers, **parameters}
             if isinstance(inputs, Mapping):
-                return functional_call(self.model, state, (), dict(inputs))
-            return functional_call(self.model, state, (inputs,))
+                return call_with(self.model, state, **inputs)
+            return call_with(self.model, state, inputs)
 
     def logits(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the model's outputs as one tensor."""
@@ -202,7 +202,7 @@ class FrozenObjective:
                 return
             once = self.logits(self.space.values, inputs)
             again = self.logits(self.space.values, inputs)
-            if len(once) != size:
+            if once.dim() == 0 or len(once) != size:
                 raise ValueError(
                     f"`model` must return one output a sample, got shape {tuple(once.shape)} "
                     f"for {size} samples."
@@ -225,9 +225,8 @@ class FrozenObjective:
         if label_range is None or not is_classification(self.objective.loss):
             return
         low, high = label_range
-        ignore = loss_settings(self.objective.loss)[1]
         classes = logits.shape[1] if logits.dim() > 1 else 1
-        if high >= classes or (low < 0 and low != ignore):
+        if high >= classes or low < 0:
             raise ValueError(
                 f"`data` must have labels in 0 … {classes - 1} for the {classes} outputs of "
                 f"`model`, got labels from {low} to {high}."

@@ -6,9 +6,11 @@ in the order of `model.named_parameters()`. A tied parameter is one parameter, u
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from landscape._checks import nearest
 
@@ -81,6 +83,33 @@ def aliases(model: nn.Module) -> dict[str, str]:
         name: first.setdefault(id(p), name)
         for name, p in model.named_parameters(remove_duplicate=False)
     }
+
+
+def call_with(model: nn.Module, state: Mapping[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
+    """Call a model with other parameters and buffers in place; the model keeps its own.
+
+    PyTorch's own tying goes by name. A module that is registered twice has two names for one
+    parameter, which it exchanges twice, and the second tensor stays in the model. Here every place
+    that holds a tensor is named once.
+
+    Args:
+        model: Any module.
+        state: Tensors by (first) name; a tied tensor goes to each of its places.
+        *args: Positional arguments of the call.
+        **kwargs: Keyword arguments of the call.
+
+    Returns:
+        What the model returns.
+    """
+    first: dict[int, str] = {}
+    placed = {}
+    for prefix, module in model.named_modules():
+        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            known = first.setdefault(id(tensor), name)
+            if tensor is not None and known in state:
+                placed[name] = state[known]
+    return functional_call(model, placed, args, kwargs, tie_weights=False)
 
 
 def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:

@@ -5,20 +5,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and each back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Put every module in evaluation mode, and each back in its own mode afterwards.
+
+    Tensors that are plain attributes are put back too: the weight that pruning or the older
+    `torch.nn.utils.weight_norm` computes from its parameters before each call, a kept feature.
+    """
+    modes = [(module, module.training, _plain_tensors(module)) for module in model.modules()]
     try:
-        for module, _ in modes:
+        for module, _, _ in modes:
             module.training = False
         yield
     finally:
-        for module, training in modes:
+        for module, training, tensors in modes:
             module.training = training
+            vars(module).update(tensors)
+
+
+def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
-from landscape import Objective
+from landscape import Objective, loss_line
 from tests.cases import assert_untouched, make_batches, make_model, snapshot
 
 
@@ -27,6 +29,19 @@ class Record(nn.Module):
         if self.as_mapping:
             return {"logits": logits, "loss": loss}
         return type("Output", (), {"logits": logits, "loss": loss})()
+
+
+class Twice(nn.Module):
+    """One layer and one batch norm, each registered under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Tanh())
+        self.again = self.first
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.again(self.first(x)).flatten(1))
 
 
 def direct_value(model, batches, weight_decay=0.0, loss=F.cross_entropy):
@@ -61,6 +76,20 @@ def test_class_weights_average_over_all_data_not_over_batches(loss):
     model = make_model("conv")
     value = Objective(loss=loss).freeze(model, make_batches((8, 2, 1))).value()
     assert value == pytest.approx(direct_value(model, make_batches((11,)), loss=loss), rel=1e-12)
+
+
+def test_an_ignored_label_may_lie_beyond_the_classes():
+    model = nn.Conv2d(4, 3, 1).double()
+    x = torch.cat([x for x, _ in make_batches((8, 3))])
+    y = (x[:, 0] > 0).long()  # a label a pixel
+    y[:2, 0] = 255
+    loss = nn.CrossEntropyLoss(ignore_index=255)
+    batches = list(zip(x.split((8, 3)), y.split((8, 3)), strict=True))
+    value = Objective(loss=loss).freeze(model, batches).value()
+    assert value == pytest.approx(loss(model(x), y).item(), rel=1e-12)
+    y[3, 1, 1] = 7
+    with pytest.raises(ValueError, match="got labels from 0 to 7"):
+        Objective(loss=loss).freeze(model, batches)
 
 
 def test_hidden_class_weights_and_sums_are_refused():
@@ -146,6 +175,33 @@ def test_flat_vector_round_trip():
         assert torch.equal(tensor, space.values[name])
 
 
+def test_a_module_registered_twice_keeps_its_tensors():
+    model = Twice().double()
+    batches = make_batches((20, 3))
+    optimizer = torch.optim.SGD(model.parameters())
+    before = snapshot(model)
+    buffers = [id(b) for b in model.buffers()]
+    value = Objective().freeze(model, batches).value()
+    line = loss_line(model, batches, points=[0.0, 1.0], batch_norm="recalibrate", metrics="loss")
+    assert_untouched(model, before)
+    assert buffers == [id(b) for b in model.buffers()]
+    held = optimizer.param_groups[0]["params"]
+    assert all(p is q for p, q in zip(model.parameters(), held, strict=True))
+    assert value == pytest.approx(direct_value(model, batches), rel=1e-12)
+    assert np.isfinite(line.nll).all()
+
+
+def test_a_weight_that_is_computed_before_each_call_is_put_back():
+    model = make_model("conv")
+    prune.l1_unstructured(model[5], "weight", amount=0.5)
+    weight, values = model[5].weight, model[5].weight.detach().clone()
+    batches = make_batches((20, 3))
+    line = loss_line(model, batches, points=[0.0, 1.0], metrics="loss")
+    assert model[5].weight is weight
+    assert torch.equal(weight, values)
+    assert line.nll[0] == pytest.approx(direct_value(model, batches), rel=1e-12)
+
+
 def test_model_is_untouched_even_by_an_exception():
     model = make_model("conv")
     model[1].eval()
@@ -169,6 +225,17 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         return F.dropout(self.body(x), 0.5, training=True)
+
+
+class Squeezed(nn.Module):
+    """One number a sample, and no dimension left for a single sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)).squeeze()
 
 
 X, Y = make_batches((6,))[0]
@@ -215,6 +282,8 @@ def test_bad_models_and_settings_are_refused():
         Objective().freeze(lambda x: x, batches)
     with pytest.raises(ValueError, match="one output a sample"):
         Objective().freeze(nn.Sequential(nn.Flatten(0), nn.Linear(96, 3).double()), batches)
+    with pytest.raises(ValueError, match=r"one output a sample, got shape \(\) for 1 samples"):
+        Objective(loss=F.mse_loss).freeze(Squeezed(), [(X[:1], torch.zeros(1))])
     with pytest.raises(ValueError, match="scalar"):
         Objective(loss=lambda o, y: o.sum(1)).freeze(make_model("conv"), batches)
     with pytest.raises(ValueError, match="`weight_decay` must be at least 0"):

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from landscape.objective import FrozenObjective
+from landscape.parameters import call_with
 from landscape.restore import eval_mode
 
 
@@ -48,9 +48,9 @@ def recalibrated_buffers(
                 buffers = {name: t.clone() for name, t in space.buffers.items()}
                 state = {**space.fixed, **buffers, **parameters}
                 if isinstance(batch.inputs, Mapping):
-                    functional_call(model, state, (), dict(batch.inputs))
+                    call_with(model, state, **batch.inputs)
                 else:
-                    functional_call(model, state, (batch.inputs,))
+                    call_with(model, state, batch.inputs)
     finally:
         for handle in handles:
             handle.remove()

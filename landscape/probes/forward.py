@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from landscape.batches import Inputs
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, as_logits
+from landscape.parameters import call_with
 from landscape.restore import eval_mode
 
 PART = 16
@@ -122,7 +123,7 @@ class Forward:
         with eval_mode(self._frozen.model):
             named = {f"model.{name}": value for name, value in state.items()}
             call = (inputs, size, part, channels_last)
-            outputs: Tensor = functional_call(self._parts, named, call)
+            outputs: Tensor = call_with(self._parts, named, *call)
         return outputs
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from landscape.batches import Inputs
+from landscape.parameters import call_with
 from landscape.training.surroundings import GlobalStream
 
 _Plan = list[tuple[Tensor, float]]  # ones of the shape and layout of a mask, and the rate
@@ -52,9 +52,9 @@ class Draws:
     def _record(self, inputs: Inputs) -> _Plan:
         device = next(self._model.parameters()).device
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        arguments = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else ((inputs,), {})
         with torch.no_grad(), GlobalStream(device, 0).entered(), _Record() as record:
-            functional_call(self._model, buffers, *arguments)
+            call_with(self._model, buffers, *args, **kwargs)
             plan: _Plan = record.plan
         return plan
 

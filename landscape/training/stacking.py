@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape.batches import Inputs
+from landscape.parameters import call_with
 from landscape.training.draws import Replay
 from landscape.training.loop import Step, forward
 from landscape.training.row_adamw import RowAdamW
@@ -84,7 +85,7 @@ class Stack:
             def call(*args: Any, **kwargs: Any) -> Any:
                 replay: AbstractContextManager[Any] = Replay(masks) if masks else nullcontext()
                 with replay:
-                    return functional_call(step.model, {**parameters, **state}, args, kwargs)
+                    return call_with(step.model, {**parameters, **state}, *args, **kwargs)
 
             return forward(step, call, inputs, targets)
 
