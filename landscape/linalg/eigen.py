@@ -397,7 +397,7 @@ class EigenSearch:
         """Return a vector of one's own with a random one added, so that it may see everything."""
         random = self._random()
         mixed: torch.Tensor = sqrt(1 - OWN) * v.to(random) / v.norm() + sqrt(OWN) * random
-        return mixed
+        return mixed if mixed.any() else random  # in one dimension they may cancel
 
     def _random(self) -> torch.Tensor:
         return random_unit_vector(self._vectors, self._generator)

@@ -16,6 +16,8 @@ up to rounding.
 | GELU | first and second derivative are tables |
 | linear, GELU, linear | row by row, in cache |
 | layer norm, attention | closed forms, with what they share computed once |
+| hard sigmoid | PyTorch has no second derivative of it |
+| weight norm | PyTorch's second derivative (2.14) is wrong |
 
 `cheap_second_derivatives` puts them in the place of PyTorch's functions while a model runs. A call
 that they do not cover (other precisions, autocast, dropout, `torch.func`) is left as it is.
@@ -64,6 +66,8 @@ class _Replacing(TorchFunctionMode):
             torch.relu: _relu,
             F.gelu: self._gelu,
             F.scaled_dot_product_attention: _attention,
+            F.hardsigmoid: _hardsigmoid,
+            torch._weight_norm: _weight_norm,
         }
 
     def __torch_function__(
@@ -202,6 +206,15 @@ def _relu(x: Tensor, inplace: bool = False) -> Tensor | None:
     return None if inplace else relu(x)
 
 
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor | None:
+    return None if inplace else F.relu6(x + 3) / 6
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = [d for d in range(v.dim()) if dim == -1 or d != dim % v.dim()]
+    return v * (g / v.square().sum(others, keepdim=True).sqrt())
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -221,7 +234,7 @@ def _attention(
         return None
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-    return attention(q, k, v, mask, scale or 1 / math.sqrt(q.shape[-1]))
+    return attention(q, k, v, mask, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
 
 
 def _covered(argument: Any) -> bool:

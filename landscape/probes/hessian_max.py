@@ -6,6 +6,7 @@ Leaving out the weight decay or the augmentation is a common mistake (Park & Kim
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -287,5 +288,7 @@ def _bootstrap(
         batches, (count, batches), generator=generator, device=generator.device
     ).cpu()
     samples = [(_nep(eigenvalues[rows]), _ape(eigenvalues[rows])) for rows in draws.numpy()]
-    low, high = np.nanpercentile(np.array(samples), [2.5, 97.5], axis=0)
+    with warnings.catch_warnings():  # no resample has a positive one: the interval is NaN
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+        low, high = np.nanpercentile(np.array(samples), [2.5, 97.5], axis=0)
     return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))

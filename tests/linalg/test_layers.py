@@ -130,6 +130,11 @@ CASES = {
         [(2, 3, 5, 4)] * 3,
         "_Attention",
     ),
+    "attention at scale 0": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.0),
+        [(2, 5, 4)] * 3,
+        "_Attention",
+    ),
     "attention to nothing": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=NOTHING),
         [(2, 5, 4)] * 3,
@@ -152,6 +157,41 @@ CASES = {
     ),
     "a layer under vmap": (lambda x: vmap(F.gelu)(x), [(3, 5)], None),
 }
+
+
+# What PyTorch gets wrong, or cannot do, against its own functions that it can do.
+MENDED = {
+    "weight norm": (
+        lambda v, g: torch._weight_norm(v, g, 0),
+        lambda v, g: g * F.normalize(v, dim=1),
+        [(4, 3), (4, 1)],
+    ),
+    "weight norm of the last": (
+        lambda v, g: torch._weight_norm(v, g, 2),
+        lambda v, g: g * v / v.flatten(0, 1).norm(dim=0),
+        [(4, 3, 2), (1, 1, 2)],
+    ),
+    "weight norm of all": (
+        lambda v, g: torch._weight_norm(v, g, -1),
+        lambda v, g: g * v / v.norm(),
+        [(4, 3), ()],
+    ),
+    "hard sigmoid": (
+        lambda x: F.hardsigmoid(4 * x) * x,
+        lambda x: (4 * x / 6 + 0.5).clamp(0, 1) * x,
+        [(40,)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_mended_function_equals_its_definition(name, generator):
+    function, definition, shapes = MENDED[name]
+    leaves = [torch.randn(s, generator=generator).double().requires_grad_() for s in shapes]
+    tangents = [torch.randn(s, generator=generator).double() for s in shapes]
+    with cheap_second_derivatives():
+        found = evaluate(function, leaves, tangents)
+    torch.testing.assert_close(found, evaluate(definition, leaves, tangents))
 
 
 def evaluate(function, tensors, tangents):

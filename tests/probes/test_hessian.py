@@ -427,3 +427,25 @@ def test_bad_input_is_refused_before_work(probe):
         probe(model, batches, max_iter=0)
     with pytest.warns(UserWarning, match="raise `max_iter`"):
         probe(model, batches, max_iter=11)
+
+
+class Scale(nn.Module):
+    """One parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.scale * x
+
+
+def test_mini_batches_of_a_single_parameter_without_a_positive_eigenvalue():
+    """L = −mean (θ x)²: the Hessian of each mini-batch is −2 mean x², its only eigenvalue."""
+    x = torch.arange(1.0, 21).double().view(5, 4, 1)
+    data = [(batch, torch.zeros(4, 1).double()) for batch in x]
+    objective = Objective(loss=lambda out, y: -(out - y).square().mean())
+    result = landscape.hessian_max_spectrum(Scale(), data, objective=objective, k=1)
+    np.testing.assert_allclose(result.eigenvalues[:, 0], -2 * x.square().mean((1, 2)), rtol=1e-12)
+    assert result.nep == 1
+    assert np.isnan([result.ape, *result.ape_interval]).all()
