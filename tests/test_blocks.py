@@ -11,6 +11,7 @@ from torch import nn
 
 from landscape.blocks import Blocks
 from landscape.blocks.lesions import num_heads
+from landscape.blocks.passes import PartialPasses
 from landscape.models import alternet18, resnet20, vit_nano
 from tests.cases import assert_untouched, snapshot
 
@@ -381,3 +382,10 @@ def test_gradients_flow_while_visited(images):
     )
     assert gradient.abs().sum() > 0
     assert unused is not None
+
+
+def test_a_pass_that_ends_early(images):
+    calls = iter([3, 1])
+    passes = PartialPasses(lambda: sum(images + i for i in range(next(calls))), frozenset())
+    with pytest.raises(ValueError, match="must make the same calls in every pass"):
+        passes.value_at(4, None, None)

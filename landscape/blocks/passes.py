@@ -134,7 +134,11 @@ class PartialPasses:
             return self._run()
 
     def value_at(self, end: int, start: int | None, value: Tensor | None) -> Tensor:
-        """Return what the call `end` returns in a pass that goes on from `value` at `start`."""
+        """Return what the call `end` returns in a pass that goes on from `value` at `start`.
+
+        Raises:
+            ValueError: If the pass ends before that call.
+        """
         found: list[Tensor] = []
 
         def stop(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,6 +148,11 @@ class PartialPasses:
 
         with self._from(start, value, {end: stop}), suppress(_Reached):
             self._run()
+        if not found:
+            raise ValueError(
+                f"`model` must make the same calls in every pass, got a pass that ends before call "
+                f"{end}; does its control flow depend on the data?"
+            )
         return found[0]
 
     def _from(
