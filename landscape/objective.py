@@ -34,7 +34,8 @@ class Objective:
 
     Attributes:
         loss: `loss(outputs, targets)` -> mean over the samples of a batch, a scalar. `None` takes
-            the `.loss` that the model itself returns (Hugging Face models, mapping batches).
+            the `.loss` that the model itself returns (Hugging Face models, mapping batches), which
+            must be a mean over samples too: one over tokens is not, where their number differs.
             Class weights and ignored labels are understood in `nn.CrossEntropyLoss`, `nn.NLLLoss`
             and `functools.partial` of their functional forms: the mean stays one over all data.
         weight_decay: λ of the term (λ/2)‖θ‖² over the chosen parameters.
@@ -198,7 +199,7 @@ class FrozenObjective:
         cuda = [self.space.device] if self.space.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=cuda):
             if self.objective.loss is None:
-                self.data_term(self.space.values, batch)
+                _check_same(*(self.data_term(self.space.values, batch) for _ in range(2)))
                 return
             once = self.logits(self.space.values, inputs)
             again = self.logits(self.space.values, inputs)
@@ -207,11 +208,7 @@ class FrozenObjective:
                     f"`model` must return one output a sample, got shape {tuple(once.shape)} "
                     f"for {size} samples."
                 )
-            if not torch.allclose(once, again, rtol=1e-3, atol=1e-3, equal_nan=True):
-                raise ValueError(
-                    "`model` must be deterministic in evaluation mode, got two different outputs "
-                    "for one batch; switch off its functional dropout or sampling."
-                )
+            _check_same(once, again)
             self._check_labels(once, label_range)
             loss = self.loss(once, batch)
             if loss.dim() != 0:
@@ -250,6 +247,14 @@ class FrozenObjective:
                 f"average to {mean:.6g}; pass class weights as `nn.CrossEntropyLoss(weight=…)`, "
                 "or all samples as one batch."
             )
+
+
+def _check_same(once: Tensor, again: Tensor) -> None:
+    if not torch.allclose(once, again, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            "`model` must be deterministic in evaluation mode, got two different outputs for one "
+            "batch; switch off its functional dropout or sampling."
+        )
 
 
 def as_logits(outputs: Any) -> Tensor:

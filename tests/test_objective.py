@@ -274,6 +274,11 @@ def test_bad_models_and_settings_are_refused():
         Objective(parameters=lambda n, p: False).freeze(make_model("conv"), batches)
     with pytest.raises(ValueError, match="deterministic"):
         Objective().freeze(Noisy(), batches)
+    mappings = [{"pixel_values": x, "labels": y} for x, y in batches]
+    noisy = Record(as_mapping=True)
+    noisy.body = Noisy()
+    with pytest.raises(ValueError, match="deterministic"):
+        Objective(loss=None).freeze(noisy, mappings)
     with pytest.raises(ValueError, match="lazy parameter"):
         Objective().freeze(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), batches)
     with pytest.raises(ValueError, match="meta device"):
