@@ -119,6 +119,8 @@ def hessian_max_spectrum(
     """
     began = time.perf_counter()
     generator = check_arguments(k, engine, start, precision, generator)
+    if group is not None and engine != "native":
+        raise ValueError(f"`group` needs engine='native', got {engine!r}.")
     first = start_vectors(start)
     seed = generator.initial_seed()
     frozen = objective.freeze(model, data, check_mean=False)

@@ -159,6 +159,8 @@ def test_models_that_cannot_be_stacked_are_solved_one_by_one():
             landscape.hessian_max_spectrum(model, batches, group=2)
     with pytest.raises(ValueError, match="`group` must be at least 1, got 0"):
         landscape.hessian_max_spectrum(model, batches, group=0)
+    with pytest.raises(ValueError, match="`group` needs engine='native', got 'pyhessian'"):
+        landscape.hessian_max_spectrum(model, batches, group=2, engine="pyhessian")
 
 
 class Keyed(nn.Module):
