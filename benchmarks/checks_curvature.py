@@ -107,9 +107,11 @@ def near(got: Any, expected: Any, tolerance: float = 1e-3) -> None:
     expect(bool(error <= tolerance), f"got {shown[0]}, expected {shown[1]}")
 
 
-def product_is_right(peer: Any, model: nn.Module, batches: Any, loss: Any = CROSS) -> None:
-    """Compare the product with one random vector."""
-    matrix = dense(model, batches, loss)
+def product_is_right(
+    peer: Any, model: nn.Module, batches: Any, loss: Any = CROSS, same: nn.Module | None = None
+) -> None:
+    """Compare the product with one random vector; `same` is the model in other words."""
+    matrix = dense(same or model, batches, loss)
     v = torch.randn(len(matrix), generator=torch.Generator().manual_seed(2))
     operator = method(peer, "operator")(model, loss, batches)
     near(peer.product(operator, v), matrix @ v.double())
@@ -256,6 +258,30 @@ def fused_attention(peer: Any) -> None:
     product_is_right(peer, _Attention().eval(), data(8))
 
 
+class _WeightNorm(nn.Module):
+    """Weights as lengths times directions; by PyTorch's function, or as written in the paper."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.v = nn.Parameter(torch.randn(5, 4, generator=g))
+        self.g = nn.Parameter(torch.rand(5, 1, generator=g) + 0.5)
+        self.head, self.fused = nn.Parameter(torch.randn(3, 5, generator=g)), fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            weight = torch._weight_norm(self.v, self.g, 0)
+        else:
+            weight = self.g * self.v / self.v.norm(dim=1, keepdim=True)
+        return torch.tanh(x @ weight.T) @ self.head.T
+
+
+def weight_norm(peer: Any) -> None:
+    """Weight norm has its true Hessian, which PyTorch's second derivative (2.13, 2.14) misses."""
+    written_out = _WeightNorm(fused=False)
+    product_is_right(peer, _WeightNorm(fused=True).eval(), data(8), same=written_out)
+
+
 def density(peer: Any) -> None:
     """The density integrates to 1, and to the mean eigenvalue."""
     eigenvalues = np.linspace(2, 8, 100)  # four standard errors of 10 probes are 20 % of the mean
@@ -323,6 +349,7 @@ CURVATURE: dict[str, Check] = {
         second_object,
         unused_parameter,
         fused_attention,
+        weight_norm,
         density,
         negative_trace,
         no_leak,

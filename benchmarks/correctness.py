@@ -47,7 +47,7 @@ def judge(check: str, name: str, answer: Connection) -> None:
         CHECKS[check](peer)
         answer.send(("right", ""))
     except Wrong as error:
-        reason = getattr(peer, "scope", {}).get(check)
+        reason = getattr(type(peer), "scope", {}).get(check)
         answer.send(("outside its scope", reason) if reason else ("wrong", _first_line(error)))
     except OutsideScope as error:
         answer.send(("outside its scope", _first_line(error)))

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import checks_curvature
 import peers
 from checks_surface import SURFACES
-from correctness import CHECKS, table
+from correctness import CHECKS, judge, table
 
 ADAPTERS = {name: adapter for name, (_, adapter) in peers.PEERS.items()}
 
@@ -81,3 +81,20 @@ def test_the_table_shows_every_verdict():
     said = "A model left in training mode has one Hessian: two equal products are equal."
     assert f"| {said} | ✓ | **wrong** |\n" in text
     assert "| Twice the distance reaches twice as far. | ✓ | **wrong** | error |\n" in text
+
+
+class Sheared(Walking):
+    """A peer that says of all that it has not got that it lacks it, as its adapter does."""
+
+    def __getattr__(self, name):
+        raise peers.OutsideScope(f"it has no {name}")
+
+
+def test_a_wrong_answer_is_called_wrong_even_of_a_peer_with_little_scope(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "sheared", ("torch", Sheared))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    answers = []
+    answer = type("Answer", (), {"send": staticmethod(answers.append)})
+    for check in ("walked_plane", "density"):
+        judge(check, "sheared", answer)
+    assert [verdict for verdict, _ in answers] == ["wrong", "outside its scope"]

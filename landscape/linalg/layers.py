@@ -17,7 +17,7 @@ up to rounding.
 | linear, GELU, linear | row by row, in cache |
 | layer norm, attention | closed forms, with what they share computed once |
 | hard sigmoid | PyTorch has no second derivative of it |
-| weight norm | PyTorch's second derivative (2.14) is wrong |
+| weight norm | PyTorch's second derivative (2.13, 2.14) is wrong |
 
 `cheap_second_derivatives` puts them in the place of PyTorch's functions while a model runs. A call
 that they do not cover (other precisions, autocast, dropout, `torch.func`) is left as it is.
