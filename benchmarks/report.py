@@ -12,6 +12,15 @@ from turns import RIGHT
 K = 5
 
 
+def _later(described: dict[str, Any]) -> str:
+    """Say which workloads were measured again at a later commit, where some were."""
+    again = described.get("again")
+    if not again:
+        return ""
+    which, commit = " and ".join(again["workloads"]), again["commit"]
+    return f" {which} again at commit {commit}, {again['began']}."
+
+
 def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
     """Return the rows as Markdown."""
     versions = ", ".join(f"{k} {v or 'absent'}" for k, v in described["versions"].items())
@@ -20,7 +29,8 @@ def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
         "",
         f"{described['cpu']}, {described['cores']} cores, {described['threads']} thread(s); "
         f"{described['began']} to {described['ended']}; preset `{described['preset']}`.",
-        f"Commit {described['commit']}, Python {described['python']}, {versions}.",
+        f"Commit {described['commit']}, Python {described['python']}, {versions}."
+        + _later(described),
         "",
         "Cost in gradients on the same data (mean over the turns), Hessian-vector products over "
         f"all of the data, how many of the {K} largest by magnitude are right to {RIGHT:g} (mean "
