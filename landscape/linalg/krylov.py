@@ -102,6 +102,7 @@ class KrylovSpace:
         self.size = 0
         self.asymmetry = 0.0
         self._unread: list[_Step] = []
+        self._fresh: int | None = None  # chain whose direction was made orthogonal last
 
     @property
     def full(self) -> bool:
@@ -217,8 +218,8 @@ class KrylovSpace:
         norm = r.norm()
         tiny = torch.finfo(r.dtype).tiny  # of a chain that has ended unread, nothing is left
         q: Tensor = r / norm.clamp_min(tiny)
-        if self._reads > 1 or len(self._frontier) > 1 or self._is_small(norm):
-            # What rounding left of the basis has grown with 1 / norm.
+        if self._reads > 1 or chain != self._fresh or self._is_small(norm):
+            # What rounding left of the basis has grown with 1 / norm, or with the steps since.
             q, _ = orthogonalise(q, self._basis[:m], self._reads > 1)
             q /= q.norm().clamp_min(tiny)
         self._basis[m] = q
@@ -241,6 +242,7 @@ class KrylovSpace:
         w, column = orthogonalise(product.to(self._basis), self._basis[:m], self._reads > 1)
         step.coefficients = torch.cat([step.shares, column, w.norm()[None]])
         self._frontier[step.chain] = w
+        self._fresh = step.chain
         if len(self._unread) >= self._reads or self.full or len(self.alive) > 1:
             self.read()
 
