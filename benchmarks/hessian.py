@@ -15,8 +15,8 @@ each next to its own timings of one gradient on the same batch, the unit of cost
 ratios over the turns is reported; each turn has a start vector of its own. References: see
 `references.py`. `--quick` only shows that everything runs; the default gives the peers one turn,
 and those that are too slow for W3, W4 and W5 a part of them, next to ours on the same part, which
-the table says; `--full` gives everybody the whole. W1 and W2 are drawn too: cost against the
-largest error, `results/hessian.png`.
+the table says; `--full` gives everybody the whole. `--only` leaves the rows of other workloads as
+they were. W1 and W2 are drawn too: cost against the largest error, `results/hessian.png`.
 """
 
 import argparse
@@ -128,6 +128,14 @@ def densities_judged(turns: Turns, exact: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
+def joined(before: dict[str, Any], now: dict[str, Any], only: list[str]) -> dict[str, Any]:
+    """Return an earlier result with the rows of some workloads measured again."""
+    kept = [row for row in before["rows"] if row["workload"][:2] not in only]
+    rows = sorted([*kept, *now["rows"]], key=lambda row: str(row["workload"][:2]))
+    again = {"workloads": only} | {key: now["machine"][key] for key in ("commit", "began")}
+    return before | {"machine": before["machine"] | {"again": again}, "rows": rows}
+
+
 def main() -> None:
     """Run the workloads, print the table, write `results/hessian.json`, `.md` and `.png`."""
     parser = argparse.ArgumentParser(description="Cost and accuracy of Hessian spectra.")
@@ -148,6 +156,8 @@ def main() -> None:
     output = arguments.output or (RESULTS if name != "quick" else RESULTS / "quick")
     output.mkdir(parents=True, exist_ok=True)
     described = machine.describe(PACKAGES) | {"preset": name}
+    path = output / "hessian.json"
+    before = json.loads(path.read_text()) if path.exists() else None
     began = time.perf_counter()
     prepare(chosen, preset.steps, preset.sizes)
     tqdm.write(f"training and references: {time.perf_counter() - began:.0f} s")
@@ -160,9 +170,11 @@ def main() -> None:
             tqdm.write(f"{workload.title} {workload.model} {workload.size}: {spent:.0f} s")
             described["ended"] = machine.now()
             content = {"machine": described, "unit": "one gradient", "rows": rows}
-            (output / "hessian.json").write_text(json.dumps(content, indent=1) + "\n")
-            (output / "hessian.md").write_text(table(rows, described))
-            draw(rows, output / "hessian.png")
+            if set(only) < set(NAMES) and before is not None:
+                content = joined(before, content, only)
+            path.write_text(json.dumps(content, indent=1) + "\n")
+            (output / "hessian.md").write_text(table(content["rows"], content["machine"]))
+            draw(content["rows"], output / "hessian.png")
     print(table(rows, described))
 
 

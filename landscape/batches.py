@@ -63,6 +63,7 @@ class FrozenBatches:
         seed: int,
         amount: Callable[[Tensor | None, int], Tensor | float],
         ignore: int,
+        labels: bool,
         keep_bytes: int,
     ) -> None:
         """Draw every batch once.
@@ -75,6 +76,7 @@ class FrozenBatches:
             seed: Seed of its stream.
             amount: `amount(targets, size)`, the weight of a batch in the mean over all data.
             ignore: The label that does not count.
+            labels: Whether integer targets are class labels, of any integer type.
             keep_bytes: Batches are kept up to this size.
 
         Raises:
@@ -82,7 +84,7 @@ class FrozenBatches:
         """
         check_data(data)
         self._data, self._placement = data, Placement(device, dtype)
-        self._transform, self._seed = transform, seed
+        self._transform, self._seed, self._labels = transform, seed, labels
         self._kept: list[_Drawn] | None = []
         self._prints: list[Tensor] = []
         self._first_pass(amount, ignore, keep_bytes)
@@ -170,6 +172,8 @@ class FrozenBatches:
                     f"`transform` must keep the number of samples, got {size} -> "
                     f"{_size(inputs, targets)}."
                 )
+        if self._labels and targets is not None and not targets.is_floating_point():
+            targets = targets.long()
         return inputs, targets, size
 
 

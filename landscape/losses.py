@@ -10,6 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+_ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+
 
 def loss_settings(loss: Any) -> tuple[Tensor | None, int, str]:
     """Return (class weights, ignored label, reduction) of the losses whose mean is weighted."""
@@ -32,6 +35,13 @@ def is_classification(loss: Any) -> bool:
     return loss in (F.cross_entropy, F.nll_loss) or isinstance(
         loss, nn.CrossEntropyLoss | nn.NLLLoss
     )
+
+
+def is_elementwise(loss: Any) -> bool:
+    """Whether `loss` compares outputs and targets entry by entry, and broadcasts other shapes."""
+    if isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss in _ELEMENTWISE or isinstance(loss, _ELEMENTWISE_MODULES)
 
 
 def amount_averaged(loss: Any, targets: Tensor | None, size: int) -> Tensor | float:

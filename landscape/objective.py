@@ -10,7 +10,8 @@ of L (or two products with its Hessian) would belong to two different functions.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,12 @@ from torch import Tensor, nn
 
 from landscape._checks import check_at_least
 from landscape.batches import LABEL_KEYS, FrozenBatches, Inputs, PreparedBatch, Transform
-from landscape.losses import amount_averaged, is_classification, loss_settings
+from landscape.losses import (
+    amount_averaged,
+    is_classification,
+    is_elementwise,
+    loss_settings,
+)
 from landscape.memory import free_memory
 from landscape.parameters import Choice, ParameterSpace, call_with
 from landscape.restore import eval_mode
@@ -126,6 +132,7 @@ class FrozenObjective:
             seed=objective.seed,
             amount=functools.partial(amount_averaged, objective.loss),
             ignore=loss_settings(objective.loss)[1],
+            labels=is_classification(objective.loss),
             keep_bytes=free_memory(device) // 4 if keep_bytes is None else keep_bytes,
         )
         self.batches: Iterable[PreparedBatch] = batches
@@ -201,7 +208,8 @@ class FrozenObjective:
             if self.objective.loss is None:
                 _check_same(*(self.data_term(self.space.values, batch) for _ in range(2)))
                 return
-            once = self.logits(self.space.values, inputs)
+            with _explained("`model` on", inputs):
+                once = self.logits(self.space.values, inputs)
             again = self.logits(self.space.values, inputs)
             if once.dim() == 0 or len(once) != size:
                 raise ValueError(
@@ -209,14 +217,31 @@ class FrozenObjective:
                     f"for {size} samples."
                 )
             _check_same(once, again)
+            self._check_targets(once, batch.targets)
             self._check_labels(once, label_range)
-            loss = self.loss(once, batch)
+            with _explained("`loss` on", once, batch.targets):
+                loss = self.loss(once, batch)
             if loss.dim() != 0:
                 raise ValueError(
                     f"`loss` must return a scalar mean, got shape {tuple(loss.shape)}."
                 )
             if check_mean and self.num_batches > 1 and size > 1:
                 self._check_mean(once, batch, float(loss))
+
+    def _check_targets(self, logits: Tensor, targets: Tensor | None) -> None:
+        if targets is None:
+            return
+        expected = logits.shape
+        if is_classification(self.objective.loss) and not targets.is_floating_point():
+            expected = logits.shape[:1] + logits.shape[2:]
+        elif not is_elementwise(self.objective.loss):
+            return
+        if targets.shape != expected:
+            raise ValueError(
+                f"`data` must have targets of shape {tuple(expected)} for outputs "
+                f"{tuple(logits.shape)} of `model` and this loss, got {targets.dtype} "
+                f"{tuple(targets.shape)}."
+            )
 
     def _check_labels(self, logits: Tensor, label_range: tuple[int, int] | None) -> None:
         if label_range is None or not is_classification(self.objective.loss):
@@ -247,6 +272,20 @@ class FrozenObjective:
                 f"average to {mean:.6g}; pass class weights as `nn.CrossEntropyLoss(weight=…)`, "
                 "or all samples as one batch."
             )
+
+
+@contextmanager
+def _explained(what: str, *arguments: Any) -> Iterator[None]:
+    """Note on an error of the user's code what it was called with."""
+    try:
+        yield
+    except Exception as error:
+        shown = [
+            f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            for t in arguments
+        ]
+        error.add_note(f"It came from {what} the first batch of `data`: {', '.join(shown)}.")
+        raise
 
 
 def _check_same(once: Tensor, again: Tensor) -> None:

@@ -256,11 +256,35 @@ X, Y = make_batches((6,))[0]
         ([(X, Y - 1)], ValueError, "labels in 0 … 2"),
         ([(X, "cat")], TypeError, "must yield tensors"),
         ([(X[:0], Y[:0])], ValueError, "at least one sample"),
+        ([(X, Y[:, None])], ValueError, r"targets of shape \(6,\) .*, got torch.int64 \(6, 1\)"),
     ],
 )
 def test_bad_data_is_refused(data, error, message):
     with pytest.raises(error, match=message):
         Objective().freeze(make_model("conv"), data)
+
+
+def test_targets_that_a_loss_would_broadcast_are_refused():
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(1))
+    model(X.float())
+    with pytest.raises(ValueError, match=r"targets of shape \(6, 1\) .*, got torch.float32 \(6,\)"):
+        Objective(loss=nn.MSELoss()).freeze(model, [(X, Y.float())])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_class_labels_may_have_any_integer_type(dtype):
+    model = make_model("conv")
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    expected = Objective(loss=loss).freeze(model, [(X, Y)]).value()
+    assert Objective(loss=loss).freeze(model, [(X, Y.to(dtype))]).value() == expected
+
+
+def test_an_error_of_the_model_says_what_it_was_called_with():
+    with pytest.raises(RuntimeError) as caught:
+        Objective().freeze(make_model("conv"), [((X * 9).to(torch.uint8), Y)])
+    assert caught.value.__notes__ == [
+        f"It came from `model` on the first batch of `data`: torch.uint8 {tuple(X.shape)}."
+    ]
 
 
 def test_bad_models_and_settings_are_refused():
