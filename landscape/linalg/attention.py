@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from landscape.linalg.bilinear import apply
 
-CACHED = 1 << 17  # attention weights at a time: a dozen such tables stay in a CPU's cache
+CACHED = 1 << 18  # attention weights at a time, a heuristic: a few such tables stay in the cache
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -41,38 +41,38 @@ class _Attention(Function):
         p = scores.softmax(-1)
         if mask is not None:  # a query that may attend to nothing yields 0, not NaN
             p = p.masked_fill((mask == -math.inf).all(-1, keepdim=True), 0.0)
-        ctx.save_for_backward(q, k, v, p)
+        out = p @ v
+        ctx.save_for_backward(q, k, v, p, out)
         ctx.scale = scale
-        return p @ v
+        return out.clone()  # what is returned may be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        q, k, v, p = ctx.saved_tensors
-        return (*apply(_AttentionBack, q, k, v, grads[0].contiguous(), p, ctx.scale), None, None)
+        q, k, v, p, out = ctx.saved_tensors
+        (g,) = grads
+        return (*apply(_AttentionBack, q, k, v, g, p, out, ctx.scale), None, None)
 
 
 class _AttentionBack(Function):
-    """b = (s D k, s Dᵀq, Pᵀg), with D = P ∘ (A − c), A = g vᵀ and c the row sums of P ∘ A."""
+    """b = (s D k, s Dᵀq, Pᵀg), with D = P ∘ (A − c), A = g vᵀ and c = Σ P ∘ A = g·o, row by row."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, p: Tensor, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, p: Tensor, out: Tensor, scale: float
     ) -> Any:
-        a = g @ v.mT
-        centred = a - (a * p).sum(-1, keepdim=True)
-        d = (centred * p).mul_(scale)
-        ctx.save_for_backward(q, k, v, g, p, a, centred, d)
+        centred = (g @ v.mT).sub_((g * out).sum(-1, keepdim=True))
+        d = centred * p
+        ctx.save_for_backward(q, k, v, g, p, centred)
         ctx.scale = scale
-        return d @ k, d.mT @ q, p.mT @ g
+        return (d @ k).mul_(scale), (d.mT @ q).mul_(scale), p.mT @ g
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        # ⟨b, (x, y, w)⟩ = ⟨D, T⟩ + ⟨P, g wᵀ⟩ with T = s (x kᵀ + q yᵀ), the tangent of the scores.
         q, k, v, g = ctx.saved_tensors[:4]
-        outs = [torch.empty_like(t) for t in (q, k, v, g)]
+        outs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, g)]
         for part in _parts([*grads, *ctx.saved_tensors, *outs]):
             _attention_curvature(ctx.scale, *part)
-        return (*outs, None, None)
+        return (*outs, None, None, None)
 
 
 def _attention_curvature(
@@ -85,32 +85,40 @@ def _attention_curvature(
     v: Tensor,
     g: Tensor,
     p: Tensor,
-    a: Tensor,
     centred: Tensor,
-    d: Tensor,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     dg: Tensor,
 ) -> None:
-    """Write the derivatives of ⟨b, (x, y, w)⟩ in q, k, v and g."""
-    t = torch.bmm(x, k.mT).baddbmm_(q, y.mT).mul_(scale)
-    weighted = p * t
-    mean = weighted.sum(-1, keepdim=True)
-    dp = torch.bmm(g, w.mT).addcmul_(t, centred).addcmul_(a, mean, value=-1).mul_(p)
-    ds = dp.addcmul_(p, dp.sum(-1, keepdim=True), value=-1).mul_(scale)
-    tangent = weighted.addcmul_(p, mean, value=-1)  # of P: the derivative in A
-    torch.bmm(ds, k, out=dq).baddbmm_(d, y)
-    torch.bmm(ds.mT, q, out=dk).baddbmm_(d.mT, x)
-    torch.bmm(tangent.mT, g, out=dv)
-    torch.bmm(tangent, v, out=dg).baddbmm_(p, w)
+    """Write the derivatives of ⟨b, (x, y, w)⟩ in q, k, v and g.
+
+    ⟨b, (x, y, w)⟩ = s ⟨D, T⟩ + ⟨P, g wᵀ⟩ with s T = s (x kᵀ + q yᵀ), the tangent of the scores. P's
+    is s P ∘ (T − m), with m the sums over a row of P ∘ T, and so is the derivative in A; the one in
+    the scores is P ∘ (Y − r), with Y = s (A − c) ∘ (T − m) + g wᵀ and r the sums of P ∘ Y.
+    """
+    d = p * centred
+    t = torch.bmm(x, k.mT).baddbmm_(q, y.mT).mul_(p)
+    tangent = t.addcmul_(p, t.sum(-1, keepdim=True), value=-1)
+    ds = torch.bmm(g, w.mT).mul_(p).addcmul_(centred, tangent, value=scale)
+    ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
+    for out, a, b, c, e in (
+        (dq, ds, k, d, y),
+        (dk, ds.mT, q, d.mT, x),
+    ):
+        torch.bmm(a, b, out=out)
+        torch.baddbmm(out, c, e, beta=scale, alpha=scale, out=out)
+    torch.bmm(p, w, out=dg)
+    torch.baddbmm(dg, tangent, v, alpha=scale, out=dg)
+    torch.baddbmm(dv, tangent.mT, g, beta=0, alpha=scale, out=dv)
 
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield tensors, their leading dimensions as one, in parts that stay in a CPU's cache."""
-    flat = [t.contiguous().flatten(0, -3) if t.dim() > 2 else t[None] for t in tensors]
-    size = len(flat[0])
-    if flat[0].device.type == "cpu":
-        size = max(1, CACHED * size // max(t.numel() for t in flat))
-    parts: list[tuple[Tensor, ...]] = [torch.split(t, size) for t in flat]
-    return zip(*parts, strict=True)
+    """Yield tensors with their leading dimensions as one, in parts that stay in a CPU's cache."""
+    deep = [t if t.dim() > 2 else t[None] for t in tensors]
+    first = len(deep[0])
+    size = first
+    if deep[0].device.type == "cpu":
+        size = max(1, CACHED * first // max(t.numel() for t in deep))
+    for part in zip(*[torch.split(t, size) for t in deep], strict=True):
+        yield tuple(t.reshape(-1, *t.shape[-2:]) for t in part)

@@ -13,6 +13,8 @@ from torch.autograd import Function
 from landscape.linalg.bilinear import apply
 
 _threshold_backward: Any = torch.ops.aten.threshold_backward
+_layer_norm: Any = torch.ops.aten.native_layer_norm
+_layer_norm_backward: Any = torch.ops.aten.native_layer_norm_backward
 
 
 def relu(x: Tensor) -> Tensor:
@@ -107,26 +109,27 @@ class _Standardise(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        z = x - x.mean(-1, keepdim=True)
-        rho = (z * z).mean(-1, keepdim=True).add_(eps).rsqrt_()
-        z.mul_(rho)
-        ctx.save_for_backward(x, z, rho)
-        return z
+        z, mean, rho = _layer_norm(x, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x, z, mean, rho)
+        out: Tensor = z
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, z, rho = ctx.saved_tensors
-        return apply(_StandardiseBack, x, grads[0], z.detach(), rho), None
+        x, z, mean, rho = ctx.saved_tensors
+        (g,) = grads
+        if torch.is_grad_enabled():
+            return apply(_StandardiseBack, x, g, z.detach(), mean, rho), None
+        return _projected(x, g, mean, rho), None
 
 
 class _StandardiseBack(Function):
     """b = ρ P g, with P g = g − mean g − z mean(g z)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, g: Tensor, z: Tensor, rho: Tensor) -> Tensor:
-        along = (g * z).mean(-1, keepdim=True)
-        out = _project(g, z, along).mul_(rho)
-        ctx.save_for_backward(z, rho, out, along)
+    def forward(ctx: Any, x: Tensor, g: Tensor, z: Tensor, mean: Tensor, rho: Tensor) -> Tensor:
+        out = _projected(x, g, mean, rho)
+        ctx.save_for_backward(x, z, mean, rho, out, _mean(g, z).mul_(rho))
         return out
 
     @staticmethod
@@ -134,13 +137,20 @@ class _StandardiseBack(Function):
         # With dz = ρ P dx and dρ = −ρ² mean(z dx):
         # ⟨v, db⟩ = −ρ mean(z dx) ⟨v, b⟩ − ρ [mean(g z) ⟨v, dz⟩ + mean(v z) ⟨g, dz⟩]
         (v,) = grads
-        z, rho, out, along = ctx.saved_tensors
-        also = (v * z).mean(-1, keepdim=True)
-        dg = _project(v, z, also).mul_(rho)
-        dx = z * ((v * out).mean(-1, keepdim=True) * -rho)
-        dx.addcmul_(dg, along * rho, value=-1).addcmul_(out, also * rho, value=-1)
-        return dx, dg, None, None
+        x, z, mean, rho, out, along = ctx.saved_tensors
+        dg = _projected(x, v, mean, rho)
+        dx = z * _mean(v, out).mul_(-rho)
+        dx.addcmul_(dg, along, value=-1).addcmul_(out, _mean(v, z).mul_(rho), value=-1)
+        return dx, dg, None, None, None
 
 
-def _project(g: Tensor, z: Tensor, along: Tensor) -> Tensor:
-    return torch.addcmul(g - g.mean(-1, keepdim=True), z, along, value=-1)
+def _projected(x: Tensor, g: Tensor, mean: Tensor, rho: Tensor) -> Tensor:
+    """Return ρ P g, in one pass over memory."""
+    needed = [True, False, False]
+    out: Tensor = _layer_norm_backward(g, x, x.shape[-1:], mean, rho, None, None, needed)[0]
+    return out
+
+
+def _mean(a: Tensor, b: Tensor) -> Tensor:
+    rows, d = a.shape[:-1].numel(), a.shape[-1]
+    return torch.bmm(a.reshape(rows, 1, d), b.reshape(rows, d, 1)).view(*a.shape[:-1], 1).div_(d)
