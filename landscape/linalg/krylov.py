@@ -217,12 +217,11 @@ class KrylovSpace:
         m = self.size
         norm = r.norm()
         tiny = torch.finfo(r.dtype).tiny  # of a chain that has ended unread, nothing is left
-        q: Tensor = r / norm.clamp_min(tiny)
+        q: Tensor = torch.div(r, norm.clamp_min(tiny), out=self._basis[m])
         if self._reads > 1 or chain != self._fresh or self._is_small(norm):
             # What rounding left of the basis has grown with 1 / norm, or with the steps since.
-            q, _ = orthogonalise(q, self._basis[:m], self._reads > 1)
-            q /= q.norm().clamp_min(tiny)
-        self._basis[m] = q
+            rest, _ = orthogonalise(q, self._basis[:m], self._reads > 1)
+            torch.div(rest, rest.norm().clamp_min(tiny), out=q)
         # Move the component along q from the frontier (R) to the basis (V).
         shares = [norm if other == chain else f @ q for other, f in enumerate(self._frontier)]
         for other, frontier in enumerate(self._frontier):
