@@ -530,7 +530,8 @@ def random_unit_vector(vectors: VectorSpace, generator: torch.Generator) -> torc
     """Return a vector drawn uniformly from the unit sphere, on the device of the others."""
     dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
     v = torch.randn(vectors.dim, generator=generator, device=generator.device, dtype=dtype)
-    return (v / v.norm()).to(vectors.device, torch.float64)
+    v /= v.norm()
+    return v.to(vectors.device, torch.float64)
 
 
 def check_certify(certify: bool | float) -> float:
