@@ -1,7 +1,8 @@
 """Probes of loss landscapes and feature maps for any PyTorch vision model."""
 
 from landscape.blocks import Block, Blocks
-from landscape.linalg.eigen import Eigenpairs, top_eigenpairs
+from landscape.linalg.eigen import top_eigenpairs
+from landscape.linalg.eigenpairs import Eigenpairs
 from landscape.linalg.hessian import (
     EmpiricalFisherOperator,
     FisherOperator,

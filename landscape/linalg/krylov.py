@@ -17,8 +17,8 @@ let S, P be the coordinates of the start vectors, V S + R P. Then
 
 determine z and w from g, and the part of x in the space has the squared length |z|² + wᵀ(RᵀR)⁻¹w =
 gᵀ M g with a small matrix M(μ), the inverse of a Christoffel function. It is at most 1, and grows
-with every product: `landscape.linalg.eigen` concludes which g an eigenvector that has not shown
-itself can still have.
+with every product: `landscape.linalg.certificate` concludes which g an eigenvector that has not
+shown itself can still have.
 
 Orthogonality is kept by Gram-Schmidt against the whole basis, with a second pass where the first
 cancels too much (Parlett, 1998, sec. 6.9). When the basis is full it is compressed to chosen Ritz

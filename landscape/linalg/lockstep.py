@@ -22,8 +22,8 @@ from torch.func import vmap
 
 from landscape._checks import check_at_least
 from landscape.batches import PreparedBatch
-from landscape.linalg.eigen import Products
 from landscape.linalg.hessian import GradientGraph, HessianOperator, Precision, twice_differentiable
+from landscape.linalg.search import Products
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from landscape._checks import check_at_least
-from landscape.linalg.eigen import BASIS_BYTES, random_unit_vector
 from landscape.linalg.krylov import orthogonalise
 from landscape.linalg.operators import SymmetricOperator
+from landscape.linalg.search import BASIS_BYTES, random_unit_vector
 from landscape.results import Result
 
 

@@ -12,7 +12,7 @@ from landscape.plot import style
 from landscape.plot.density import finite_eigenvalues, half_density
 
 if TYPE_CHECKING:
-    from landscape.linalg.eigen import Eigenpairs
+    from landscape.linalg.eigenpairs import Eigenpairs
     from landscape.linalg.quadrature import SpectralDensity
     from landscape.probes.hessian import HessianSpectrum
     from landscape.probes.hessian_max import HessianMaxSpectrum

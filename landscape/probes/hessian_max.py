@@ -18,9 +18,10 @@ from torch import nn
 from landscape._checks import check_at_least
 from landscape._progress import count
 from landscape.batches import PreparedBatch
-from landscape.linalg.eigen import Eigenpairs, EigenSearch, multiply, warn_unconverged
+from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.hessian import HessianOperator, Memory, Precision, check_finite_losses
 from landscape.linalg.lockstep import BASIS, group_size, multiply_in_step, shape_of
+from landscape.linalg.search import EigenSearch, multiply
 from landscape.objective import FrozenObjective, Objective
 from landscape.probes.hessian import (
     Engine,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from landscape._checks import check_at_least
 from landscape.batches import PreparedBatch
-from landscape.linalg.eigen import Eigenpairs, error_estimates
+from landscape.linalg.eigenpairs import Eigenpairs, error_estimates
 from landscape.linalg.hessian import HessianOperator, twice_differentiable
 from landscape.linalg.krylov import RitzPairs
 from landscape.linalg.quadrature import SpectralDensity, spectral_density

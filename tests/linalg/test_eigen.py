@@ -4,8 +4,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape import MatrixOperator, SymmetricOperator, top_eigenpairs
-from landscape.linalg.eigen import EigenSearch
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
+from landscape.linalg.search import EigenSearch
 from tests.oracles import planted
 
 BULK = (0.1 * np.random.RandomState(0).randn(290)).tolist()
@@ -129,7 +129,7 @@ def test_precision_and_place_of_the_basis_are_a_choice(monkeypatch):
     with pytest.raises(ValueError, match="`basis_dtype` must be one of"):
         top_eigenpairs(operator, 5, basis_dtype=torch.float16)
     # What does not fit in float64 is kept in float32, and restarted where that does not either.
-    monkeypatch.setattr("landscape.linalg.eigen.BASIS_BYTES", 8 * operator.dim * 12)
+    monkeypatch.setattr("landscape.linalg.search.BASIS_BYTES", 8 * operator.dim * 12)
     search = EigenSearch(
         operator, {"top": (5, "LM")}, tol=1e-3, max_iter=90, max_basis=None,
         generator=torch.Generator(),

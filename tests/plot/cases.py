@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from landscape.linalg.eigen import Eigenpairs
+from landscape.linalg.eigenpairs import Eigenpairs
 from landscape.linalg.quadrature import SpectralDensity
 from landscape.probes.directions import Directions
 from landscape.probes.hessian import HessianSpectrum

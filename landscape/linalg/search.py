@@ -1,0 +1,388 @@
+"""The search for extreme eigenpairs in one growing Krylov space."""
+
+from collections.abc import Callable, Generator
+from math import sqrt
+
+import numpy as np
+import torch
+
+from landscape._checks import check_at_least, check_choice
+from landscape.linalg.certificate import OWN, chances, check_certify, watched
+from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, rank, select
+from landscape.linalg.krylov import KrylovSpace, RitzPairs
+from landscape.linalg.operators import VectorSpace
+
+Products = Generator[torch.Tensor, torch.Tensor, None]
+"""Yields each vector whose product is wanted, and is sent the product."""
+
+BASIS_BYTES = 4 << 30
+READS = 3
+"""Products on a GPU between two looks at convergence, a heuristic: a look waits for the device."""
+
+
+class EigenSearch:
+    """One growing Krylov space and the sets of extreme pairs that are wanted of it.
+
+    Products of reduced precision make the residuals of the space those of another operator. `check`
+    then takes one accurate product a pair, and gives the Ritz pairs of the space of these vectors:
+    their residuals are true, and their errors of the order of the vectors' squared errors.
+
+    Attributes:
+        space: The Krylov space.
+        basis_at_restart: Ritz pairs and start weights just before the first restart, if any.
+        num_matvecs: Products spent.
+        miss: Bound on the probability that a wanted value is missing.
+    """
+
+    def __init__(
+        self,
+        vectors: VectorSpace,
+        wanted: dict[str, tuple[int, str]],
+        *,
+        tol: float,
+        max_iter: int,
+        max_basis: int | None,
+        generator: torch.Generator,
+        basis_dtype: torch.dtype | None = None,
+        basis_device: torch.device | str | None = None,
+        reads: int | None = None,
+        rough: bool = False,
+    ) -> None:
+        """Set out the search.
+
+        Args:
+            vectors: What the vectors of the symmetric operator are like; the operator itself is.
+            wanted: Name to (number of pairs, which end).
+            tol: Relative tolerance.
+            max_iter: Largest number of products.
+            max_basis: Largest number of basis vectors, or `None` for what fits 4 GiB.
+            generator: Source of the random start vectors.
+            basis_dtype: Precision of the basis, float64 or float32, or `None` for what fits.
+            basis_device: Device of the basis, or `None` for the operator's.
+            reads: Number of products between two looks at convergence; 1 on a CPU by default, and
+                `READS` on a GPU.
+            rough: The products are of reduced precision, and `check` will follow: their rounding
+                does not hold the stop.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        total = sum(k for k, _ in wanted.values())
+        for k, _ in wanted.values():
+            check_at_least("k", k, 1)
+            if k > vectors.dim:
+                raise ValueError(f"`k` must be at most the dimension {vectors.dim}, got {k}.")
+        check_at_least("max_iter", max_iter, min(total, vectors.dim))
+        if not tol > 0:
+            raise ValueError(f"`tol` must be positive, got {tol}.")
+        check_choice("basis_dtype", basis_dtype, (None, torch.float64, torch.float32))
+        capacity, dtype = _basis_size(vectors.dim, max(max_iter, total + 2), max_basis, basis_dtype)
+        if capacity < min(total + 2, vectors.dim):
+            raise ValueError(
+                f"`max_basis` must be at least {total + 2} for {total} pairs, got {capacity}."
+            )
+        if reads is None:
+            reads = 1 if vectors.device.type == "cpu" else READS
+        self.space = KrylovSpace(vectors, capacity, dtype, basis_device, reads)
+        self._vectors = vectors
+        self.basis_at_restart: tuple[RitzPairs, np.ndarray] | None = None
+        self._wanted, self._tol, self._max_iter = wanted, tol, max_iter
+        self._generator = generator
+        self._rough = rough
+        self._checked: dict[str, tuple[np.ndarray, np.ndarray, torch.Tensor]] = {}
+        self._own = False  # whether the first start vector was given
+        self.num_matvecs = 0
+        self.miss = 1.0
+
+    def run(
+        self,
+        matvec: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        starts: int,
+        certify: bool | float,
+        min_iter: int = 0,
+        first: torch.Tensor | None = None,
+        tick: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Grow the space until every wanted pair has converged, or `max_iter` products are spent.
+
+        Args:
+            matvec: `matvec(v) -> A v`, both of shape `(dim,)`.
+            starts: Number of random start vectors (chains) grown together.
+            certify: Look for multiple and missed eigenvalues afterwards; a number is the
+                probability of a miss to admit.
+            min_iter: Fewest products.
+            first: Start vector, or vectors whose sum is taken, instead of the first random one.
+            tick: Called after each product.
+
+        Raises:
+            ValueError: If `certify` is a number outside (0, 1), or a product is not finite.
+        """
+
+        def product(v: torch.Tensor) -> torch.Tensor:
+            found = matvec(v)
+            tick()
+            return found
+
+        steps = self.steps(starts=starts, certify=certify, min_iter=min_iter, first=first)
+        multiply(steps, product)
+
+    def steps(
+        self,
+        *,
+        starts: int,
+        certify: bool | float,
+        min_iter: int = 0,
+        first: torch.Tensor | None = None,
+    ) -> Products:
+        """Search as `run` does, with products from outside.
+
+        Args:
+            starts: As in `run`, like the arguments below.
+            certify: Look for multiple and missed eigenvalues afterwards.
+            min_iter: Fewest products.
+            first: Start vector, or vectors whose sum is taken.
+
+        Raises:
+            ValueError: If `certify` is a number outside (0, 1), or a product is not finite.
+        """
+        admitted = check_certify(certify)
+        space = self.space
+        if first is not None:
+            _check_start(first, space.dim)
+            own = first.sum(0) if first.dim() == 2 else first
+            space.start(self._mixed(own) if admitted else own)
+            self._own = True
+        while len(space.alive) < starts:
+            space.start(self._random())
+        found = known = None
+        target = min_iter  # number of products before the next look at convergence
+        while self.num_matvecs < self._max_iter:
+            if not space.alive:
+                if space.size == space.dim:
+                    break
+                space.start(self._random())
+            if space.full and space.size < space.dim:
+                self._restart(starts)
+            space.take((yield space.next(space.alive[self.num_matvecs % len(space.alive)])))
+            self.num_matvecs += 1
+            if space.behind and self.num_matvecs < self._max_iter:
+                continue
+            self._ritz = space.ritz(rounding=not self._rough)
+            if not np.isfinite(self._ritz.values).all():
+                raise ValueError("`operator` must give finite products, got NaN or infinity.")
+            if found is None and self._all_within(0.1):
+                found = max(self.num_matvecs, 2)
+            waiting = bool(space.alive) and self.num_matvecs < target
+            if known is not None:
+                # Stopped as soon as it is low enough, so the level is all that can be claimed.
+                self.miss = max(self._bound_of_a_miss(), admitted)
+                waiting = waiting and self.miss > admitted
+            if waiting:
+                continue
+            if not self._all_within(self._tol):
+                space.resume()
+                continue
+            values = self._wanted_values()
+            if not admitted or space.size == space.dim or _same(values, known, 2 * self._tol):
+                break
+            # First convergence, or the last chain found something: look once more.
+            known = values
+            for chain in space.alive:
+                space.stop(chain)
+            space.start(self._random())
+            space.watch(self._marks())
+            self.miss = 1.0
+            # A start vector of one's own may tell the pairs apart at once; that says nothing here.
+            target = self.num_matvecs + max(found or 2, 2 * len(values) if self._own else 0)
+        if space.size == space.dim:
+            self.miss = 0.0  # nothing lies outside
+
+    def check(self) -> Products:
+        """Find the residuals of all wanted pairs, and better values, from accurate products."""
+        for name, (k, which) in self._wanted.items():
+            rows = self.space.vectors(self._coordinates(name))
+            products = []
+            for row in rows:
+                products.append((yield row).to(rows))
+                self.num_matvecs += 1
+            images = torch.stack(products)
+            projection = (rows @ images.T).double().cpu().numpy()
+            values, rotation = np.linalg.eigh((projection + projection.T) / 2)
+            order = select(values, k, which)
+            small = torch.from_numpy(np.ascontiguousarray(rotation[:, order].T)).to(rows)
+            values, rows, images = values[order], small @ rows, small @ images
+            rest = images - torch.from_numpy(values).to(rows)[:, None] * rows
+            residuals = rest.norm(dim=1).double().cpu().numpy()
+            self._checked[name] = values, residuals, rows
+
+    def pairs(self, name: str, vectors: bool = False) -> Eigenpairs:
+        """Return one wanted set, as `check` has found it if it was called.
+
+        Args:
+            name: Its name.
+            vectors: Return the eigenvectors too.
+        """
+        k, which = self._wanted[name]
+        ritz, chosen = self._ritz, select(self._ritz.values, k, which)
+        if name in self._checked:
+            better, true, rows = self._checked[name]
+            ritz = RitzPairs(ritz.values.copy(), ritz.residuals.copy(), ritz.coordinates)
+            ritz.values[chosen], ritz.residuals[chosen] = better, true
+        values, residuals = ritz.values[chosen], ritz.residuals[chosen]
+        errors = error_estimates(ritz)[chosen]
+        converged = errors <= self._tolerances(values, self._tol)
+        found = None
+        if vectors:
+            if name not in self._checked:
+                rows = self.space.vectors(self._coordinates(name))
+            found = rows.to(self._vectors.dtype).cpu().numpy()
+        return Eigenpairs(
+            values, residuals, errors, converged, which, self.num_matvecs, found, self.miss
+        )
+
+    def direction(self, name: str) -> torch.Tensor:
+        """Return the sum of a set's vectors, to start from on an operator near this one.
+
+        Args:
+            name: Name of the set.
+        """
+        return self.space.vectors(self._coordinates(name).sum(1, keepdims=True))[0]
+
+    def snapshot(self, starts: int) -> tuple[RitzPairs, np.ndarray] | None:
+        """Return Ritz pairs and quadrature weights of the first random start vectors.
+
+        Taken before the first restart, which forgets part of the Krylov space. After a start vector
+        of one's own the only random one is that of the certificate; `None` where it is missing.
+        """
+        if self._own:
+            if self.basis_at_restart is not None or self.space.num_starts < 2:
+                return None
+            return self._ritz, self.space.start_weights(self._ritz, 1, first=1)
+        if self.basis_at_restart is not None:
+            return self.basis_at_restart
+        return self._ritz, self.space.start_weights(self._ritz, starts)
+
+    def _coordinates(self, name: str) -> np.ndarray:
+        """Return a wanted set's vectors in the basis, one a column."""
+        k, which = self._wanted[name]
+        return self._ritz.coordinates[:, select(self._ritz.values, k, which)]
+
+    def _mixed(self, v: torch.Tensor) -> torch.Tensor:
+        """Return a vector of one's own with a random one added, so that it may see everything."""
+        random = self._random()
+        mixed: torch.Tensor = sqrt(1 - OWN) * v.to(random) / v.norm() + sqrt(OWN) * random
+        return mixed if mixed.any() else random  # in one dimension they may cancel
+
+    def _random(self) -> torch.Tensor:
+        return random_unit_vector(self._vectors, self._generator)
+
+    def _restart(self, starts: int) -> None:
+        space = self.space
+        ritz = space.ritz(rounding=not self._rough)
+        if self.basis_at_restart is None:
+            self.basis_at_restart = (ritz, space.start_weights(ritz, starts))
+        total = sum(k for k, _ in self._wanted.values())
+        extra = max((space.capacity - total) // 2, 1)
+        keep: set[int] = set()
+        for k, which in self._wanted.values():
+            keep.update(select(ritz.values, k + extra // len(self._wanted), which).tolist())
+        space.compress(ritz, np.array(sorted(keep)))
+
+    def _tolerances(self, values: np.ndarray, tol: float) -> np.ndarray:
+        # Below the rounding of the products nothing can be told: relative to ‖A‖, no absolute ε.
+        eps = torch.finfo(self._vectors.dtype).eps
+        floor = 10 * eps * np.abs(self._ritz.values).max(initial=0.0)
+        bounds: np.ndarray = np.maximum(tol * np.abs(values), floor)
+        return bounds
+
+    def _all_within(self, tol: float) -> bool:
+        """Whether every wanted pair has converged, and no other could still displace one."""
+        values, errors = self._ritz.values, error_estimates(self._ritz)
+        within = errors <= self._tolerances(values, tol)
+        for k, which in self._wanted.values():
+            chosen = select(values, k, which)
+            if len(chosen) < k or not within[chosen].all():
+                return False
+            reach = rank(values, which) + errors
+            reach[chosen] = -np.inf
+            if (~within & (reach > rank(values[chosen], which).min())).any():
+                return False
+        return True
+
+    def _marks(self) -> np.ndarray:
+        """Return where the space is watched."""
+        values = self._wanted_values()
+        mirrored = any(which == "LM" for _, which in self._wanted.values())
+        return watched(values, 2 * self._tolerances(values, self._tol), mirrored)
+
+    def _bound_of_a_miss(self) -> float:
+        """Return the probability with which the last chain has missed what it was to find."""
+        space, copies = self.space, sum(k for k, _ in self._wanted.values())
+        matrices = space.visibility()
+        own = self._own and matrices.shape[1] == space.num_starts
+        bounds = chances(matrices, copies, space.dim, own)
+        worst = 0.0
+        for k, which in self._wanted.values():
+            last = self._ritz.values[select(self._ritz.values, k, which)][-1:]
+            beyond = rank(last, which) + 2 * self._tolerances(last, self._tol)
+            reached = bounds[rank(space.marks, which) > beyond]
+            worst = max(worst, float(reached.max(initial=0.0)))
+        return worst
+
+    def _wanted_values(self) -> np.ndarray:
+        chosen = [select(self._ritz.values, k, which) for k, which in self._wanted.values()]
+        values: np.ndarray = self._ritz.values[np.concatenate(chosen)]
+        return values
+
+
+def multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Make the products that are asked for.
+
+    Args:
+        products: Yields the vectors, and is sent the products.
+        matvec: `matvec(v) -> A v`.
+    """
+    try:
+        v = next(products)
+        while True:
+            v = products.send(matvec(v))
+    except StopIteration:
+        return
+
+
+def random_unit_vector(vectors: VectorSpace, generator: torch.Generator) -> torch.Tensor:
+    """Return a vector drawn uniformly from the unit sphere, on the device of the others."""
+    dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+    v = torch.randn(vectors.dim, generator=generator, device=generator.device, dtype=dtype)
+    v /= v.norm()
+    return v.to(vectors.device, torch.float64)
+
+
+def _basis_size(
+    dim: int, max_iter: int, max_basis: int | None, dtype: torch.dtype | None
+) -> tuple[int, torch.dtype]:
+    """Return the number of basis vectors and their precision: float64 where all products fit."""
+    needed = min(max_iter, dim)
+    if dtype is None:
+        fits = max_basis is not None or BASIS_BYTES // (8 * dim) >= needed
+        dtype = torch.float64 if fits else torch.float32
+    if max_basis is not None:
+        return min(max_basis, dim), dtype
+    room = BASIS_BYTES // (dtype.itemsize * dim)
+    return (needed, dtype) if room >= needed else (room - 8, dtype)  # 8: work vectors
+
+
+def _check_start(start: torch.Tensor, dim: int) -> None:
+    if start.dim() not in (1, 2) or start.shape[-1] != dim or not len(start):
+        raise ValueError(
+            f"`start` must have shape ({dim},) or (m, {dim}), got {tuple(start.shape)}."
+        )
+    if not start.any():
+        raise ValueError("`start` must not be zero.")
+
+
+def _same(values: np.ndarray, known: np.ndarray | None, tol: float) -> bool:
+    if known is None:
+        return False
+    return bool(np.all(np.abs(values - known) <= tol * np.maximum(np.abs(values), np.abs(known))))
