@@ -1,9 +1,12 @@
+from math import erf, sqrt
+
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape import MatrixOperator, SymmetricOperator, top_eigenpairs
+from landscape.linalg.certificate import chances
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
 from landscape.linalg.search import EigenSearch
 from tests.oracles import planted
@@ -58,6 +61,17 @@ def test_without_certificate_one_krylov_space_sees_one_copy():
     one = top_eigenpairs(operator, 4, "LM", certify=False)
     np.testing.assert_allclose(one.values, [10, -5, 4, 3], rtol=1e-3)
     assert one.num_matvecs < top_eigenpairs(operator, 4, "LM").num_matvecs
+
+
+def test_chances_of_a_miss_in_closed_form():
+    """At a mark where a copy is looked for one start vector counts, at others all of them."""
+    m, n = (4.0e4, 9.0e4), 1000
+    matrices = np.stack([np.diag(m), np.diag(m)])
+    one, two = (erf(sqrt(n / 2 / each)) for each in m)
+    np.testing.assert_allclose(chances(matrices, 1, n, own=False), [two, one * two], rtol=1e-12)
+    half = erf(sqrt(n / m[0]))  # the first start vector has half the variance
+    np.testing.assert_allclose(chances(matrices, 1, n, own=True), [two, half * two], rtol=1e-12)
+    assert matrices[0, 0, 0] == m[0]
 
 
 MISSED = {
