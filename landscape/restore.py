@@ -43,6 +43,14 @@ def eagerly() -> Iterator[None]:
         yield
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any part of a model is compiled."""
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluate a model in this context: its modes and buffers are put back afterwards."""

@@ -1,9 +1,10 @@
 """Outputs of a model at moved weights, at the price of the least memory traffic.
 
-On a CPU a batch goes through the model in parts whose activations stay in the cache, and
-convolutions see their channels last. Loss and metrics see the outputs of the whole batch, so a
-loss need not be a mean over samples for that. Whether the model itself can be cut (batch norms
-without running statistics can not) is tried at the start, on a few samples.
+On a CPU a batch goes through the model in parts whose activations stay in the cache, convolutions
+see their channels last, and batch norms after them are folded into their weights. Loss and metrics
+see the outputs of the whole batch, so a loss need not be a mean over samples for that. Whether the
+model itself can be cut (batch norms without running statistics can not) is tried at the start, on
+a few samples.
 
 On a GPU several points go through the model at once, one vmapped call over their stacked weights,
 as many as fit in the free memory. That has not been measured on a GPU.
@@ -23,7 +24,8 @@ from landscape.batches import Inputs
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
-from landscape.restore import eval_mode
+from landscape.probes.folding import Pair, folded, watched
+from landscape.restore import eagerly, eval_mode, is_compiled
 
 PART = 16
 """Fewest samples a part, a heuristic: the best of 8, 16, 32, 64 for ViTs and for wide ResNets."""
@@ -52,6 +54,7 @@ class Forward:
         """
         self._frozen = frozen
         self._parts = _Parts(frozen.model)
+        self._pairs: list[Pair] = []
         self.part, self.channels_last = self._plan()
 
     def logits(self, state: Mapping[str, Tensor], inputs: Inputs, size: int) -> Tensor:
@@ -62,7 +65,7 @@ class Forward:
             inputs: Inputs of the batch.
             size: Number of its samples.
         """
-        if not self.part or (size <= self.part and not self.channels_last):
+        if not self.part or (size <= self.part and not self.channels_last and not self._pairs):
             return self._frozen.logits(state, inputs)
         return self._cut_logits(state, inputs, size, self.part, self.channels_last)
 
@@ -99,12 +102,13 @@ class Forward:
             return 0, False
         size = min(batch.size, 2 * PART)
         inputs = _rows(batch.inputs, batch.size, slice(0, size))
-        with _largest_output(frozen.model) as largest:
+        with eagerly(), _largest_output(frozen.model) as largest, watched(frozen.model) as calls:
             expected = frozen.logits(frozen.space.values, inputs)
         part = min(max(CACHE * size // max(largest), PART), 4 * PART)
         convolves = any(isinstance(module, nn.Conv2d) for module in frozen.model.modules())
         last = (True, False) if convolves and frozen.space.dtype == torch.float32 else (False,)
-        for channels_last in last:
+        pairs = [] if is_compiled(frozen.model) else calls.pairs()
+        for channels_last, self._pairs in itertools.product(last, [pairs, []] if pairs else [[]]):
             state = frozen.space.values
             try:
                 outputs = self._cut_logits(state, inputs, size, PART, channels_last)
@@ -112,6 +116,7 @@ class Forward:
                 continue
             if _close(outputs, expected):
                 return part, channels_last
+        self._pairs = []
         return 0, False
 
     def _cut_logits(
@@ -120,7 +125,8 @@ class Forward:
         space = self._frozen.space
         buffers = {name: t.clone() for name, t in space.buffers.items()}
         state = {**space.fixed, **buffers, **state}
-        with eval_mode(self._frozen.model):
+        model = self._frozen.model
+        with eval_mode(model), folded(model, self._pairs, state) as state:
             named = {f"model.{name}": value for name, value in state.items()}
             call = (inputs, size, part, channels_last)
             outputs: Tensor = call_with(self._parts, named, *call)

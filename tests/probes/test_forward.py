@@ -48,6 +48,83 @@ def plain(model, directions, batches, a, b, loss=F.cross_entropy):
     return float(total) / sum(len(y) for _, y in batches)
 
 
+class Normed(nn.Module):
+    """Convolutions with batch norms of every kind, and as many ways not to fold one."""
+
+    def __init__(self, kind="plain"):
+        super().__init__()
+        self.kind = kind
+        self.first = nn.Conv2d(4, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.second = nn.Conv2d(6, 6, 3, groups=2, bias=False, padding=1)
+        self.last = nn.BatchNorm2d(6, affine=False, eps=0.1)
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.head = nn.Linear(6, 3)
+        if kind == "tied":
+            self.other = nn.Conv2d(4, 6, 3, padding=1)
+            self.other.weight = self.first.weight
+        if kind == "batch statistics":
+            self.norm = nn.BatchNorm2d(6, track_running_stats=False)
+        if kind == "replaced":
+            norm = self.norm
+            norm.forward = lambda x: nn.BatchNorm2d.forward(norm, x) + self.gate
+        if kind == "hooked":
+            self.first.register_forward_hook(lambda module, args, out: out + self.gate)
+
+    def forward(self, x):
+        y = self.first(x)
+        h = self.norm(y)
+        if self.kind == "used twice":
+            h = h + self.gate * y
+        if self.kind == "called twice":
+            h = h + self.gate * self.norm(self.first(-x))
+        if self.kind == "tied":
+            h = h + self.gate * self.other(x)
+        return self.head(self.last(self.second(h.relu())).mean((2, 3)))
+
+
+def normed(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Normed(kind)
+        model.train()(3 + 2 * torch.randn(64, 4, 5, 5))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "norms"),  # how often one is called: the second is folded in all but the last
+    [
+        ("plain", 0),
+        ("used twice", 1),
+        ("called twice", 2),
+        ("tied", 1),
+        ("hooked", 1),
+        ("replaced", 1),
+        ("batch statistics", 2),
+    ],
+)
+def test_batch_norms_are_folded_where_that_changes_nothing(kind, norms, monkeypatch):
+    model = normed(kind)
+    x = torch.randn(40, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    frozen = Objective().freeze(model, [(x, torch.zeros(40, dtype=torch.long))])
+    before = snapshot(model)
+    forward = Forward(frozen)
+    state = {name: value + 0.1 for name, value in frozen.space.values.items()}
+    with torch.no_grad():
+        expected = frozen.logits(state, x)
+        calls = []
+        monkeypatch.setattr(F, "batch_norm", lambda *a, _f=F.batch_norm: calls.append(1) or _f(*a))
+        outputs = forward.logits(state, x, 40)
+    assert len(calls) == norms
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+    state["head.weight"] = torch.zeros(1)
+    with pytest.raises(RuntimeError):
+        forward.logits(state, x, 40)
+    assert_untouched(model, before)
+    assert model.second.bias is None
+    assert "forward" not in vars(model.last)
+
+
 @pytest.mark.parametrize(
     ("make", "dtype", "way"),
     [
