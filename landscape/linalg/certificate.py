@@ -26,6 +26,8 @@ from math import erf, sqrt
 
 import numpy as np
 
+from landscape.linalg.krylov import BEYOND_DOUBT
+
 MISS = 0.01
 """Probability of missing an eigenvalue that `certify=True` admits."""
 OWN = 0.5
@@ -73,8 +75,13 @@ def chances(matrices: np.ndarray, copies: int, dim: int, own: bool) -> np.ndarra
         matrices[:, 0] *= sqrt(OWN)
         matrices[:, :, 0] *= sqrt(OWN)
     entries = np.linalg.eigvalsh(matrices)
-    entries[:copies] = 0.0  # a factor of 1
-    entries[:copies, -1] = matrices[:copies, -1, -1]
+    diagonal = matrices.diagonal(axis1=1, axis2=2)
+    for marks, known in (
+        (diagonal.max(1) > BEYOND_DOUBT, diagonal.max(1)),
+        (np.arange(len(matrices)) < copies, diagonal[:, -1]),
+    ):
+        entries[marks] = 0.0  # a factor of 1
+        entries[marks, -1] = known[marks]
     factors = _erf(np.sqrt(dim / 2 / np.maximum(entries, 1e-30)))
     product: np.ndarray = factors.prod(1)
     return product

@@ -38,6 +38,9 @@ from torch import Tensor
 
 from landscape.linalg.operators import VectorSpace
 
+BEYOND_DOUBT = 1e60
+"""Entry of M at which an eigenvector is seen whatever its g."""
+
 
 @dataclass(frozen=True)
 class RitzPairs:
@@ -179,16 +182,18 @@ class KrylovSpace:
         self._marked[:, row] = value
         seen = self._marked[:, : row + 1] @ self._projection[: row + 1, row]
         self._marked_frontier[:, chain] = self._rows * value - seen
-        size = np.abs(self._marked_frontier).max(1, initial=0.0).reshape(-1, len(self.marks))
+        size = np.abs(self._marked_frontier).max(1, initial=0.0)
         if (size > _OVERFLOWS).any():
-            # Seen beyond doubt: a smaller M says less, and is true too.
-            smaller = np.where(size.max(0) > _OVERFLOWS, 1 / _OVERFLOWS, 1.0)
-            rows = np.tile(smaller, len(size))[:, None]
-            self._marked *= rows
-            self._marked_frontier *= rows
+            # Seen beyond doubt: a smaller row says less, and is still beyond doubt.
+            smaller = np.where(size > _OVERFLOWS, _SMALLER, 1.0)[:, None]
+            self._marked *= smaller
+            self._marked_frontier *= smaller
 
     def visibility(self) -> np.ndarray:
-        """Return M at every mark, shape `(marks, c, c)`, for start vectors since a restart."""
+        """Return M at every mark, shape `(marks, c, c)`, for start vectors since a restart.
+
+        Entries above `BEYOND_DOUBT` may be too small, with what is in their rows and columns.
+        """
         self.read()
         chains = len(self._rows) // len(self.marks)
         inverse = np.linalg.pinv(self._gram(), rcond=1e-12, hermitian=True)
@@ -413,4 +418,5 @@ _CANCELLED = 1e-3  # of the scale of A
 _NEGLIGIBLE = 1e-10  # of a unit start vector: it lies in the space already
 _ORTHOGONAL = 1e-13  # a unit vector's component along the basis that does no harm
 _OVERFLOWS = 1e100  # its square is a number, and so is what a product makes of it
+_SMALLER = 1e-60
 _CHUNK = 1 << 16

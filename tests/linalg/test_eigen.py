@@ -416,6 +416,20 @@ def _rows(space):
     return [frontier[None] for frontier in space._frontier if frontier.any()]
 
 
+def test_what_is_seen_beyond_doubt_stays_so_over_many_products():
+    operator = planted(BULK)
+    space = KrylovSpace(operator, 90)
+    space.start(torch.ones(operator.dim, dtype=torch.float64))
+    space.watch(np.array([2.0, 500.0]))
+    seen = []
+    for _ in range(80):
+        space.take(operator.matvec(space.next(0)))
+        seen.append(chances(space.visibility(), 0, operator.dim, own=False))
+    for later, earlier in zip(seen[20:], seen[15:], strict=False):
+        assert (later < 1e-9).all()
+        assert (later <= np.maximum(earlier, 1e-30)).all()
+
+
 def test_an_eigenvalue_far_above_a_small_bulk_is_watched_without_overflow():
     """μ over the width of the bulk, 1e4 here, comes into M at the power of each product."""
     operator = planted([50] + [-1e-3 * i / 300 for i in range(300)])
