@@ -224,14 +224,24 @@ class GradientGraph:
         self._leaves = list(leaves.values())
         sizes: dict[int, int] = {}
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> tuple[Tensor, int]:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # the tensor itself would hold its own graph for ever
+            # The tensor itself would hold its own graph for ever.
+            return tensor.detach(), tensor._version
+
+        def unpack(packed: tuple[Tensor, int]) -> Tensor:
+            tensor, version = packed
+            if tensor._version != version:  # PyTorch does not look where there are hooks
+                raise RuntimeError(
+                    "`model` must leave what its gradient needs as it is, got a tensor of shape "
+                    f"{tuple(tensor.shape)} that was modified by an inplace operation."
+                )
+            return tensor
 
         with (
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+            torch.autograd.graph.saved_tensors_hooks(pack, unpack)
             if measure
             else torch.enable_grad(),
             _rounding(precision),

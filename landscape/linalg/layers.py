@@ -191,11 +191,11 @@ class _Made:
         more: Any = None,
     ) -> None:
         self.x, self.weight, self.bias, self.more = x, weight, bias, more
-        self._out, self._version = out, out._version
+        self._out, self._versions = out, (out._version, x._version)
 
     def is_still(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the output, unchanged since."""
-        return tensor is self._out and tensor._version == self._version
+        """Whether a tensor is the output, and neither it nor the input has changed since."""
+        return tensor is self._out and (tensor._version, self.x._version) == self._versions
 
     def is_learned(self) -> bool:
         """Whether input and weights both require a gradient."""

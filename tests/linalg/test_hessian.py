@@ -136,6 +136,54 @@ def test_an_ignored_parameter_is_a_zero_row_not_an_error():
     torch.testing.assert_close(matrix_of(only), 0.5 * torch.eye(2, dtype=torch.float64))
 
 
+class Changing(nn.Module):
+    """Changes a tensor in place that a layer before has taken."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.frozen = change, nn.Linear(3, 3).requires_grad_(False)
+        self.first, self.last = nn.Linear(16, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.change(self, self.first(x.flatten(1)))
+
+
+def after_square(model, h):
+    y = h * h
+    h += 1
+    return model.last(y)
+
+
+def after_gelu(model, h):
+    h = model.last(h)
+    y = F.gelu(h)
+    h *= 2
+    return model.last(y)
+
+
+def after_conv(model, h):
+    y = F.conv2d(h[:, :, None, None], model.last.weight[:, :, None, None])
+    h *= 2
+    return F.batch_norm(y, h.new_zeros(3), h.new_ones(3)).flatten(1)
+
+
+@pytest.mark.parametrize("change", [after_square, after_gelu, after_conv])
+def test_what_the_gradient_needs_must_not_be_changed_in_place(change):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        HessianOperator(Changing(change).double(), make_batches((7,)))
+
+
+def test_what_the_gradient_does_not_need_may_be_changed_in_place():
+    def add(model, h):
+        h += model.frozen(h)
+        return model.last(h)
+
+    model, batches = Changing(add).double(), make_batches((7, 3))
+    found = matrix_of(HessianOperator(model, batches))
+    model.change = lambda model, h: model.last(h + model.frozen(h))
+    torch.testing.assert_close(found, matrix_of(HessianOperator(model, batches)))
+
+
 def test_true_and_empirical_fisher_differ_and_fisher_ignores_the_labels():
     model, batches = make_model("attention"), make_batches((12,))
     other = [(x, (y + 1) % 3) for x, y in batches]
