@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from landscape._checks import check_at_least
-from landscape.batches import LABEL_KEYS, FrozenBatches, Inputs, PreparedBatch, Transform
+from landscape.batches import (
+    LABEL_KEYS,
+    FrozenBatches,
+    Inputs,
+    Placement,
+    PreparedBatch,
+    Transform,
+)
 from landscape.losses import (
     amount_averaged,
     is_classification,
@@ -127,7 +134,7 @@ class FrozenObjective:
         batches = FrozenBatches(
             data,
             device=device,
-            dtype=self.space.dtype,
+            dtype=Placement.of(model).dtype,
             transform=objective.transform,
             seed=objective.seed,
             amount=functools.partial(amount_averaged, objective.loss),

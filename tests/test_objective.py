@@ -153,6 +153,15 @@ def test_soft_targets_and_another_precision():
     assert frozen.value() == pytest.approx(expected, rel=1e-5)
 
 
+def test_inputs_have_the_precision_of_the_first_layer_whatever_is_chosen():
+    model = make_model("conv", torch.float32)
+    model[-1].double().register_forward_pre_hook(lambda module, args: args[0].double())
+    for choice in (None, "5.*"):
+        frozen = Objective(parameters=choice).freeze(model, make_batches((8, 3)))
+        assert next(iter(frozen.batches)).inputs.dtype == torch.float32
+        assert frozen.space.dtype == torch.float64
+
+
 def test_parameters_are_chosen_by_glob_predicate_and_alias():
     model = make_model("tied")
     batches = make_batches((8,))
