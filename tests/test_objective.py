@@ -316,6 +316,11 @@ def test_bad_models_and_settings_are_refused():
         Objective().freeze(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), batches)
     with pytest.raises(ValueError, match="meta device"):
         Objective().freeze(nn.Linear(2, 3, device="meta"), batches)
+    with pytest.raises(TypeError, match=r"called with other .* DataParallel; pass `model.module`"):
+        Objective().freeze(nn.DataParallel(make_model("conv")), batches)
+    imaginary = nn.Linear(16, 3, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"complex64 in 'weight'; choose others"):
+        Objective().freeze(imaginary, batches)
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         Objective().freeze(lambda x: x, batches)
     with pytest.raises(ValueError, match="one output a sample"):
