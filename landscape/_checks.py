@@ -64,6 +64,21 @@ def check_generator(generator: Any) -> torch.Generator:
     return generator
 
 
+def check_python(model: torch.nn.Module) -> None:
+    """Refuse a model with a part in TorchScript, which hides the calls that it makes.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f" in {name!r}" if name else ""
+            raise TypeError(
+                f"`model` must be Python all through, got TorchScript{where}; pass the module "
+                "that it was made of."
+            )
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return the `known` names most like `name`, quoted, for an error message."""
     known = list(known)

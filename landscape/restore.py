@@ -55,6 +55,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, each in zip(modules, buffers, strict=True):
-                module._buffers.update(each)
+                for name, buffer in each.items():  # TorchScript's dictionary has no `update`
+                    module._buffers[name] = buffer
             for buffer, value in values:
                 buffer.copy_(value)
