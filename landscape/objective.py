@@ -27,6 +27,8 @@ from landscape.batches import (
     Placement,
     PreparedBatch,
     Transform,
+    check_unchanged,
+    versions_of,
 )
 from landscape.losses import (
     amount_averaged,
@@ -215,8 +217,10 @@ class FrozenObjective:
             if self.objective.loss is None:
                 _check_same(*(self.data_term(self.space.values, batch) for _ in range(2)))
                 return
+            versions = versions_of(inputs)
             with _explained("`model` on", inputs):
                 once = self.logits(self.space.values, inputs)
+            check_unchanged(inputs, versions)
             again = self.logits(self.space.values, inputs)
             if once.dim() == 0 or len(once) != size:
                 raise ValueError(

@@ -264,6 +264,7 @@ X, Y = make_batches((6,))[0]
         ([(X, Y + 3)], ValueError, "labels in 0 … 2"),
         ([(X, Y - 1)], ValueError, "labels in 0 … 2"),
         ([(X, "cat")], TypeError, "must yield tensors"),
+        ([((X, X), Y)], TypeError, "tuple in batch 0; pass several inputs as a mapping"),
         ([(X[:0], Y[:0])], ValueError, "at least one sample"),
         ([(X, Y[:, None])], ValueError, r"targets of shape \(6,\) .*, got torch.int64 \(6, 1\)"),
     ],
@@ -271,6 +272,19 @@ X, Y = make_batches((6,))[0]
 def test_bad_data_is_refused(data, error, message):
     with pytest.raises(error, match=message):
         Objective().freeze(make_model("conv"), data)
+
+
+def test_no_worker_is_started_but_for_a_pass():
+    class Loader:
+        started = 0
+
+        def __iter__(self):
+            self.started += 1
+            return iter(make_batches((4, 2)))
+
+    loader = Loader()
+    Objective().freeze(make_model("conv"), loader)
+    assert loader.started == 1
 
 
 def test_targets_that_a_loss_would_broadcast_are_refused():
@@ -307,6 +321,10 @@ def test_bad_models_and_settings_are_refused():
         Objective(parameters=lambda n, p: False).freeze(make_model("conv"), batches)
     with pytest.raises(ValueError, match="deterministic"):
         Objective().freeze(Noisy(), batches)
+    with pytest.raises(ValueError, match="leave its input as it is"):
+        Objective().freeze(
+            nn.Sequential(nn.ReLU(inplace=True), make_model("conv")), make_batches((6,))
+        )
     mappings = [{"pixel_values": x, "labels": y} for x, y in batches]
     noisy = Record(as_mapping=True)
     noisy.body = Noisy()
