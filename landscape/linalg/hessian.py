@@ -10,6 +10,7 @@ With per-sample loss ℓ_n(f(x_n; θ)), J_n = ∂f(x_n; θ)/∂θ and the object
 Attention runs under the math kernel, the only one with a second derivative.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -146,6 +147,8 @@ class HessianOperator(CurvatureOperator):
                         losses.append(self.frozen.data_term(self._leaves, batch))
                     continue
                 graph = self._graph(batch, measure=not per_sample)
+                if not losses and not graph.depends:
+                    _warn_independent()
                 losses.append(graph.loss)
                 per_sample = per_sample or graph.num_bytes / batch.size
                 if per_sample * batch.size <= budget:
@@ -197,6 +200,7 @@ class GradientGraph:
 
     Attributes:
         loss: Value of the loss.
+        depends: Whether it depends on any of the leaves.
         gradient: Its gradient, one tensor a parameter.
         weight: Factor of the loss in the objective.
         num_bytes: Memory of the graph, where it was measured.
@@ -251,11 +255,11 @@ class GradientGraph:
                 cheap_second_derivatives(),
             ):
                 value = loss()
-            self.loss = value.detach()
+            self.loss, self.depends = value.detach(), value.requires_grad
             # A parameter that the loss ignores has a zero gradient, and a zero row.
             self.gradient = (
                 torch.autograd.grad(value, self._leaves, create_graph=True, materialize_grads=True)
-                if value.requires_grad
+                if self.depends
                 else tuple(torch.zeros_like(p) for p in self._leaves)
             )
         self.num_bytes = sum(sizes.values())
@@ -298,6 +302,7 @@ class _OutputCurvature(CurvatureOperator):
         with torch.enable_grad():
             outputs = self._outputs(leaves, batch)
             if not outputs.requires_grad:
+                _warn_independent()
                 return torch.zeros_like(v)
             dual = torch.zeros_like(outputs, requires_grad=True)
             pulled = torch.autograd.grad(
@@ -388,6 +393,14 @@ class EmpiricalFisherOperator(_OutputCurvature):
         return tangent / batch.size
 
 
+def _warn_independent() -> None:
+    warnings.warn(
+        "The loss depends on none of the chosen parameters, so its curvature is zero. If it "
+        "should, take `no_grad`, `inference_mode` and `detach` out of the model.",
+        stacklevel=2,
+    )
+
+
 def check_finite_losses(losses: list[Tensor]) -> None:
     """Refuse NaN and infinite batch losses.
 
@@ -407,7 +420,14 @@ def twice_differentiable() -> Iterator[None]:
     """Run attention under the math kernel, and compiled modules eagerly.
 
     Neither the other kernels nor compiled code have a second derivative.
+
+    Raises:
+        RuntimeError: In inference mode, which knows of no derivative.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Curvature must be computed outside `torch.inference_mode`; use `torch.no_grad`."
+        )
     with sdpa_kernel(SDPBackend.MATH), eagerly():
         yield
 

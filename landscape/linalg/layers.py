@@ -78,7 +78,8 @@ class _Replacing(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        layer = None if kwargs.keys() & _BY_POSITION else self._layers.get(func)
+        uncovered = kwargs.keys() & _BY_POSITION or torch.is_inference_mode_enabled()
+        layer = None if uncovered else self._layers.get(func)
         if layer is not None and all(_covered(t) for t in (*args, *kwargs.values())):
             out = layer(*args, **kwargs)
             if out is not None:

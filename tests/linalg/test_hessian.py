@@ -132,8 +132,25 @@ def test_an_ignored_parameter_is_a_zero_row_not_an_error():
         expected = torch.zeros_like(matrix[0])
         expected[0] = 0.5
         torch.testing.assert_close(matrix[0], expected, rtol=0, atol=0)
-    only = HessianOperator(model, batches, Objective(parameters="unused", weight_decay=0.5))
-    torch.testing.assert_close(matrix_of(only), 0.5 * torch.eye(2, dtype=torch.float64))
+    for kind in KINDS.values():
+        with pytest.warns(UserWarning, match="depends on none of the chosen parameters"):
+            only = matrix_of(kind(model, batches, Objective(parameters="unused", weight_decay=0.5)))
+        torch.testing.assert_close(only, 0.5 * torch.eye(2, dtype=torch.float64))
+    model = make_model("conv")
+    model.forward = torch.inference_mode()(model.forward)
+    with pytest.warns(UserWarning, match="take `no_grad`, `inference_mode` and `detach` out"):
+        assert not matrix_of(HessianOperator(model, batches)).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode_of_data_is_mended_and_of_the_caller_refused(kind):
+    model, batches = make_model("conv"), make_batches((7,))
+    expected = matrix_of(KINDS[kind](model, batches))
+    with torch.inference_mode():
+        made = [(x.clone(), y.clone()) for x, y in batches]
+        with pytest.raises(RuntimeError, match=r"outside `torch\.inference_mode`"):
+            matrix_of(KINDS[kind](model, batches))
+    torch.testing.assert_close(matrix_of(KINDS[kind](model, made)), expected)
 
 
 class Changing(nn.Module):
