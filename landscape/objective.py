@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from landscape._checks import check_at_least
 from landscape.batches import (
@@ -39,6 +40,8 @@ from landscape.losses import (
 from landscape.memory import free_memory
 from landscape.parameters import Choice, ParameterSpace, call_with
 from landscape.restore import eval_mode
+
+_HOOKED = "saved tensors are hooked"
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -118,7 +121,10 @@ class FrozenObjective:
         batches: The prepared batches, the same at every pass.
         num_samples: Number of samples over all batches.
         num_batches: Number of batches.
+        recomputes: Whether the model hooks what autograd saves, as gradient checkpointing does.
     """
+
+    recomputes = False
 
     def __init__(
         self,
@@ -221,7 +227,7 @@ class FrozenObjective:
             with _explained("`model` on", inputs):
                 once = self.logits(self.space.values, inputs)
             check_unchanged(inputs, versions)
-            again = self.logits(self.space.values, inputs)
+            again = self._logits_again(inputs)
             if once.dim() == 0 or len(once) != size:
                 raise ValueError(
                     f"`model` must return one output a sample, got shape {tuple(once.shape)} "
@@ -238,6 +244,16 @@ class FrozenObjective:
                 )
             if check_mean and self.num_batches > 1 and size > 1:
                 self._check_mean(once, batch, float(loss))
+
+    def _logits_again(self, inputs: Inputs) -> Tensor:
+        try:
+            with torch.enable_grad(), disable_saved_tensors_hooks(_HOOKED):
+                return self.logits(self.space.values, inputs)
+        except RuntimeError as error:
+            if _HOOKED not in str(error):
+                raise
+        self.recomputes = True
+        return self.logits(self.space.values, inputs)
 
     def _check_targets(self, logits: Tensor, targets: Tensor | None) -> None:
         if targets is None:

@@ -61,7 +61,8 @@ class CurvatureOperator(SymmetricOperator):
                 device, or `"auto"` (half of it).
 
         Raises:
-            ValueError: If the loss is not finite on some batch, or an argument is out of range.
+            ValueError: If the loss is not finite on some batch, an argument is out of range, or the
+                model has gradient checkpointing on.
         """
         self.memory = _memory_budget(memory)
         self._set_frozen(objective.freeze(model, data))
@@ -80,6 +81,11 @@ class CurvatureOperator(SymmetricOperator):
         return self
 
     def _set_frozen(self, frozen: FrozenObjective) -> None:
+        if frozen.recomputes:
+            raise ValueError(
+                "`model` must not compute its activations again, got gradient checkpointing; "
+                "switch it off, in timm by `model.set_grad_checkpointing(False)`."
+            )
         self.frozen = frozen
         space = frozen.space
         super().__init__(space.dim, space.dtype, space.device)

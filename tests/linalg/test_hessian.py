@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from landscape import (
     EmpiricalFisherOperator,
@@ -299,6 +300,14 @@ def test_bad_input_is_refused():
     for kind in KINDS.values():
         with pytest.raises(ValueError, match="finite loss on every batch, got nan on batch 0"):
             kind(model, bad)
+    again = make_model("conv")
+    first, *rest = again[:3], *again[3:]
+    again.forward = lambda x: nn.Sequential(*rest)(checkpoint(first, x, use_reentrant=False))
+    before = snapshot(again)
+    for kind in KINDS.values():
+        with pytest.raises(ValueError, match="got gradient checkpointing; switch it off"):
+            kind(again, batches)
+    assert_untouched(again, before)
     with pytest.raises(ValueError, match="logits of shape"):
         FisherOperator(_Map(), batches, Objective(loss=_map_loss))
 
