@@ -207,8 +207,9 @@ def _relu(x: Tensor, inplace: bool = False) -> Tensor | None:
     return None if inplace else relu(x)
 
 
-def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor | None:
-    return None if inplace else F.relu6(x + 3) / 6
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    out = F.relu6(x + 3) / 6
+    return x.copy_(out) if inplace else out
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
