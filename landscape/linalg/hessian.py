@@ -428,11 +428,17 @@ def twice_differentiable() -> Iterator[None]:
     Neither the other kernels nor compiled code have a second derivative.
 
     Raises:
-        RuntimeError: In inference mode, which knows of no derivative.
+        RuntimeError: In inference mode, which knows of no derivative, or under autocast, which
+            would round the derivatives and the vectors as well.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "Curvature must be computed outside `torch.inference_mode`; use `torch.no_grad`."
+        )
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise RuntimeError(
+            "Curvature must be computed outside `torch.autocast`; use it in the model's forward "
+            'pass, or `precision="bf16"` where a probe has it.'
         )
     with sdpa_kernel(SDPBackend.MATH), eagerly():
         yield

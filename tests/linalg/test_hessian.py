@@ -30,6 +30,10 @@ PART = 9_000  # bytes: the graph of one batch of four and no more
 WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.0]).double())
 
 
+def times_ones(operator):
+    return operator @ torch.ones(operator.dim, dtype=operator.dtype)
+
+
 def matrix_of(operator):
     return operator @ torch.eye(operator.dim, dtype=operator.dtype)
 
@@ -144,14 +148,19 @@ def test_an_ignored_parameter_is_a_zero_row_not_an_error():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inference_mode_of_data_is_mended_and_of_the_caller_refused(kind):
+def test_modes_of_the_caller_that_spoil_derivatives_are_refused(kind):
     model, batches = make_model("conv"), make_batches((7,))
-    expected = matrix_of(KINDS[kind](model, batches))
+    expected = times_ones(KINDS[kind](model, batches))
     with torch.inference_mode():
         made = [(x.clone(), y.clone()) for x, y in batches]
         with pytest.raises(RuntimeError, match=r"outside `torch\.inference_mode`"):
-            matrix_of(KINDS[kind](model, batches))
-    torch.testing.assert_close(matrix_of(KINDS[kind](model, made)), expected)
+            times_ones(KINDS[kind](model, batches))
+    torch.testing.assert_close(times_ones(KINDS[kind](model, made)), expected)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match=r"outside `torch\.autocast`"),
+    ):
+        times_ones(KINDS[kind](model, batches))
 
 
 class Changing(nn.Module):
