@@ -1,7 +1,7 @@
 """Checks of arguments shared by the probes: name, rule, value, remedy."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ def check_data(data: object) -> None:
             f"`data` must be an iterable of batches such as a DataLoader or a list of (x, y), "
             f"got {type(data).__name__}."
         )
-    if iter(data) is data:
+    # Only an iterator is asked for one: a loader would start its workers.
+    if isinstance(data, Iterator) and iter(data) is data:
         raise TypeError(
             f"`data` must be re-iterable because a probe passes over it several times, got the "
             f"one-shot {type(data).__name__}; pass a DataLoader, or `list(data)`."
@@ -62,6 +63,21 @@ def check_generator(generator: Any) -> torch.Generator:
             "pass `torch.Generator().manual_seed(seed)`."
         )
     return generator
+
+
+def check_python(model: torch.nn.Module) -> None:
+    """Refuse a model with a part in TorchScript, which hides the calls that it makes.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f" in {name!r}" if name else ""
+            raise TypeError(
+                f"`model` must be Python all through, got TorchScript{where}; pass the module "
+                "that it was made of."
+            )
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -207,7 +207,8 @@ class Placement:
         if not isinstance(value, Tensor):
             return value
         dtype = self.dtype if value.is_floating_point() else value.dtype
-        return value.to(self.device, dtype)
+        placed = value.to(self.device, dtype)
+        return placed.clone() if placed.is_inference() else placed  # autograd cannot save those
 
 
 def stream_batches(model: nn.Module, data: Iterable[Any]) -> "Iterator[_Drawn]":
@@ -237,9 +238,33 @@ def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
         size = _size(inputs, targets)
         total += size
         if size:
+            versions = versions_of(inputs)
             yield inputs, targets, size
+            check_unchanged(inputs, versions)
     if not total:
         raise ValueError("`data` must yield at least one sample, got none; is it empty?")
+
+
+def versions_of(inputs: Inputs) -> list[int]:
+    """Return how often each tensor has been changed in place; none for those of inference mode."""
+    return [t._version for t in _tensors((inputs, None, 0)) if not t.is_inference()]
+
+
+def check_unchanged(inputs: Inputs, versions: list[int]) -> None:
+    """Refuse inputs that the model has changed in place: the next pass would see others.
+
+    Args:
+        inputs: The inputs of the model.
+        versions: What `versions_of` said of them before.
+
+    Raises:
+        ValueError: If one has changed since.
+    """
+    if versions_of(inputs) != versions:
+        raise ValueError(
+            "`model` must leave its input as it is, got one that it has changed in place; begin "
+            "its forward pass with `x = x.clone()`."
+        )
 
 
 def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
@@ -263,7 +288,8 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
     for value in [targets, *([inputs] if not isinstance(inputs, Mapping) else [])]:
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(
-                f"`data` must yield tensors, got a {type(value).__name__} in batch {index}."
+                f"`data` must yield tensors, got a {type(value).__name__} in batch {index}; pass "
+                "several inputs as a mapping of the model's argument names."
             )
     if (
         isinstance(inputs, Tensor)

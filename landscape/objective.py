@@ -18,9 +18,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from landscape._checks import check_at_least
-from landscape.batches import LABEL_KEYS, FrozenBatches, Inputs, PreparedBatch, Transform
+from landscape.batches import (
+    LABEL_KEYS,
+    FrozenBatches,
+    Inputs,
+    Placement,
+    PreparedBatch,
+    Transform,
+    check_unchanged,
+    versions_of,
+)
 from landscape.losses import (
     amount_averaged,
     is_classification,
@@ -30,6 +40,8 @@ from landscape.losses import (
 from landscape.memory import free_memory
 from landscape.parameters import Choice, ParameterSpace, call_with
 from landscape.restore import eval_mode
+
+_HOOKED = "saved tensors are hooked"
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -109,7 +121,10 @@ class FrozenObjective:
         batches: The prepared batches, the same at every pass.
         num_samples: Number of samples over all batches.
         num_batches: Number of batches.
+        recomputes: Whether the model hooks what autograd saves, as gradient checkpointing does.
     """
+
+    recomputes = False
 
     def __init__(
         self,
@@ -127,7 +142,7 @@ class FrozenObjective:
         batches = FrozenBatches(
             data,
             device=device,
-            dtype=self.space.dtype,
+            dtype=Placement.of(model).dtype,
             transform=objective.transform,
             seed=objective.seed,
             amount=functools.partial(amount_averaged, objective.loss),
@@ -208,9 +223,11 @@ class FrozenObjective:
             if self.objective.loss is None:
                 _check_same(*(self.data_term(self.space.values, batch) for _ in range(2)))
                 return
+            versions = versions_of(inputs)
             with _explained("`model` on", inputs):
                 once = self.logits(self.space.values, inputs)
-            again = self.logits(self.space.values, inputs)
+            check_unchanged(inputs, versions)
+            again = self._logits_again(inputs)
             if once.dim() == 0 or len(once) != size:
                 raise ValueError(
                     f"`model` must return one output a sample, got shape {tuple(once.shape)} "
@@ -227,6 +244,16 @@ class FrozenObjective:
                 )
             if check_mean and self.num_batches > 1 and size > 1:
                 self._check_mean(once, batch, float(loss))
+
+    def _logits_again(self, inputs: Inputs) -> Tensor:
+        try:
+            with torch.enable_grad(), disable_saved_tensors_hooks(_HOOKED):
+                return self.logits(self.space.values, inputs)
+        except RuntimeError as error:
+            if _HOOKED not in str(error):
+                raise
+        self.recomputes = True
+        return self.logits(self.space.values, inputs)
 
     def _check_targets(self, logits: Tensor, targets: Tensor | None) -> None:
         if targets is None:

@@ -115,6 +115,12 @@ def call_with(model: nn.Module, state: Mapping[str, Tensor], /, *args: Any, **kw
 def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule | nn.DataParallel):
+        inner = "`model.module`" if isinstance(model, nn.DataParallel) else "what it was made of"
+        raise TypeError(
+            "`model` must be a module that can be called with other parameters, got a "
+            f"{type(model).__name__}; pass {inner}."
+        )
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(
@@ -158,4 +164,7 @@ def _check_placement(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> No
         raise ValueError(f"`model` must be on one device, got {sorted(devices)}.")
     for name, p in chosen.items():
         if not p.is_floating_point():
-            raise ValueError(f"`parameters` must be real and floating, got {p.dtype} in {name!r}.")
+            raise ValueError(
+                f"`parameters` must be real and floating, got {p.dtype} in {name!r}; choose "
+                "others, or let the model hold real ones and call `torch.view_as_complex`."
+            )

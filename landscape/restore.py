@@ -63,6 +63,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, each in zip(modules, buffers, strict=True):
-                module._buffers.update(each)
+                for name, buffer in each.items():  # TorchScript's dictionary has no `update`
+                    module._buffers[name] = buffer
             for buffer, value in values:
-                buffer.copy_(value)
+                if torch.is_inference_mode_enabled() or not buffer.is_inference():
+                    buffer.copy_(value)  # one of inference mode has not changed outside of it

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import weakref
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from landscape import evaluate, loss_line
 from landscape.blocks import Blocks
 from landscape.blocks.lesions import num_heads
 from landscape.blocks.passes import PartialPasses
@@ -151,6 +153,9 @@ def test_names_and_globs(images):
         nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(784, 2)
     )
     assert Blocks(plain, ["0", "1"], example=images).kinds == ("conv", "other")
+    nested = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    both = Blocks(nested, ["0", "0.0"], example=images).capture(images)  # which end in one call
+    torch.testing.assert_close(both["0"], both["0.0"])
     captured = Blocks(plain, "0", example=images).capture(images)
     torch.testing.assert_close(captured["0"], plain[0](images).detach())  # before the in-place ReLU
 
@@ -173,6 +178,20 @@ def test_errors_name_what_is_near(images):
         Blocks(nn.Sequential(nn.Linear(7, 7)), "0.weight", example=torch.ones(2, 7))
     with pytest.raises(TypeError, match="`inputs` must be a tensor or a mapping"):
         blocks.capture([1, 2])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_torchscript_is_refused_where_it_hides_what_is_needed(images):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1))
+    model = nn.Sequential(torch.jit.script(nn.Sequential(*model, nn.Flatten())), nn.Linear(4, 3))
+    data = [(images, torch.zeros(len(images), dtype=torch.long))]
+    assert math.isfinite(evaluate(model, data).nll)
+    with pytest.raises(TypeError, match="Python all through, got TorchScript in '0'; pass the"):
+        Blocks(model, example=images)
+    with pytest.raises(TypeError, match="Python all through"):
+        loss_line(model, data, points=3, batch_norm="recalibrate")
+    with pytest.raises(TypeError, match="RecursiveScriptModule; pass what it was made of"):
+        loss_line(model[0], data, points=3)
 
 
 def test_a_module_that_does_not_run(images):
@@ -222,8 +241,10 @@ def test_a_model_that_caches_at_its_first_pass(images):
 
 def test_model_untouched_even_when_interrupted(model, images):
     model.train()
-    blocks = Blocks(model, example=images)
+    model.register_buffer("passes", torch.zeros(()))
+    model.register_forward_hook(lambda module, args, out: module.passes.add_(1) * 0 + out)
     before = snapshot(model)
+    blocks = Blocks(model, example=images)
     blocks.capture(images)
 
     def stop(block, feature):

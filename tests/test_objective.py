@@ -153,6 +153,15 @@ def test_soft_targets_and_another_precision():
     assert frozen.value() == pytest.approx(expected, rel=1e-5)
 
 
+def test_inputs_have_the_precision_of_the_first_layer_whatever_is_chosen():
+    model = make_model("conv", torch.float32)
+    model[-1].double().register_forward_pre_hook(lambda module, args: args[0].double())
+    for choice in (None, "5.*"):
+        frozen = Objective(parameters=choice).freeze(model, make_batches((8, 3)))
+        assert next(iter(frozen.batches)).inputs.dtype == torch.float32
+        assert frozen.space.dtype == torch.float64
+
+
 def test_parameters_are_chosen_by_glob_predicate_and_alias():
     model = make_model("tied")
     batches = make_batches((8,))
@@ -255,6 +264,7 @@ X, Y = make_batches((6,))[0]
         ([(X, Y + 3)], ValueError, "labels in 0 … 2"),
         ([(X, Y - 1)], ValueError, "labels in 0 … 2"),
         ([(X, "cat")], TypeError, "must yield tensors"),
+        ([((X, X), Y)], TypeError, "tuple in batch 0; pass several inputs as a mapping"),
         ([(X[:0], Y[:0])], ValueError, "at least one sample"),
         ([(X, Y[:, None])], ValueError, r"targets of shape \(6,\) .*, got torch.int64 \(6, 1\)"),
     ],
@@ -262,6 +272,19 @@ X, Y = make_batches((6,))[0]
 def test_bad_data_is_refused(data, error, message):
     with pytest.raises(error, match=message):
         Objective().freeze(make_model("conv"), data)
+
+
+def test_no_worker_is_started_but_for_a_pass():
+    class Loader:
+        started = 0
+
+        def __iter__(self):
+            self.started += 1
+            return iter(make_batches((4, 2)))
+
+    loader = Loader()
+    Objective().freeze(make_model("conv"), loader)
+    assert loader.started == 1
 
 
 def test_targets_that_a_loss_would_broadcast_are_refused():
@@ -298,6 +321,10 @@ def test_bad_models_and_settings_are_refused():
         Objective(parameters=lambda n, p: False).freeze(make_model("conv"), batches)
     with pytest.raises(ValueError, match="deterministic"):
         Objective().freeze(Noisy(), batches)
+    with pytest.raises(ValueError, match="leave its input as it is"):
+        Objective().freeze(
+            nn.Sequential(nn.ReLU(inplace=True), make_model("conv")), make_batches((6,))
+        )
     mappings = [{"pixel_values": x, "labels": y} for x, y in batches]
     noisy = Record(as_mapping=True)
     noisy.body = Noisy()
@@ -307,6 +334,11 @@ def test_bad_models_and_settings_are_refused():
         Objective().freeze(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), batches)
     with pytest.raises(ValueError, match="meta device"):
         Objective().freeze(nn.Linear(2, 3, device="meta"), batches)
+    with pytest.raises(TypeError, match=r"called with other .* DataParallel; pass `model.module`"):
+        Objective().freeze(nn.DataParallel(make_model("conv")), batches)
+    imaginary = nn.Linear(16, 3, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"complex64 in 'weight'; choose others"):
+        Objective().freeze(imaginary, batches)
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         Objective().freeze(lambda x: x, batches)
     with pytest.raises(ValueError, match="one output a sample"):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from landscape._checks import nearest
+from landscape._checks import check_python, nearest
 from landscape.batches import Placement
 from landscape.blocks.block import Block, Traced, describe
 from landscape.blocks.inputs import likely_images, num_samples, resized, shape_key
@@ -34,7 +34,7 @@ from landscape.blocks.passes import ControlledPass, Handler
 from landscape.blocks.structure import Kind, find_units, named_units
 from landscape.blocks.tracing import Trace, function_name, record
 from landscape.objective import predict
-from landscape.restore import eagerly, eval_mode
+from landscape.restore import eagerly, eval_mode, untouched
 
 Choose = str | Sequence[str]
 Visitor = Callable[[Block, Tensor], None]
@@ -125,11 +125,14 @@ class Blocks:
             ValueError: If the model makes other calls than in its trace.
         """
         traced, n = self.traced(inputs), num_samples(inputs)
-        handlers: dict[int, Handler] = {}
+        shown: dict[int, list[tuple[Block, str, Layout]]] = {}  # two blocks may end in one call
         for block, unit, layout in zip(self._blocks, traced.units, traced.layouts, strict=True):
             step = traced.trace.steps[unit.value]
-            show = functools.partial(_show, block, step.name, layout, n, visitor)
-            handlers[step.ordinal or 0] = show
+            shown.setdefault(step.ordinal or 0, []).append((block, step.name, layout))
+        handlers: dict[int, Handler] = {
+            ordinal: functools.partial(_show, ending, n, visitor)
+            for ordinal, ending in shown.items()
+        }
         with eval_mode(self.model), eagerly(), ControlledPass(handlers):
             return predict(self.model, inputs)
 
@@ -144,7 +147,7 @@ class Blocks:
         def keep(block: Block, feature: Tensor) -> None:
             features[block.name] = feature.clone()
 
-        with torch.no_grad():
+        with untouched(self.model), torch.no_grad():
             self.visit(inputs, keep)
         return features
 
@@ -203,7 +206,7 @@ class Blocks:
     def _record(self, inputs: Any) -> Trace:
         placement = Placement.of(self.model)
         example = resized(placement.place(inputs), _TRACED)
-        with eval_mode(self.model), eagerly(), _own_randomness(placement.device), torch.no_grad():
+        with untouched(self.model), eagerly(), _own_randomness(placement.device), torch.no_grad():
             predict(self.model, example)  # what a model caches at its first pass is there by now
             return record(self.model, example)
 
@@ -211,6 +214,7 @@ class Blocks:
         """Find the blocks in a trace, and check that they are those of the first one."""
         units = find_units(trace) if self._choose is None else named_units(trace, self._choose)
         if not units:
+            check_python(self.model)
             modules = [name for name, _ in self.model.named_modules() if name]
             raise ValueError(
                 f"`model` must have residual blocks, found none in a {type(self.model).__name__}; "
@@ -278,9 +282,7 @@ def blocks_of(model: nn.Module, blocks: Blocks | None, example: Any) -> Blocks:
 
 
 def _show(
-    block: Block,
-    name: str,
-    layout: Layout,
+    blocks: Sequence[tuple[Block, str, Layout]],
     n: int,
     visitor: Visitor,
     func: Any,
@@ -290,9 +292,10 @@ def _show(
     """Make a call and show its output: a handler of `ControlledPass` with its first arguments."""
     out = func(*args, **kwargs)
     value = next((t for t in tree_leaves(out) if isinstance(t, Tensor)), None)
-    if value is None or function_name(func) != name or not layout.fits(value.shape, n):
-        raise _changed(block.name, torch.Size() if value is None else value.shape, layout.shape)
-    visitor(block, layout.apply(value, n))
+    for block, name, layout in blocks:
+        if value is None or function_name(func) != name or not layout.fits(value.shape, n):
+            raise _changed(block.name, torch.Size() if value is None else value.shape, layout.shape)
+        visitor(block, layout.apply(value, n))
     return out
 
 

@@ -109,7 +109,8 @@ class _Linear(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needed = ctx.needs_input_grad  # what is not needed may be changed in place afterwards
+        ctx.save_for_backward(x if needed[1] else None, weight if needed[0] else None)
         ctx.set_materialize_grads(False)
         return F.linear(x, weight, bias)
 

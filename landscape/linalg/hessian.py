@@ -10,6 +10,7 @@ With per-sample loss ℓ_n(f(x_n; θ)), J_n = ∂f(x_n; θ)/∂θ and the object
 Attention runs under the math kernel, the only one with a second derivative.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ class CurvatureOperator(SymmetricOperator):
                 device, or `"auto"` (half of it).
 
         Raises:
-            ValueError: If the loss is not finite on some batch, or an argument is out of range.
+            ValueError: If the loss is not finite on some batch, an argument is out of range, or the
+                model has gradient checkpointing on.
         """
         self.memory = _memory_budget(memory)
         self._set_frozen(objective.freeze(model, data))
@@ -79,6 +81,11 @@ class CurvatureOperator(SymmetricOperator):
         return self
 
     def _set_frozen(self, frozen: FrozenObjective) -> None:
+        if frozen.recomputes:
+            raise ValueError(
+                "`model` must not compute its activations again, got gradient checkpointing; "
+                "switch it off, in timm by `model.set_grad_checkpointing(False)`."
+            )
         self.frozen = frozen
         space = frozen.space
         super().__init__(space.dim, space.dtype, space.device)
@@ -146,6 +153,8 @@ class HessianOperator(CurvatureOperator):
                         losses.append(self.frozen.data_term(self._leaves, batch))
                     continue
                 graph = self._graph(batch, measure=not per_sample)
+                if not losses and not graph.depends:
+                    _warn_independent()
                 losses.append(graph.loss)
                 per_sample = per_sample or graph.num_bytes / batch.size
                 if per_sample * batch.size <= budget:
@@ -197,6 +206,7 @@ class GradientGraph:
 
     Attributes:
         loss: Value of the loss.
+        depends: Whether it depends on any of the leaves.
         gradient: Its gradient, one tensor a parameter.
         weight: Factor of the loss in the objective.
         num_bytes: Memory of the graph, where it was measured.
@@ -224,14 +234,24 @@ class GradientGraph:
         self._leaves = list(leaves.values())
         sizes: dict[int, int] = {}
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> tuple[Tensor, int]:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # the tensor itself would hold its own graph for ever
+            # The tensor itself would hold its own graph for ever.
+            return tensor.detach(), tensor._version
+
+        def unpack(packed: tuple[Tensor, int]) -> Tensor:
+            tensor, version = packed
+            if tensor._version != version:  # PyTorch does not look where there are hooks
+                raise RuntimeError(
+                    "`model` must leave what its gradient needs as it is, got a tensor of shape "
+                    f"{tuple(tensor.shape)} that was modified by an inplace operation."
+                )
+            return tensor
 
         with (
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+            torch.autograd.graph.saved_tensors_hooks(pack, unpack)
             if measure
             else torch.enable_grad(),
             _rounding(precision),
@@ -241,11 +261,11 @@ class GradientGraph:
                 cheap_second_derivatives(),
             ):
                 value = loss()
-            self.loss = value.detach()
+            self.loss, self.depends = value.detach(), value.requires_grad
             # A parameter that the loss ignores has a zero gradient, and a zero row.
             self.gradient = (
                 torch.autograd.grad(value, self._leaves, create_graph=True, materialize_grads=True)
-                if value.requires_grad
+                if self.depends
                 else tuple(torch.zeros_like(p) for p in self._leaves)
             )
         self.num_bytes = sum(sizes.values())
@@ -288,6 +308,7 @@ class _OutputCurvature(CurvatureOperator):
         with torch.enable_grad():
             outputs = self._outputs(leaves, batch)
             if not outputs.requires_grad:
+                _warn_independent()
                 return torch.zeros_like(v)
             dual = torch.zeros_like(outputs, requires_grad=True)
             pulled = torch.autograd.grad(
@@ -378,6 +399,14 @@ class EmpiricalFisherOperator(_OutputCurvature):
         return tangent / batch.size
 
 
+def _warn_independent() -> None:
+    warnings.warn(
+        "The loss depends on none of the chosen parameters, so its curvature is zero. If it "
+        "should, take `no_grad`, `inference_mode` and `detach` out of the model.",
+        stacklevel=2,
+    )
+
+
 def check_finite_losses(losses: list[Tensor]) -> None:
     """Refuse NaN and infinite batch losses.
 
@@ -397,7 +426,20 @@ def twice_differentiable() -> Iterator[None]:
     """Run attention under the math kernel, and compiled modules eagerly.
 
     Neither the other kernels nor compiled code have a second derivative.
+
+    Raises:
+        RuntimeError: In inference mode, which knows of no derivative, or under autocast, which
+            would round the derivatives and the vectors as well.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Curvature must be computed outside `torch.inference_mode`; use `torch.no_grad`."
+        )
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise RuntimeError(
+            "Curvature must be computed outside `torch.autocast`; use it in the model's forward "
+            'pass, or `precision="bf16"` where a probe has it.'
+        )
     with sdpa_kernel(SDPBackend.MATH), eagerly():
         yield
 

@@ -78,7 +78,8 @@ class _Replacing(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        layer = None if kwargs.keys() & _BY_POSITION else self._layers.get(func)
+        uncovered = kwargs.keys() & _BY_POSITION or torch.is_inference_mode_enabled()
+        layer = None if uncovered else self._layers.get(func)
         if layer is not None and all(_covered(t) for t in (*args, *kwargs.values())):
             out = layer(*args, **kwargs)
             if out is not None:
@@ -191,11 +192,11 @@ class _Made:
         more: Any = None,
     ) -> None:
         self.x, self.weight, self.bias, self.more = x, weight, bias, more
-        self._out, self._version = out, out._version
+        self._out, self._versions = out, (out._version, x._version)
 
     def is_still(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the output, unchanged since."""
-        return tensor is self._out and tensor._version == self._version
+        """Whether a tensor is the output, and neither it nor the input has changed since."""
+        return tensor is self._out and (tensor._version, self.x._version) == self._versions
 
     def is_learned(self) -> bool:
         """Whether input and weights both require a gradient."""
@@ -206,8 +207,9 @@ def _relu(x: Tensor, inplace: bool = False) -> Tensor | None:
     return None if inplace else relu(x)
 
 
-def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor | None:
-    return None if inplace else F.relu6(x + 3) / 6
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    out = F.relu6(x + 3) / 6
+    return x.copy_(out) if inplace else out
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from landscape._checks import check_python
 from landscape.objective import FrozenObjective
 from landscape.parameters import call_with
 from landscape.restore import eval_mode
@@ -29,7 +30,11 @@ def recalibrated_buffers(
 
     Returns:
         Buffer name to value; empty where the model has no batch norm with running statistics.
+
+    Raises:
+        TypeError: If a part of the model is in TorchScript.
     """
+    check_python(frozen.model)
     model, space = frozen.model, frozen.space
     norms = {
         name: module

@@ -249,7 +249,8 @@ class _Solver:
 
     def _together(self, batches: list[PreparedBatch]) -> list[EigenSearch]:
         frozen = self._frozen
-        searches = [self._search(self._k + BASIS, frozen.space.dtype) for _ in batches]
+        basis_dtype = torch.promote_types(frozen.space.dtype, torch.float32)
+        searches = [self._search(self._k + BASIS, basis_dtype) for _ in batches]
         steps = [
             search.steps(starts=1, certify=self._certify, first=first)
             for search, first in zip(searches, self._firsts, strict=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from landscape import (
     EmpiricalFisherOperator,
@@ -27,6 +28,10 @@ KINDS = {
 }
 PART = 9_000  # bytes: the graph of one batch of four and no more
 WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.0]).double())
+
+
+def times_ones(operator):
+    return operator @ torch.ones(operator.dim, dtype=operator.dtype)
 
 
 def matrix_of(operator):
@@ -132,8 +137,78 @@ def test_an_ignored_parameter_is_a_zero_row_not_an_error():
         expected = torch.zeros_like(matrix[0])
         expected[0] = 0.5
         torch.testing.assert_close(matrix[0], expected, rtol=0, atol=0)
-    only = HessianOperator(model, batches, Objective(parameters="unused", weight_decay=0.5))
-    torch.testing.assert_close(matrix_of(only), 0.5 * torch.eye(2, dtype=torch.float64))
+    for kind in KINDS.values():
+        with pytest.warns(UserWarning, match="depends on none of the chosen parameters"):
+            only = matrix_of(kind(model, batches, Objective(parameters="unused", weight_decay=0.5)))
+        torch.testing.assert_close(only, 0.5 * torch.eye(2, dtype=torch.float64))
+    model = make_model("conv")
+    model.forward = torch.inference_mode()(model.forward)
+    with pytest.warns(UserWarning, match="take `no_grad`, `inference_mode` and `detach` out"):
+        assert not matrix_of(HessianOperator(model, batches)).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modes_of_the_caller_that_spoil_derivatives_are_refused(kind):
+    model, batches = make_model("conv"), make_batches((7,))
+    expected = times_ones(KINDS[kind](model, batches))
+    with torch.inference_mode():
+        made = [(x.clone(), y.clone()) for x, y in batches]
+        with pytest.raises(RuntimeError, match=r"outside `torch\.inference_mode`"):
+            times_ones(KINDS[kind](model, batches))
+    torch.testing.assert_close(times_ones(KINDS[kind](model, made)), expected)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match=r"outside `torch\.autocast`"),
+    ):
+        times_ones(KINDS[kind](model, batches))
+
+
+class Changing(nn.Module):
+    """Changes a tensor in place that a layer before has taken."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.frozen = change, nn.Linear(3, 3).requires_grad_(False)
+        self.first, self.last = nn.Linear(16, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.change(self, self.first(x.flatten(1)))
+
+
+def after_square(model, h):
+    y = h * h
+    h += 1
+    return model.last(y)
+
+
+def after_gelu(model, h):
+    h = model.last(h)
+    y = F.gelu(h)
+    h *= 2
+    return model.last(y)
+
+
+def after_conv(model, h):
+    y = F.conv2d(h[:, :, None, None], model.last.weight[:, :, None, None])
+    h *= 2
+    return F.batch_norm(y, h.new_zeros(3), h.new_ones(3)).flatten(1)
+
+
+@pytest.mark.parametrize("change", [after_square, after_gelu, after_conv])
+def test_what_the_gradient_needs_must_not_be_changed_in_place(change):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        HessianOperator(Changing(change).double(), make_batches((7,)))
+
+
+def test_what_the_gradient_does_not_need_may_be_changed_in_place():
+    def add(model, h):
+        h += model.frozen(h)
+        return model.last(h)
+
+    model, batches = Changing(add).double(), make_batches((7, 3))
+    found = matrix_of(HessianOperator(model, batches))
+    model.change = lambda model, h: model.last(h + model.frozen(h))
+    torch.testing.assert_close(found, matrix_of(HessianOperator(model, batches)))
 
 
 def test_true_and_empirical_fisher_differ_and_fisher_ignores_the_labels():
@@ -234,6 +309,14 @@ def test_bad_input_is_refused():
     for kind in KINDS.values():
         with pytest.raises(ValueError, match="finite loss on every batch, got nan on batch 0"):
             kind(model, bad)
+    again = make_model("conv")
+    first, *rest = again[:3], *again[3:]
+    again.forward = lambda x: nn.Sequential(*rest)(checkpoint(first, x, use_reentrant=False))
+    before = snapshot(again)
+    for kind in KINDS.values():
+        with pytest.raises(ValueError, match="got gradient checkpointing; switch it off"):
+            kind(again, batches)
+    assert_untouched(again, before)
     with pytest.raises(ValueError, match="logits of shape"):
         FisherOperator(_Map(), batches, Objective(loss=_map_loss))
 

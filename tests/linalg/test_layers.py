@@ -181,6 +181,11 @@ MENDED = {
         lambda x: (4 * x / 6 + 0.5).clamp(0, 1) * x,
         [(40,)],
     ),
+    "hard sigmoid in place": (
+        lambda x: F.hardsigmoid(y := 4 * x, inplace=True) * x + y,
+        lambda x: (4 * x / 6 + 0.5).clamp(0, 1) * (x + 1),
+        [(40,)],
+    ),
 }
 
 

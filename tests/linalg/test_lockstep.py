@@ -163,6 +163,14 @@ def test_models_that_cannot_be_stacked_are_solved_one_by_one():
         landscape.hessian_max_spectrum(model, batches, group=2, engine="pyhessian")
 
 
+def test_lock_step_in_half_precision():
+    model, batches = make_model("conv", torch.bfloat16), make_batches((4, 4))
+    alone, together = (
+        landscape.hessian_max_spectrum(model, batches, k=1, group=group) for group in (1, 2)
+    )
+    np.testing.assert_allclose(together.eigenvalues, alone.eigenvalues, rtol=0.02)
+
+
 class Keyed(nn.Module):
     def __init__(self):
         super().__init__()

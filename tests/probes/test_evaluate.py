@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -227,13 +229,15 @@ def test_the_model_is_left_as_found(name, error):
 
 
 def test_nothing_random_and_nothing_global_matters(tmp_path):
-    model, batches = make_model("attention", torch.float32), make_batches((6, 2), torch.float32)
+    model, batches = make_model("conv", torch.float32), make_batches((6, 2), torch.float32)
     first = evaluate(model, batches)
     torch.manual_seed(3)
     with torch.inference_mode():
         again = evaluate(model, batches)
-    for name in (*NUMBERS, *ERRORS):
-        assert getattr(first, name) == getattr(again, name)
+        made = copy.deepcopy(model)
+    for other in (again, evaluate(made, batches)):
+        for name in (*NUMBERS, *ERRORS):
+            assert getattr(first, name) == getattr(other, name)
     loaded = Evaluation.load(first.save(tmp_path / "evaluation"))
     np.testing.assert_array_equal(loaded.bin_accuracy, first.bin_accuracy)
     assert (loaded.top5, loaded.ece_noise) == (None, first.ece_noise)
@@ -282,6 +286,8 @@ def test_bad_arguments_are_refused():
         evaluate(Identity(), [], num_bins=0)
     with pytest.raises(TypeError, match="one-shot"):
         evaluate(Identity(), iter([]))
+    with pytest.raises(ValueError, match="leave its input as it is"):
+        evaluate(nn.ReLU(inplace=True), [(torch.zeros(2, 3), torch.zeros(2).long())])
     nothing = type("Nothing", (nn.Module,), {"forward": lambda self, x: None})()
     with pytest.raises(TypeError, match="must return a tensor or an object with `.logits`"):
         evaluate(nothing, [(torch.zeros(2, 3), torch.zeros(2).long())])
