@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FORMAT = "landscape result 1"
-_DAMAGE = (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (
+    OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, RuntimeError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+class _UnknownError(Exception):
+    """A file is complete, but holds what this version of the package does not know."""
 
 
 class Result:
@@ -64,17 +71,25 @@ class Result:
             The result; its class is `cls` or a subclass of it.
 
         Raises:
-            ValueError: If the file is damaged, foreign, or holds another kind of result.
+            OSError: If there is no such file, or it cannot be opened.
+            ValueError: If the file is damaged, foreign, of a newer version, or holds another kind
+                of result.
         """
+        with Path(path).open("rb") as file:
+            content = io.BytesIO(file.read())
         try:
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            with np.load(content, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
             meta = json.loads(str(arrays.pop("meta")))
             if meta["format"] != _FORMAT:
-                raise KeyError(meta["format"])
+                raise _UnknownError(f"format {meta['format']!r}")
             result = _decode(meta["result"], arrays)
-        except FileNotFoundError:
-            raise
+        except _UnknownError as error:
+            raise ValueError(
+                f"`path` must hold what this version of `landscape` knows, got {error} in "
+                f"{str(path)!r}; update `landscape`, or import the module of that class first "
+                "(`landscape.training` has some)."
+            ) from None
         except _DAMAGE as error:
             raise ValueError(
                 f"`path` must be a complete file written by `Result.save`, got {str(path)!r} "
@@ -167,8 +182,11 @@ def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype.hasobject:
             raise TypeError(f"A result holds no object arrays, got one in {path[:-1]!r}.")
-        arrays[path[:-1]] = value
-        return {"array": path[:-1]}
+        name = path[:-1]
+        while name in arrays:  # the keys "a.b" and "a" → "b" have the same path
+            name += "'"
+        arrays[name] = value
+        return {"array": name}
     if isinstance(value, dict):
         return {"dict": [[k, _encode(v, f"{path}{k}.", arrays)] for k, v in value.items()]}
     if isinstance(value, tuple | list):
@@ -189,5 +207,9 @@ def _decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return arrays[value["array"]]
     if "dict" in value:
         return {k: _decode(v, arrays) for k, v in value["dict"]}
-    cls = Result._classes[value["class"]]
-    return cls(**{k: _decode(v, arrays) for k, v in value["fields"].items()})
+    cls, fields = Result._classes.get(value["class"]), value["fields"]
+    if cls is None or not dataclasses.is_dataclass(cls):
+        raise _UnknownError(f"a {value['class']}")
+    if unknown := sorted(fields.keys() - {f.name for f in dataclasses.fields(cls)}):
+        raise _UnknownError(f"a {value['class']} with {', '.join(unknown)}")
+    return cls(**{k: _decode(v, arrays) for k, v in fields.items()})

@@ -1,4 +1,5 @@
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -67,8 +68,38 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     np.savez(tmp_path / "pickled.npz", meta=np.array([{"a": 1}], dtype=object))
     with pytest.raises(ValueError, match="must be a complete file"):
         Result.load(tmp_path / "pickled.npz")
+    meta = '{"format": "landscape result 1", "result": {"class": "Provenance", "fields": [1]}}'
+    for content in (meta, "[" * 100_000):
+        np.savez(tmp_path / "malformed.npz", meta=np.array(content))
+        with pytest.raises(ValueError, match="must be a complete file"):
+            Result.load(tmp_path / "malformed.npz")
+    with pytest.raises(IsADirectoryError):
+        Result.load(tmp_path)
     with pytest.raises(FileNotFoundError):
         Result.load(tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "field", "got"),
+    [
+        (2, "Provenance", "seed", "format 'landscape result 2'"),
+        (1, "Future", "seed", "a Future"),
+        (1, "Provenance", "later", "a Provenance with later"),
+    ],
+)
+def test_a_file_of_a_newer_version_is_not_called_damaged(tmp_path, version, name, field, got):
+    result = {"class": name, "fields": {field: 1}}
+    meta = json.dumps({"format": f"landscape result {version}", "result": result})
+    np.savez(tmp_path / "newer.npz", meta=np.array(meta))
+    with pytest.raises(ValueError, match=f"got {got} in .*update `landscape`, or import"):
+        Result.load(tmp_path / "newer.npz")
+
+
+def test_arrays_under_paths_that_read_the_same_are_both_kept(tmp_path):
+    maps = {"a.b": np.ones(1), "a": {"b": np.zeros(1)}}
+    loaded = Nested.load(replace(make_result(), maps=maps).save(tmp_path / "a"))
+    np.testing.assert_array_equal(loaded.maps["a.b"], maps["a.b"])
+    np.testing.assert_array_equal(loaded.maps["a"]["b"], maps["a"]["b"])
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

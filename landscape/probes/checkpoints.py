@@ -11,6 +11,7 @@ import fnmatch
 import os
 import pickle
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".tar")
+_DAMAGE = (
+    pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError,
+    AttributeError, struct.error,
+)  # fmt: skip
 _CHUNK = 1 << 23  # numbers held in float64 at once
 
 
@@ -104,13 +109,17 @@ def read_trail(
         raise ValueError(
             f"`checkpoints` must hold floating-point parameters, got only {list(states[-1])}."
         )
+    expected: State = states[-1] if model is None else dict(model.named_parameters())
     for index, state in enumerate(states):
-        for name in names:
-            if name not in state or state[name].shape != states[-1][name].shape:
-                got = tuple(state[name].shape) if name in state else "none"
+        own = () if model is not None else _parameter_names(state, None)
+        for name in dict.fromkeys((*names, *own)):
+            got, wanted = _shape(state, name), _shape(expected, name)
+            if got != wanted:
                 raise ValueError(
                     f"`checkpoints` must be of one model, got shape {got} for {name!r} in "
-                    f"checkpoint {index} and {tuple(states[-1][name].shape)} in the last."
+                    f"checkpoint {index} and {wanted} in "
+                    f"{'the last' if model is None else 'the model'}; names begin with "
+                    f"{next(iter(state))!r} here and {next(iter(expected))!r} there."
                 )
     known = all(step is not None for step in steps)
     return Trail(
@@ -186,16 +195,22 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the older format cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except FileNotFoundError:
+        raise
+    except _DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"`checkpoints` must be files that `torch.load(…, weights_only=True)` reads, got "
-            f"{str(path)!r} ({reason})."
+            f"{str(path)!r} ({reason}); save the state dict alone."
         ) from error
 
 
 def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def _shape(state: State, name: str) -> tuple[int, ...] | str:
+    return tuple(state[name].shape) if name in state else "none"
 
 
 def _parameter_names(state: State, model: nn.Module | None) -> tuple[str, ...]:

@@ -90,8 +90,8 @@ def pca_directions(
         The directions, `explained_variance` among them.
 
     Raises:
-        ValueError: If there are fewer than `num + 1` checkpoints, or they differ in fewer
-            directions than `num`.
+        ValueError: If there are fewer than `num + 1` checkpoints, one is not finite, or they differ
+            in fewer directions than `num`.
     """
     check_at_least("num", num, 1)
     started = time.perf_counter()
@@ -102,6 +102,10 @@ def pca_directions(
     for _, _, piece in trail.displacements(origin):
         piece = piece - piece.mean(0)
         gram += (piece @ piece.T).cpu()
+    if not gram.isfinite().all():
+        raise ValueError(
+            "`checkpoints` must be finite, got NaN or infinite weights; leave them out."
+        )
     values, mixes = torch.linalg.eigh(gram)
     values, mixes = values.flip(0).clamp_min(0), mixes.flip(1)
     if not values[num - 1] > 1e-12 * values[0]:

@@ -133,12 +133,18 @@ def project_trajectory(
         Coordinates of each checkpoint.
 
     Raises:
-        ValueError: If checkpoints and directions do not belong to one model, or the directions
-            are not independent.
+        ValueError: If checkpoints, origin and directions do not belong to one model, or the
+            directions are not independent.
     """
     started = time.perf_counter()
     trail = read_trail(checkpoints, model=model, at_least=1)
     state = trail.states[-1] if origin is None else read_state(origin)[0]
+    for name in trail.names:
+        if name not in state or state[name].shape != trail.states[-1][name].shape:
+            raise ValueError(
+                f"`origin` must be of the model of the checkpoints, got none for {name!r} of shape "
+                f"{tuple(trail.states[-1][name].shape)}."
+            )
     vectors = [_flat(vector, trail.states[-1], trail.names) for vector in directions.vectors]
     gram = torch.from_numpy(directions.inner_products)
     scale = gram.diag().sqrt()

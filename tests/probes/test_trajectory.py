@@ -208,11 +208,33 @@ def test_bad_checkpoints_are_refused(tmp_path):
     torch.save({"w": torch.ones(2), "x": NotTensors()}, tmp_path / "unsafe.pt")
     with pytest.raises(ValueError, match="weights_only=True"):
         polar_trajectory([tmp_path / "unsafe.pt", state])
-    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(ValueError, match="weights_only=True"):
-        polar_trajectory([tmp_path / "cut.pt", state])
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    old = (tmp_path / "old.pt").read_bytes()
+    for content in (b"PK\x03\x04 nothing", b"hello", old[:31], old[:93]):
+        (tmp_path / "cut.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="weights_only=True"):
+            polar_trajectory([tmp_path / "cut.pt", state])
     with pytest.raises(ValueError, match="must hold tensors by name"):
         polar_trajectory([{"epoch": 3}, state])
+
+
+def test_checkpoints_of_another_model_or_without_a_parameter_are_refused():
+    model = nn.Linear(2, 1)
+    full = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+    less = {"weight": torch.zeros(1, 2)}
+    wrapped = {f"module.{name}": value for name, value in full.items()}
+    for states, known, message in [
+        ([full, less], None, r"got shape \(1,\) for 'bias' in checkpoint 0 and none in the last"),
+        ([less, full], model, "got shape none for 'bias' in checkpoint 0"),
+        ([wrapped, wrapped], model, "names begin with 'module.weight' here and 'weight' there"),
+        ([full, full], nn.Linear(3, 1), r"\(1, 2\) for 'weight' .* \(1, 3\) in the model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            polar_trajectory(states, model=known)
+    with pytest.raises(ValueError, match="`origin` must be of the model .* got none for 'layer"):
+        project_trajectory([spiral(0.0)], plane([1, 0, 0, 0]), origin=less)
+    with pytest.raises(ValueError, match="`checkpoints` must be finite"):
+        pca_directions([full, less | {"bias": torch.tensor([math.nan])}], num=1)
 
 
 def test_bad_directions_are_refused():
