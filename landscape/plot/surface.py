@@ -68,9 +68,15 @@ def loss_surface(
 
     Raises:
         ValueError: If `kind` is unknown, `quantity` was not evaluated, `ax` does not suit
-            `kind`, `vmin` is above `vmax`, or `log` meets values that are not positive.
+            `kind`, `vmin` is above `vmax`, `log` meets values that are not positive, or there is
+            one point only along a direction.
     """
     check_choice("kind", kind, get_args(Kind))
+    if min(len(result.x), len(result.y)) < 2:
+        raise ValueError(
+            "`result` must have two points or more along each direction, got "
+            f"{len(result.x)} x {len(result.y)}; evaluate more, or a row as a `loss_line`."
+        )
     values = finite_values(result, quantity, log=log)
     low, high = shared_limits([result], quantity)
     low, high = low if vmin is None else vmin, high if vmax is None else vmax
@@ -103,7 +109,8 @@ def loss_line(
     """Draw a quantity along one direction, with a band of two standard errors each side.
 
     The band is that of the mean over samples of the NLL; L2 is exact, and accuracy and ECE have
-    none. Points that are not finite break the line, and are marked by crosses and counted.
+    none. Points that are not finite break the line, and are marked by crosses and counted; a point
+    between two of them is a dot.
 
     Args:
         result: The line.
@@ -131,13 +138,19 @@ def loss_line(
     if log:
         ax.set_yscale("log")
     missing = np.ma.getmaskarray(values)
+    beside = np.pad(missing, 1, constant_values=True)
+    alone = ~missing & beside[:-2] & beside[2:]
+    if alone.any():
+        ax.plot(result.x[alone], values[alone], ".", color=drawn.get_color())
     if missing.any():
         at = result.x[missing]
         floor = ax.get_xaxis_transform()
         mark: dict[str, Any] = {"ms": 3, "color": drawn.get_color(), "clip_on": False}
         ax.plot(at, np.full(at.shape, 0.02), "x", transform=floor, **mark)
         _note(ax, missing)
-    ax.set(xlabel=X_LABEL, ylabel=LABELS[quantity], xlim=(result.x.min(), result.x.max()))
+    ax.set(xlabel=X_LABEL, ylabel=LABELS[quantity])
+    if len(result.x) > 1:
+        ax.set_xlim(result.x.min(), result.x.max())
     return ax
 
 

@@ -195,7 +195,9 @@ def test_line_breaks_at_missing_points_and_l2_has_no_band():
     ax = plot.loss_line(result)
     drawn = ax.lines[0].get_ydata()
     np.testing.assert_array_equal(np.ma.getmaskarray(drawn), [False, True, False, False, True])
-    np.testing.assert_array_equal(ax.lines[1].get_xdata(), result.x[[1, 4]])
+    dot, crosses = ax.lines[1:]  # the first point has no neighbour to be joined with
+    np.testing.assert_array_equal(dot.get_xydata(), [[result.x[0], 3.5]])
+    np.testing.assert_array_equal(crosses.get_xdata(), result.x[[1, 4]])
     assert notes(ax) == ["×: 2 of 5 not finite"]
     assert not plot.loss_line(result, quantity="l2").collections
 
@@ -229,6 +231,13 @@ def test_errors_name_the_argument(arguments, message):
     result.accuracy[0, 0] = 0
     with pytest.raises(ValueError, match=message):
         plot.loss_surface(result, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["surface3d", "contour"])
+def test_a_surface_of_one_row_is_refused_and_a_line_of_one_point_is_a_dot(kind):
+    with pytest.raises(ValueError, match="`result` must have two points or more .*, got 1 x 5"):
+        plot.loss_surface(surface(p=1), kind=kind)
+    assert plot.loss_line(line([2])).lines[1].get_xydata().tolist() == [[-1, 2.5]]
 
 
 def test_flat_axes_are_refused_for_3d():
