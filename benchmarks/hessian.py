@@ -131,6 +131,8 @@ def densities_judged(turns: Turns, exact: list[np.ndarray]) -> dict[str, Any]:
 def joined(before: dict[str, Any], now: dict[str, Any], only: list[str]) -> dict[str, Any]:
     """Return an earlier result with the rows of some workloads measured again."""
     kept = [row for row in before["rows"] if row["workload"][:2] not in only]
+    if not kept:
+        return now
     rows = sorted([*kept, *now["rows"]], key=lambda row: str(row["workload"][:2]))
     again = {"workloads": only} | {key: now["machine"][key] for key in ("commit", "began")}
     return before | {"machine": before["machine"] | {"again": again}, "rows": rows}
