@@ -30,8 +30,7 @@ def loss_settings(loss: Any) -> tuple[Tensor | None, int, str]:
 
 def is_classification(loss: Any) -> bool:
     """Whether `loss` is a cross-entropy, whose integer targets are class labels."""
-    if isinstance(loss, functools.partial):
-        loss = loss.func
+    loss = _bare(loss)
     return loss in (F.cross_entropy, F.nll_loss) or isinstance(
         loss, nn.CrossEntropyLoss | nn.NLLLoss
     )
@@ -39,9 +38,13 @@ def is_classification(loss: Any) -> bool:
 
 def is_elementwise(loss: Any) -> bool:
     """Whether `loss` compares outputs and targets entry by entry, and broadcasts other shapes."""
-    if isinstance(loss, functools.partial):
-        loss = loss.func
+    loss = _bare(loss)
     return loss in _ELEMENTWISE or isinstance(loss, _ELEMENTWISE_MODULES)
+
+
+def _bare(loss: Any) -> Any:
+    """Return a loss without the arguments that are fixed by a `functools.partial`."""
+    return loss.func if isinstance(loss, functools.partial) else loss
 
 
 def amount_averaged(loss: Any, targets: Tensor | None, size: int) -> Tensor | float:

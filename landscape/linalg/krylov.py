@@ -418,5 +418,5 @@ _CANCELLED = 1e-3  # of the scale of A
 _NEGLIGIBLE = 1e-10  # of a unit start vector: it lies in the space already
 _ORTHOGONAL = 1e-13  # a unit vector's component along the basis that does no harm
 _OVERFLOWS = 1e100  # its square is a number, and so is what a product makes of it
-_SMALLER = 1e-60
+_SMALLER = 1e-60  # what is left, 1e40, has a square that is still beyond doubt
 _CHUNK = 1 << 16

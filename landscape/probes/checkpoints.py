@@ -113,7 +113,7 @@ def read_trail(
     for index, state in enumerate(states):
         own = () if model is not None else _parameter_names(state, None)
         for name in dict.fromkeys((*names, *own)):
-            got, wanted = _shape(state, name), _shape(expected, name)
+            got, wanted = shape_in(state, name), shape_in(expected, name)
             if got != wanted:
                 raise ValueError(
                     f"`checkpoints` must be of one model, got shape {got} for {name!r} in "
@@ -209,7 +209,8 @@ def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
 
 
-def _shape(state: State, name: str) -> tuple[int, ...] | str:
+def shape_in(state: State, name: str) -> tuple[int, ...] | str:
+    """Return the shape of a tensor of a state, "none" where it is missing."""
     return tuple(state[name].shape) if name in state else "none"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape.probes.checkpoints import Checkpoints, Source, read_state, read_trail
+from landscape.probes.checkpoints import Checkpoints, Source, read_state, read_trail, shape_in
 from landscape.probes.directions import Directions
 from landscape.provenance import weights_provenance
 from landscape.results import Provenance, Result
@@ -140,10 +140,11 @@ def project_trajectory(
     trail = read_trail(checkpoints, model=model, at_least=1)
     state = trail.states[-1] if origin is None else read_state(origin)[0]
     for name in trail.names:
-        if name not in state or state[name].shape != trail.states[-1][name].shape:
+        got, wanted = shape_in(state, name), shape_in(trail.states[-1], name)
+        if got != wanted:
             raise ValueError(
-                f"`origin` must be of the model of the checkpoints, got none for {name!r} of shape "
-                f"{tuple(trail.states[-1][name].shape)}."
+                f"`origin` must be of the model of the checkpoints, got {got} for {name!r} of "
+                f"shape {wanted}."
             )
     vectors = [_flat(vector, trail.states[-1], trail.names) for vector in directions.vectors]
     gram = torch.from_numpy(directions.inner_products)
