@@ -134,8 +134,14 @@ def joined(before: dict[str, Any], now: dict[str, Any], only: list[str]) -> dict
     if not kept:
         return now
     rows = sorted([*kept, *now["rows"]], key=lambda row: str(row["workload"][:2]))
-    again = {"workloads": only} | {key: now["machine"][key] for key in ("commit", "began")}
-    return before | {"machine": before["machine"] | {"again": again}, "rows": rows}
+    described = before["machine"]
+    again = [
+        each | {"workloads": left}
+        for each in described.get("again", [])
+        if (left := [name for name in each["workloads"] if name not in only])
+    ]
+    again.append({"workloads": only} | {key: now["machine"][key] for key in ("commit", "began")})
+    return before | {"machine": described | {"again": again}, "rows": rows}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The table and the drawing of the Hessian benchmark."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ K = 5
 
 def _later(described: dict[str, Any]) -> str:
     """Say which workloads were measured again at a later commit, where some were."""
-    again = described.get("again")
-    if not again:
-        return ""
-    which, commit = " and ".join(again["workloads"]), again["commit"]
-    return f" {which} again at commit {commit}, {again['began']}."
+    return "".join(
+        f" {' and '.join(again['workloads'])} again at commit {again['commit']}, {again['began']}."
+        for again in described.get("again", [])
+    )
 
 
 def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
@@ -63,6 +63,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(r["solver"] for each in workload_rows.values() for r in each))
     if not names:
         return
+    markers = dict(zip(names, itertools.cycle("*Pos^vD"), strict=False))
     with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.1), sharey=True, layout="constrained")
         for ax, (workload, each) in zip(axes, workload_rows.items(), strict=True):
@@ -73,7 +74,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 ax.plot(
                     r["gradients"],
                     r["error"],
-                    marker="*" if r["solver"] in OURS else "o",
+                    marker=markers[r["solver"]],
                     ms=10 if r["solver"] in OURS else 6,
                     ls="",
                     color=color,
@@ -84,11 +85,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             ax.set_xlim(left=0)
         axes[0].set_ylabel(f"Largest relative error, top {K}")
         handles = [
-            Line2D([], [], ls="", marker="*" if n in OURS else "o", color=f"C{i}", label=n)
+            Line2D([], [], ls="", marker=markers[n], color=f"C{i}", label=n)
             for i, n in enumerate(names)
         ]
         handles.append(
-            Line2D([], [], ls="", marker="o", mfc="none", color="0.4", label="not all 5 right")
+            Line2D(
+                [], [], ls="", marker="o", mfc="none", color="0.4", label="hollow: not all 5 right"
+            )
         )
         fig.legend(handles=handles, loc="outside right center", frameon=False, fontsize=7)
         fig.savefig(path, dpi=150)
