@@ -72,6 +72,9 @@ def test_chances_of_a_miss_in_closed_form():
     half = erf(sqrt(n / m[0]))  # the first start vector has half the variance
     np.testing.assert_allclose(chances(matrices, 1, n, own=True), [two, half * two], rtol=1e-12)
     assert matrices[0, 0, 0] == m[0]
+    scaled = np.diag([1e80, m[1]])[None]  # what is beyond doubt may have been scaled alone
+    doubt = erf(sqrt(n / 2e80))
+    np.testing.assert_allclose(chances(scaled, 0, n, own=False), [doubt], rtol=1e-12)
 
 
 MISSED = {
