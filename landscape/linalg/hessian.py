@@ -12,26 +12,30 @@ Attention runs under the math kernel, the only one with a second derivative.
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, Self, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from landscape._checks import check_at_least, check_choice
+from landscape._checks import check_at_least
 from landscape.batches import PreparedBatch
-from landscape.linalg.layers import cheap_second_derivatives
+from landscape.linalg.gradient import (
+    GradientGraph,
+    Precision,
+    check_precision,
+    twice_differentiable,
+)
 from landscape.linalg.operators import SymmetricOperator
+from landscape.linalg.recording import Repeated, apart
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective
 from landscape.parameters import ParameterSpace
-from landscape.restore import eagerly
 
 Memory = int | float | str
-Precision = Literal["full", "tf32", "bf16"]
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -140,13 +144,17 @@ class HessianOperator(CurvatureOperator):
         return self
 
     def _setup(self) -> None:
-        budget = _bytes(self.memory, self.device)
+        budget = memory_bytes(self.memory, self.device)
         self._graphs: list[GradientGraph] = []
         # Leaves of our own: the user's parameters and their `.grad` take no part.
         self._leaves = {n: v.requires_grad_() for n, v in _copies(self.frozen).items()}
+        multiply = partial(
+            _product_of_all, self._graphs, self.frozen.space, self._weight_decay, self.precision
+        )
+        self._multiply_kept = Repeated(multiply, self.device)
         losses: list[Tensor] = []
         per_sample = 0.0
-        with twice_differentiable():
+        with apart(self._multiply_kept.stream), twice_differentiable():
             for batch in self.frozen.batches:
                 if len(self._graphs) < len(losses) or per_sample * batch.size > budget:
                     with torch.no_grad():
@@ -172,117 +180,48 @@ class HessianOperator(CurvatureOperator):
         space = self.frozen.space
         out = self._weight_decay * space.flatten(space.values)
         with twice_differentiable():
-            for graph in self._each_graph():
+            for graph in chain(self._graphs, self._other_graphs()):
                 out.add_(space.flatten([g.detach() for g in graph.gradient]), alpha=graph.weight)
         return out
 
-    def _graph(self, batch: PreparedBatch, measure: bool = False) -> "GradientGraph":
+    def _graph(self, batch: PreparedBatch, measure: bool = False) -> GradientGraph:
         def loss() -> Tensor:
             return self.frozen.data_term(self._leaves, batch)
 
         return GradientGraph(loss, self._leaves, batch.weight, self.precision, measure)
 
-    def _each_graph(self) -> Iterator["GradientGraph"]:
-        yield from self._graphs
+    def _other_graphs(self) -> Iterator[GradientGraph]:
+        """Yield the graphs that are not kept."""
         if len(self._graphs) < self.frozen.num_batches:
             for index, batch in enumerate(self.frozen.batches):
                 if index >= len(self._graphs):
                     yield self._graph(batch)
 
     def _matmat(self, vectors: Tensor) -> Tensor:
-        space = self.frozen.space
-        out = self._weight_decay * vectors
+        space, columns = self.frozen.space, vectors.unbind(1)
         with twice_differentiable():
-            for graph in self._each_graph():
-                for column in range(vectors.shape[1]):
-                    tangents = list(space.unflatten(vectors[:, column]).values())
-                    product = graph.product(tangents)
-                    out[:, column].add_(space.flatten(product), alpha=graph.weight)
-        return out
+            out = [self._multiply_kept(v) for v in columns]
+            for graph in self._other_graphs():
+                for total, v in zip(out, columns, strict=True):
+                    product = graph.product(list(space.unflatten(v).values()), self.precision)
+                    total.add_(space.flatten(product), alpha=graph.weight)
+        return torch.stack(out, 1) if len(out) > 1 else out[0][:, None]
 
 
-class GradientGraph:
-    """The gradient of a loss, with the graph to differentiate it again.
-
-    Attributes:
-        loss: Value of the loss.
-        depends: Whether it depends on any of the leaves.
-        gradient: Its gradient, one tensor a parameter.
-        weight: Factor of the loss in the objective.
-        num_bytes: Memory of the graph, where it was measured.
-    """
-
-    def __init__(
-        self,
-        loss: Callable[[], Tensor],
-        leaves: Mapping[str, Tensor],
-        weight: float = 1.0,
-        precision: Precision = "full",
-        measure: bool = False,
-    ) -> None:
-        """Take the gradient.
-
-        Args:
-            loss: Returns the loss, a scalar of the leaves.
-            leaves: Parameters by name, which require a gradient.
-            weight: Factor of the loss in the objective.
-            precision: As in `HessianOperator`.
-            measure: Measure the memory of the graph.
-        """
-        self.weight = weight
-        self._precision = precision
-        self._leaves = list(leaves.values())
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> tuple[Tensor, int]:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            # The tensor itself would hold its own graph for ever.
-            return tensor.detach(), tensor._version
-
-        def unpack(packed: tuple[Tensor, int]) -> Tensor:
-            tensor, version = packed
-            if tensor._version != version:  # PyTorch does not look where there are hooks
-                raise RuntimeError(
-                    "`model` must leave what its gradient needs as it is, got a tensor of shape "
-                    f"{tuple(tensor.shape)} that was modified by an inplace operation."
-                )
-            return tensor
-
-        with (
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-            if measure
-            else torch.enable_grad(),
-            _rounding(precision),
-        ):
-            with (
-                torch.autocast(self._leaves[0].device.type, torch.bfloat16, precision == "bf16"),
-                cheap_second_derivatives(),
-            ):
-                value = loss()
-            self.loss, self.depends = value.detach(), value.requires_grad
-            # A parameter that the loss ignores has a zero gradient, and a zero row.
-            self.gradient = (
-                torch.autograd.grad(value, self._leaves, create_graph=True, materialize_grads=True)
-                if self.depends
-                else tuple(torch.zeros_like(p) for p in self._leaves)
-            )
-        self.num_bytes = sum(sizes.values())
-
-    def product(self, tangents: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return the Hessian of the loss times the tangents, parameter by parameter."""
-        curved = [i for i, g in enumerate(self.gradient) if g.requires_grad]
-        if not curved:
-            return tuple(torch.zeros_like(p) for p in self._leaves)
-        with _rounding(self._precision):
-            return torch.autograd.grad(
-                [self.gradient[i] for i in curved],
-                self._leaves,
-                [tangents[i] for i in curved],
-                retain_graph=True,
-                materialize_grads=True,
-            )
+def _product_of_all(
+    graphs: Sequence[GradientGraph],
+    space: ParameterSpace,
+    weight_decay: float,
+    precision: Precision,
+    v: Tensor,
+) -> Tensor:
+    """Return the product of the weighted sum of Hessians, and of the L2 term, with a vector."""
+    out = weight_decay * v
+    tangents = list(space.unflatten(v).values())
+    for graph in graphs:
+        product = graph.product(tangents, precision)
+        out.add_(space.flatten(product), alpha=graph.weight)
+    return out
 
 
 class _OutputCurvature(CurvatureOperator):
@@ -421,60 +360,6 @@ def check_finite_losses(losses: list[Tensor]) -> None:
         )
 
 
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Run attention under the math kernel, and compiled modules eagerly.
-
-    Neither the other kernels nor compiled code have a second derivative.
-
-    Raises:
-        RuntimeError: In inference mode, which knows of no derivative, or under autocast, which
-            would round the derivatives and the vectors as well.
-    """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "Curvature must be computed outside `torch.inference_mode`; use `torch.no_grad`."
-        )
-    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
-        raise RuntimeError(
-            "Curvature must be computed outside `torch.autocast`; use it in the model's forward "
-            'pass, or `precision="bf16"` where a probe has it.'
-        )
-    with sdpa_kernel(SDPBackend.MATH), eagerly():
-        yield
-
-
-def check_precision(precision: str, space: ParameterSpace) -> None:
-    """Refuse a precision that the model or its device does not have.
-
-    Raises:
-        ValueError: If it is unknown, the model is not in float32, or `"tf32"` has no GPU.
-    """
-    check_choice("precision", precision, get_args(Precision))
-    if precision != "full" and space.dtype != torch.float32:
-        raise ValueError(f"`precision` must be 'full' for a model in {space.dtype}.")
-    if precision == "tf32" and space.device.type != "cuda":
-        raise ValueError(f"`precision` 'tf32' needs a CUDA device, got a model on {space.device}.")
-
-
-@contextmanager
-def _rounding(precision: Precision) -> Iterator[None]:
-    """Let matrix products and convolutions of a GPU round their factors to TF32, or not.
-
-    PyTorch's own default rounds those of convolutions.
-    """
-    cudnn: Any = torch.backends.cudnn
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
-
-
 def _copies(frozen: FrozenObjective) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in frozen.space.values.items()}
 
@@ -487,7 +372,8 @@ def _memory_budget(memory: Memory) -> Memory:
     return memory
 
 
-def _bytes(memory: Memory, device: torch.device) -> int:
+def memory_bytes(memory: Memory, device: torch.device) -> int:
+    """Return how many bytes `memory` grants on a device."""
     if memory == "auto":
         memory = 0.5
     if isinstance(memory, float):

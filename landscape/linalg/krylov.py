@@ -223,8 +223,9 @@ class KrylovSpace:
         norm = r.norm()
         tiny = torch.finfo(r.dtype).tiny  # of a chain that has ended unread, nothing is left
         q: Tensor = torch.div(r, norm.clamp_min(tiny), out=self._basis[m])
-        if self._reads > 1 or chain != self._fresh or self._is_small(norm):
-            # What rounding left of the basis has grown with 1 / norm, or with the steps since.
+        if chain != self._fresh or (self._reads == 1 and self._is_small(norm)):
+            # What rounding left of the basis has grown with the steps since, or with 1 / norm,
+            # which two passes of Gram-Schmidt allow for.
             rest, _ = orthogonalise(q, self._basis[:m], self._reads > 1)
             torch.div(rest, rest.norm().clamp_min(tiny), out=q)
         # Move the component along q from the frontier (R) to the basis (V).
@@ -401,17 +402,15 @@ def orthogonalise(w: Tensor, basis: Tensor, always_twice: bool = False) -> tuple
         The rest of `w`, orthogonal to the basis to 1e-13 of its length where the precision allows,
         and the components, shape `(m,)`.
     """
-    total = torch.zeros(len(basis), dtype=w.dtype, device=w.device)
-    for _ in range(2):
-        part = basis @ w
-        w = torch.addmv(w, basis.T, part, alpha=-1)
+    total = basis @ w
+    rest = torch.addmv(w, basis.T, total, alpha=-1)
+    # One pass leaves ε |total| along the basis: enough unless that much was cancelled.
+    bound = torch.finfo(w.dtype).eps / _ORTHOGONAL
+    if always_twice or not float(rest.norm()) > bound * float(total.norm()):
+        part = basis @ rest
+        rest = torch.addmv(rest, basis.T, part, alpha=-1)
         total += part
-        # One pass leaves ε |part| along the basis: enough unless that much was cancelled.
-        if not always_twice and float(w.norm()) * _ORTHOGONAL > torch.finfo(w.dtype).eps * float(
-            total.norm()
-        ):
-            break
-    return w, total
+    return rest, total
 
 
 _CANCELLED = 1e-3  # of the scale of A

@@ -1,199 +1,191 @@
-"""Hessians of several mini-batches at once, each with a vector of its own.
+"""Mini-batches whose eigenpairs are sought side by side on a GPU.
 
-Let every mini-batch b have a copy θ_b of the parameters. The Hessian of Σ_b ℓ_b(θ_b) in all of them
-is block diagonal, with the Hessian H_b of each mini-batch as a block, so that one product with
-(v_1, …, v_B) gives every H_b v_b: a double backward through one `vmap`. It has the operations of
-one mini-batch's product, each B times as large, which is what a GPU wants of mini-batches so small
-that it waits for the launches. On a CPU it is slower than one mini-batch after the other.
+A product of 16 images does not fill a GPU, which waits for the host most of the time. So gradient
+and product are recorded once for a shape (`landscape.linalg.recording`), other mini-batches are
+copied into place, and several of them are solved on streams of their own, which the device works on
+at the same time. The host gives each search its turn: it takes in the last product and starts the
+next.
 
-Eigenpairs of all of them are sought together: every search is at the same step and hands in its
-vector, and those that have converged drop out. Once they are half, the graph is built again for the
-others.
+One call of `vmap` over stacked mini-batches would do the same; it was measured (H200, 16 images
+each), and its convolutions by many weights take longer: `benchmarks/NOTES.md`.
 """
 
-import itertools
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from landscape._checks import check_at_least
-from landscape.batches import PreparedBatch
-from landscape.linalg.hessian import GradientGraph, HessianOperator, Precision, twice_differentiable
-from landscape.linalg.search import Products
-from landscape.memory import free_memory
+from landscape.batches import Inputs, PreparedBatch
+from landscape.linalg.gradient import GradientGraph, Precision, twice_differentiable
+from landscape.linalg.hessian import HessianOperator, Memory, memory_bytes
+from landscape.linalg.recording import Recording, apart, side_stream, trial
 from landscape.objective import FrozenObjective
 
-BASIS = 32
-"""Basis vectors kept a mini-batch besides the wanted, a heuristic: 15 to 25 products are made, and
-beyond it the search restarts."""
 
-MAX_GROUP = 64
-"""Most mini-batches at once, a heuristic: launches hardly count any more."""
-
-
-class StackedHessian:
-    """The Hessians of mini-batches of one shape, kept as one graph.
+class MiniBatchHessian:
+    """The Hessian of one mini-batch after another.
 
     Attributes:
-        losses: Mean loss of each mini-batch, shape `(B,)`.
-        num_bytes: Memory of the graph, where it was measured.
+        stream: Stream of its own on a GPU, or `None`.
+        recorded: Whether gradient and product are recorded.
+        num_bytes: Memory that the recordings took.
+        kept: Whether the gradient graph of the mini-batch at hand is kept between products.
     """
+
+    def __init__(
+        self, frozen: FrozenObjective, precision: Precision = "full", memory: Memory = "auto"
+    ) -> None:
+        """Set up without a mini-batch.
+
+        Args:
+            frozen: The objective.
+            precision: As in `HessianOperator`.
+            memory: What may be kept of a mini-batch between products, as in `HessianOperator`.
+        """
+        self._frozen, self._precision, self._memory = frozen, precision, memory
+        self.stream = side_stream(frozen.space.device)
+        self.num_bytes = 0
+        self.kept = False
+        self._recorded: _Recorded | None = None
+        self._recordable = self.stream is not None
+        self._exact: MiniBatchHessian | None = None
+        self._batch: PreparedBatch | None = None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether gradient and product are recorded."""
+        return self._recorded is not None
+
+    def load(self, batch: PreparedBatch) -> None:
+        """Take the next mini-batch; one gradient, and three and a product for a new shape."""
+        self._batch = batch
+        if self._recorded is not None and not self._recorded.load(batch):
+            self._recorded = None  # lets go of its memory first
+        if self._recorded is None and self._recordable and self.stream is not None:
+            self._record(batch, self.stream)
+        if self._recorded is None:
+            frozen = self._frozen.of_batch(batch)
+            self._operator = HessianOperator.of(
+                frozen, memory=self._memory, precision=self._precision
+            )
+        self.kept = self._recorded is not None or bool(self._operator.num_kept)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return H v for the mini-batch that was loaded last, in the precision that was asked for.
+
+        Args:
+            v: Shape `(dim,)`, of any floating type.
+        """
+        if self._recorded is not None:
+            return self._recorded.product(v, self._precision)
+        return self._operator.matvec(v)
+
+    def exact_matvec(self, v: Tensor) -> Tensor:
+        """Return H v in full precision.
+
+        Args:
+            v: Shape `(dim,)`, of any floating type.
+        """
+        if self._recorded is not None and self._precision == "tf32":
+            return self._recorded.product(v, "full")
+        if self._exact is None:
+            self._exact = MiniBatchHessian(self._frozen, "full", self._memory)
+            self._exact.stream = self.stream
+        if self._batch is not None and self._exact._batch is not self._batch:
+            self._exact.load(self._batch)
+        return self._exact.matvec(v)
+
+    def _record(self, batch: PreparedBatch, stream: torch.cuda.Stream) -> None:
+        """Record gradient and product, if they can be and their memory is granted."""
+        recorded = _Recorded(self._frozen, batch, self._precision, stream)
+        self._recordable = recorded.try_out(memory_bytes(self._memory, self._frozen.space.device))
+        if self._recordable:
+            torch.cuda.empty_cache()  # of what the trial has left
+            before = torch.cuda.memory_reserved(self._frozen.space.device)
+            recorded.record()
+            self.num_bytes = torch.cuda.memory_reserved(self._frozen.space.device) - before
+            self._recorded = recorded
+
+
+class _Recorded:
+    """Gradient and product of a mini-batch of one shape as recordings."""
 
     def __init__(
         self,
         frozen: FrozenObjective,
-        batches: Sequence[PreparedBatch],
-        precision: Precision = "full",
-        measure: bool = False,
+        batch: PreparedBatch,
+        precision: Precision,
+        stream: torch.cuda.Stream,
     ) -> None:
-        """Build the graph; one gradient of all mini-batches.
+        space = frozen.space
+        self._frozen, self._precision, self._stream = frozen, precision, stream
+        with apart(stream):
+            self._batch = PreparedBatch(_copy(batch.inputs), _copy(batch.targets), batch.size, 1.0)
+            self._leaves = {n: v.clone().requires_grad_() for n, v in space.values.items()}
+            self._vector = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
+        # One graph serves both: what it keeps is in full precision.
+        self._precisions: tuple[Precision, ...] = (precision,)
+        if precision == "tf32":
+            self._precisions = ("tf32", "full")
+        self._products: dict[Precision, Recording[Tensor]] = {}
 
-        Args:
-            frozen: The objective.
-            batches: Mini-batches of one shape.
-            precision: As in `HessianOperator`.
-            measure: Measure the memory of the graph.
+    def try_out(self, granted: int) -> bool:
+        """Return whether it can be recorded, and its graph takes no more bytes than granted."""
+        with apart(self._stream), twice_differentiable():
+            graph, waits_not = trial(lambda: self._gradient(measure=True))
+            if not waits_not or graph.num_bytes > granted:
+                return False
+            return trial(lambda: self._product(graph, self._precision))[1]
 
-        Raises:
-            RuntimeError: If `vmap` cannot run the model, or the shapes differ.
-            TypeError: If a batch holds something that cannot be stacked.
-        """
-        self._space = space = frozen.space
-        self._weight_decay = frozen.objective.weight_decay
-        count, size = len(batches), batches[0].size
-        inputs = _stack([batch.inputs for batch in batches])
-        targets = _stack([batch.targets for batch in batches])
-        leaves = {n: v.expand(count, *v.shape).requires_grad_() for n, v in space.values.items()}
-        losses: list[Tensor] = []
-
-        def one(parameters: Mapping[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-            return frozen.data_term(parameters, PreparedBatch(inputs, targets, size, 1.0))
-
-        def total() -> Tensor:
-            dims = (0, 0, None if targets is None else 0)
-            losses.append(vmap(one, dims)(leaves, inputs, targets))
-            return losses[0].sum()
-
+    def record(self) -> None:
+        """Record, and compute the gradient."""
         with twice_differentiable():
-            self._graph = GradientGraph(total, leaves, precision=precision, measure=measure)
-        self.losses = losses[0].detach()
-        self.num_bytes = self._graph.num_bytes
+            self._gradients = Recording(self._gradient, self._stream)
+            graph = self._gradients.result
+            self._gradients.replay(self._stream)
+            for precision in self._precisions:
+                with apart(self._stream):
+                    self._product(graph, precision)  # sets up what it needs on its first call
+                self._products[precision] = Recording(
+                    partial(self._product, graph, precision), self._stream, self._gradients
+                )
 
-    def product(self, vectors: Tensor) -> Tensor:
-        """Return H_b v_b for every mini-batch.
+    def load(self, batch: PreparedBatch) -> bool:
+        """Take another mini-batch, if it has the shape of the one that was recorded."""
+        if shape_of(batch) != shape_of(self._batch):
+            return False
+        with apart(self._stream):
+            _fill(self._batch.inputs, batch.inputs)
+            _fill(self._batch.targets, batch.targets)
+        self._gradients.replay(self._stream)
+        return True
 
-        Args:
-            vectors: One a row, shape `(B, dim)`.
+    def product(self, v: Tensor, precision: Precision) -> Tensor:
+        """Return H v."""
+        recording = self._products[precision]
+        with apart(self._stream):
+            self._vector.copy_(v)
+            recording.replay(self._stream)
+            return recording.result.clone()
 
-        Returns:
-            Shape `(B, dim)`.
-        """
-        tangents: dict[str, Tensor] = vmap(self._space.unflatten)(vectors)
-        with twice_differentiable():
-            products = self._graph.product(list(tangents.values()))
-        out: Tensor = vmap(lambda *tensors: self._space.flatten(tensors))(*products)
-        return out.add_(vectors, alpha=self._weight_decay)
+    def _gradient(self, measure: bool = False) -> GradientGraph:
+        def loss() -> Tensor:
+            return self._frozen.data_term(self._leaves, self._batch)
 
+        return GradientGraph(loss, self._leaves, 1.0, self._precision, measure)
 
-def multiply_in_step(
-    searches: Sequence[Products],
-    frozen: FrozenObjective,
-    batches: Sequence[PreparedBatch],
-    precision: Precision = "full",
-) -> None:
-    """Make the products that are asked for of all mini-batches, those of one step together.
-
-    Args:
-        searches: One a mini-batch: each yields the vectors, and is sent the products.
-        frozen: The objective.
-        batches: Mini-batches of one shape.
-        precision: As in `HessianOperator`.
-
-    Raises:
-        ValueError: If a product is not finite.
-    """
-    wanted = {index: next(search) for index, search in enumerate(searches)}
-    rows: list[int] = []
-    nothing = torch.zeros(frozen.space.dim, dtype=frozen.space.dtype, device=frozen.space.device)
-    while wanted:
-        if not rows or 2 * len(wanted) <= len(rows):
-            rows = list(wanted)
-            alive = [batches[index] for index in rows]
-            hessian = StackedHessian(frozen, alive, precision)
-        vectors = [wanted[index].to(nothing) if index in wanted else nothing for index in rows]
-        products = hessian.product(torch.stack(vectors))
-        for index, product in zip(rows, products, strict=True):
-            if index in wanted:
-                try:
-                    wanted[index] = searches[index].send(product)
-                except StopIteration:
-                    del wanted[index]
-
-
-def group_size(frozen: FrozenObjective, group: int | None, precision: Precision = "full") -> int:
-    """Return how many mini-batches to solve together.
-
-    Args:
-        frozen: The objective; its first two mini-batches are tried, at about 10 gradients of one.
-        group: The number, or `None` for 1 on a CPU, and on a GPU for as many as fit half of the
-            free memory: the graph of each twice (what a product makes on the way) and its basis, a
-            heuristic. The caller halves the group when memory runs out all the same.
-        precision: Of the products; `"bf16"` allows a group of 1 only.
-
-    Raises:
-        ValueError: If `group` is below 1, or above it where `vmap` cannot run the model.
-    """
-    if group is not None:
-        check_at_least("group", group, 1)
-    if precision == "bf16":
-        if group not in (None, 1):
-            raise ValueError(
-                f'`group` must be 1 with `precision="bf16"`, got {group}: autocast does not reach '
-                "under vmap."
-            )
-        return 1
-    batches = list(itertools.islice(frozen.batches, 2))
-    on_cpu = frozen.space.device.type == "cpu"
-    alike = len(batches) == 2 and shape_of(batches[0]) == shape_of(batches[1])
-    if group == 1 or (group is None and on_cpu) or not alike:
-        return 1
-    graph = _stacked_bytes(frozen, batches)
-    if graph is None:
-        if group is not None:
-            raise ValueError(f"`group` must be 1 for a model that vmap cannot run, got {group}.")
-        return 1
-    space = frozen.space
-    each = 2 * graph + (BASIS + 8) * space.dim * space.dtype.itemsize
-    return group or max(1, min(MAX_GROUP, free_memory(space.device) // 2 // each))
+    def _product(self, graph: GradientGraph, precision: Precision) -> Tensor:
+        space = self._frozen.space
+        tangents = list(space.unflatten(self._vector).values())
+        out = space.flatten(graph.product(tangents, precision))
+        return out.add_(self._vector, alpha=self._frozen.objective.weight_decay)
 
 
 def shape_of(batch: PreparedBatch) -> Any:
-    """Return the shapes of all that a mini-batch holds; those of one shape can be stacked."""
+    """Return the shapes of all that a mini-batch holds, and what is not a tensor as it is."""
     return _shape(batch.inputs), _shape(batch.targets)
-
-
-def _stacked_bytes(frozen: FrozenObjective, batches: Sequence[PreparedBatch]) -> int | None:
-    """Return the memory of the graph a mini-batch, or `None` if the stacked product is wrong."""
-    space = frozen.space
-    vectors = torch.randn(len(batches), space.dim, generator=torch.Generator().manual_seed(0))
-    vectors = vectors.to(space.device, space.dtype)
-    try:
-        with warnings.catch_warnings():  # an operation without a batching rule runs in a loop
-            warnings.filterwarnings("error", "There is a performance drop", UserWarning)
-            hessian = StackedHessian(frozen, batches, measure=True)
-            found = hessian.product(vectors)
-    except (RuntimeError, TypeError, UserWarning):  # control flow on data, or no memory
-        return None
-    tolerance = min(1e4 * torch.finfo(space.dtype).eps, 1e-2)
-    for batch, v, product in zip(batches, vectors, found, strict=True):
-        expected = HessianOperator.of(frozen.of_batch(batch), memory=0).matvec(v)
-        if not (product - expected).norm() <= tolerance * expected.norm():
-            return None
-    return hessian.num_bytes // len(batches)
 
 
 def _shape(value: Any) -> Any:
@@ -202,13 +194,15 @@ def _shape(value: Any) -> Any:
     return (value.shape, value.dtype) if isinstance(value, Tensor) else repr(value)
 
 
-def _stack(values: Sequence[Any]) -> Any:
-    """Return tensors, mappings of them or `None`s as one."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return torch.stack(list(values))
-    if isinstance(first, Mapping):
-        return {name: _stack([value[name] for value in values]) for name in first}
-    if all(value is None for value in values):
-        return None
-    raise TypeError(f"Cannot stack values of type {type(first).__name__}.")
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _copy(entry) for name, entry in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _fill(place: Inputs | Tensor | None, value: Inputs | Tensor | None) -> None:
+    if isinstance(place, Tensor) and isinstance(value, Tensor):
+        place.copy_(value)
+    elif isinstance(place, Mapping) and isinstance(value, Mapping):
+        for name, entry in place.items():
+            _fill(entry, value[name])

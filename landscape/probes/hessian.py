@@ -15,7 +15,8 @@ from torch import nn
 from landscape._checks import check_at_least, check_choice, check_generator
 from landscape._progress import count
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
-from landscape.linalg.hessian import HessianOperator, Memory, Precision
+from landscape.linalg.gradient import Precision
+from landscape.linalg.hessian import HessianOperator, Memory
 from landscape.linalg.krylov import RitzPairs
 from landscape.linalg.quadrature import SpectralDensity, density_of, spectral_density
 from landscape.linalg.search import EigenSearch, multiply

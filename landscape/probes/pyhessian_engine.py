@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from landscape._checks import check_at_least
 from landscape.batches import PreparedBatch
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates
-from landscape.linalg.hessian import HessianOperator, twice_differentiable
+from landscape.linalg.gradient import twice_differentiable
+from landscape.linalg.hessian import HessianOperator
 from landscape.linalg.krylov import RitzPairs
 from landscape.linalg.quadrature import SpectralDensity, spectral_density
 from landscape.objective import FrozenObjective

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -6,12 +8,44 @@ from torch import nn
 
 import landscape
 from landscape import HessianOperator, Objective
-from landscape.linalg import lockstep
-from landscape.linalg.lockstep import StackedHessian
+from landscape.linalg import lockstep, recording
+from landscape.linalg.lockstep import MiniBatchHessian
 from landscape.models import create_model
+from landscape.probes import hessian_max
 from tests.cases import assert_untouched, make_batches, make_model, snapshot
 
 OBJECTIVE = Objective(weight_decay=0.05)
+
+
+class Replayed:
+    """A recording on a CPU: the work is done again at every replay, and its result put in place."""
+
+    made = 0
+
+    def __init__(self, work, stream, before=None):
+        self.work = work
+        self.result = work()
+        Replayed.made += 1
+
+    def replay(self, stream):
+        found = self.work()
+        if isinstance(found, torch.Tensor):
+            self.result.copy_(found)
+        else:
+            vars(self.result).update(vars(found))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A CPU that records as a GPU does."""
+    for module in (lockstep, recording):
+        monkeypatch.setattr(module, "Recording", Replayed)
+        monkeypatch.setattr(module, "side_stream", lambda device: object())
+        monkeypatch.setattr(module, "apart", lambda stream: nullcontext())
+        monkeypatch.setattr(module, "trial", lambda work: (work(), True))
+    monkeypatch.setattr("landscape.linalg.hessian.apart", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(Replayed, "made", 0)
 
 
 def frozen_batches(model, batches, objective=OBJECTIVE):
@@ -20,78 +54,137 @@ def frozen_batches(model, batches, objective=OBJECTIVE):
 
 
 @pytest.mark.parametrize("name", ["conv", "tied", "attention"])
-def test_stacked_products_are_those_of_each_mini_batch(name, generator):
-    model, batches = make_model(name), make_batches((4, 4, 4))
+def test_recorded_products_are_those_of_each_mini_batch(name, generator, recorded):
+    """Three shapes in turns; a shape that has been left is recorded anew."""
+    model, batches = make_model(name), make_batches((4, 4, 3, 4))
     frozen, prepared = frozen_batches(model, batches)
     before = snapshot(model)
-    hessian = StackedHessian(frozen, prepared, measure=True)
-    vectors = torch.randn(3, frozen.space.dim, generator=generator, dtype=torch.float64)
-    found = hessian.product(vectors)
-    for v, product, loss, batch in zip(vectors, found, hessian.losses, batches, strict=True):
-        alone = HessianOperator(model, [batch], OBJECTIVE)
-        torch.testing.assert_close(product, alone.matvec(v))
-        logits = model.eval()(batch[0])
-        torch.testing.assert_close(loss, F.cross_entropy(logits, batch[1]))
-        model.train()
-    assert hessian.num_bytes > 0
+    hessian = MiniBatchHessian(frozen)
+    for batch, own, made in zip(prepared, batches, (2, 0, 2, 2), strict=True):
+        Replayed.made = 0
+        hessian.load(batch)
+        assert hessian.recorded
+        assert hessian.kept
+        assert Replayed.made == made
+        alone = HessianOperator(model, [own], OBJECTIVE)
+        for _ in range(2):
+            v = torch.randn(frozen.space.dim, generator=generator, dtype=torch.float64)
+            torch.testing.assert_close(hessian.matvec(v), alone.matvec(v))
+        torch.testing.assert_close(hessian.exact_matvec(v), alone.matvec(v))
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vit_nano"])
-def test_stacked_products_of_our_models(name, generator):
-    model = create_model(name, num_classes=3, in_channels=1).double()
-    x = torch.randn(6, 1, 32, 32, generator=generator, dtype=torch.float64)
-    y = torch.tensor([0, 1, 2, 0, 2, 1])
-    frozen, prepared = frozen_batches(model, [(x[:3], y[:3]), (x[3:], y[3:])])
-    vectors = torch.randn(2, frozen.space.dim, generator=generator, dtype=torch.float64)
-    found = StackedHessian(frozen, prepared).product(vectors)
-    for v, product, batch in zip(vectors, found, prepared, strict=True):
-        alone = HessianOperator.of(frozen.of_batch(batch))
-        torch.testing.assert_close(product, alone.matvec(v))
+def test_products_are_not_overwritten_by_the_next(generator, recorded):
+    frozen, (batch,) = frozen_batches(make_model("conv"), make_batches((4,)))
+    hessian = MiniBatchHessian(frozen)
+    hessian.load(batch)
+    v = torch.randn(frozen.space.dim, generator=generator, dtype=torch.float64)
+    once = hessian.matvec(v)
+    kept = once.clone()
+    hessian.matvec(2 * v)
+    assert torch.equal(once, kept)
+
+
+def test_one_graph_serves_rounded_and_exact_products(generator, recorded, monkeypatch):
+    frozen, (batch,) = frozen_batches(
+        make_model("conv", torch.float32), make_batches((4,), torch.float32)
+    )
+    hessian = MiniBatchHessian(frozen, "tf32")
+    asked = []
+    product = lockstep.GradientGraph.product
+
+    def noted(self, tangents, precision="full"):
+        asked.append(precision)
+        return product(self, tangents)
+
+    monkeypatch.setattr(lockstep.GradientGraph, "product", noted)
+    hessian.load(batch)
+    assert Replayed.made == 3
+    asked.clear()
+    v = torch.randn(frozen.space.dim, generator=generator)
+    torch.testing.assert_close(hessian.matvec(v), hessian.exact_matvec(v))
+    assert asked == ["tf32", "full"]
+    assert Replayed.made == 3
+
+
+def test_exact_products_of_a_graph_in_half_precision(generator):
+    model, batches = make_model("conv", torch.float32), make_batches((4, 4), torch.float32)
+    frozen, prepared = frozen_batches(model, batches)
+    hessian = MiniBatchHessian(frozen, "bf16")
+    v = torch.randn(frozen.space.dim, generator=generator)
+    for batch, own in zip(prepared, batches, strict=True):
+        hessian.load(batch)
+        exact = HessianOperator(model, [own], OBJECTIVE).matvec(v)
+        torch.testing.assert_close(hessian.exact_matvec(v), exact)
+        assert 1e-6 < (hessian.matvec(v) - exact).norm() / exact.norm() < 0.1
+
+
+def test_what_waits_for_the_device_or_takes_too_much_memory_is_not_recorded(
+    recorded, monkeypatch, generator
+):
+    model, batches = make_model("conv"), make_batches((4, 4))
+    frozen, prepared = frozen_batches(model, batches)
+    v = torch.randn(frozen.space.dim, generator=generator, dtype=torch.float64)
+    expected = HessianOperator(model, batches[:1], OBJECTIVE).matvec(v)
+    small = MiniBatchHessian(frozen, memory=10)
+    monkeypatch.setattr(lockstep, "trial", lambda work: (work(), False))
+    waiting = MiniBatchHessian(frozen)
+    monkeypatch.setattr(lockstep, "trial", lambda work: (work(), True))
+    for hessian, kept in ((small, False), (waiting, True)):
+        if hessian is waiting:
+            monkeypatch.setattr(lockstep, "trial", lambda work: (work(), False))
+        hessian.load(prepared[0])
+        assert not hessian.recorded
+        assert hessian.kept is kept
+        torch.testing.assert_close(hessian.matvec(v), expected)
+    assert Replayed.made == 0
 
 
 @pytest.mark.parametrize("name", ["conv", "attention"])
-def test_lock_step_finds_what_one_after_the_other_does(name):
-    """Seven mini-batches, in groups of 3, 3 and 1 of two shapes."""
+@pytest.mark.parametrize("on", ["cpu", "recorded"])
+def test_side_by_side_finds_what_one_after_the_other_does(name, on, request):
+    """Seven mini-batches of two shapes, three at a time."""
+    if on == "recorded":
+        request.getfixturevalue("recorded")
     model, batches = make_model(name), make_batches((4, 4, 4, 4, 3, 3, 4))
-    alone = landscape.hessian_max_spectrum(model, batches, objective=OBJECTIVE, group=1)
+    alone = [landscape.top_eigenpairs(HessianOperator(model, [b], OBJECTIVE)) for b in batches]
     before = snapshot(model)
     together = landscape.hessian_max_spectrum(model, batches, objective=OBJECTIVE, group=3)
     assert_untouched(model, before)
-    np.testing.assert_allclose(together.eigenvalues, alone.eigenvalues, rtol=1e-3)
+    expected = [found.values for found in alone]
+    np.testing.assert_allclose(together.eigenvalues, expected, rtol=1e-3)
     assert together.converged.all()
     assert (together.residuals <= 0.1 * np.abs(together.eigenvalues)).all()
     assert together.provenance.settings["group"] == 3
     assert together.provenance.settings["kept_batches"] == 7
-    assert alone.provenance.settings["group"] == 1
-    assert abs(together.num_hvps - alone.num_hvps) < 0.3 * alone.num_hvps
-    # On a CPU one after the other is the default.
-    assert landscape.hessian_max_spectrum(model, batches).provenance.settings["group"] == 1
+    assert together.num_hvps < 1.3 * sum(found.num_matvecs for found in alone)
+    single = landscape.hessian_max_spectrum(model, batches, objective=OBJECTIVE)
+    np.testing.assert_allclose(single.eigenvalues, expected, rtol=1e-3)
+    # On a CPU one after the other is the default, on a GPU as many as there is memory for.
+    assert single.provenance.settings["group"] == (1 if on == "cpu" else 7)
 
 
-def test_those_that_have_converged_drop_out(monkeypatch):
+def test_the_next_mini_batch_takes_the_place_of_one_that_is_done(monkeypatch):
     """Mini-batches of equal images have a Hessian of low rank, and are done early."""
     model = make_model("attention")
     x, y = make_batches((12,))[0]
     hard, easy = (x[:4], y[:4]), (torch.zeros_like(x[:4]), y[:4] * 0)
-    rows = []
+    loaded = []
 
-    class Counted(StackedHessian):
-        def product(self, vectors):
-            rows.append(len(vectors))
-            return super().product(vectors)
+    class Noted(MiniBatchHessian):
+        def load(self, batch):
+            loaded.append(self)
+            super().load(batch)
 
-    monkeypatch.setattr(lockstep, "StackedHessian", Counted)
-    result = landscape.hessian_max_spectrum(model, [hard, easy, easy, easy], group=4)
-    assert rows[1] == 4  # after the trial of two
-    assert rows[-1] == 1
-    assert sum(rows[1:]) < 4 * len(rows[1:])
-    assert result.num_hvps <= sum(rows[1:])
-    alone = landscape.hessian_max_spectrum(model, [hard])
-    np.testing.assert_allclose(result.eigenvalues[0], alone.eigenvalues[0], rtol=1e-3)
+    monkeypatch.setattr(hessian_max, "MiniBatchHessian", Noted)
+    result = landscape.hessian_max_spectrum(model, [hard, *[easy] * 6], group=2)
+    assert len(loaded) == 7
+    assert loaded[2] is loaded[1] is not loaded[0]
+    alone = landscape.top_eigenpairs(HessianOperator(model, [hard]))
+    np.testing.assert_allclose(result.eigenvalues[0], alone.values, rtol=1e-3)
 
 
-def test_a_warm_start_serves_the_whole_group():
+def test_a_warm_start_serves_every_place():
     model, batches = make_model("conv"), make_batches((6, 6))
     kwargs = {"k": 2, "objective": OBJECTIVE}
     cold = landscape.hessian_max_spectrum(model, [batches[0]] * 3, group=3, **kwargs)
@@ -101,69 +194,73 @@ def test_a_warm_start_serves_the_whole_group():
     warm = landscape.hessian_max_spectrum(model, [batches[0]] * 3, group=3, start=found, **kwargs)
     np.testing.assert_allclose(warm.eigenvalues, cold.eigenvalues, rtol=1e-3)
     assert warm.num_hvps < cold.num_hvps
-    # The second group starts from what the first one found.
+    # The second in each place starts from what the first one found.
     twice = landscape.hessian_max_spectrum(model, [batches[0]] * 6, group=3, **kwargs)
     assert twice.num_hvps < 2 * cold.num_hvps
 
 
-def test_a_group_that_does_not_fit_is_halved(monkeypatch):
+@pytest.mark.parametrize("fits", [1, 2, 5])
+def test_without_memory_for_all_fewer_go_on(monkeypatch, fits):
+    """At any time `fits` mini-batches may be loaded; none is lost."""
     model, batches = make_model("conv"), make_batches((4,) * 6)
     expected = landscape.hessian_max_spectrum(model, batches).eigenvalues
-    sizes = []
+    alive = []
 
-    class Small(StackedHessian):
-        def product(self, vectors):
-            sizes.append(len(vectors))
-            if len(vectors) > 2:
+    class Large(MiniBatchHessian):
+        def matvec(self, v):
+            if self not in alive:
+                alive.append(self)
+            if alive.index(self) >= fits and len(alive) > fits:
+                alive.remove(self)
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return super().product(vectors)
+            return super().matvec(v)
 
-    monkeypatch.setattr(lockstep, "StackedHessian", Small)
-    result = landscape.hessian_max_spectrum(model, batches, group=6)
+    monkeypatch.setattr(hessian_max, "MiniBatchHessian", Large)
+    result = landscape.hessian_max_spectrum(model, batches, group=4)
     np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-3)
-    assert result.provenance.settings["group"] == 2
-    assert [size for size in sizes if size > 2] == [6, 3]
+    assert result.provenance.settings["group"] == min(4, fits)
 
 
-class Branching(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(16, 3)
+def test_the_last_one_out_of_memory_is_taken_up_again(monkeypatch):
+    """It fails when the others are done already."""
+    model, batches = make_model("conv"), make_batches((4, 4))
+    expected = landscape.hessian_max_spectrum(model, batches).eigenvalues
+    calls = []
 
-    def forward(self, x):
-        x = x.flatten(1)
-        return self.head(x if x.sum() > 0 else 2 * x)
+    class Failing(MiniBatchHessian):
+        def matvec(self, v):
+            calls.append(self)
+            done = calls.count(self) < len(calls) and calls[-2:] == [self] * 2
+            if done and not getattr(Failing, "failed", False):
+                Failing.failed = True
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().matvec(v)
 
-
-class Leaky(nn.Module):
-    """Runs under vmap, and is wrong: the mean over the batch is one over a single sample there."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(16, 3)
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return self.head(x.flatten(1)) * (
-            2.0 if torch._C._functorch.maybe_get_level(x) > 0 else 1.0
-        )
+    monkeypatch.setattr(hessian_max, "MiniBatchHessian", Failing)
+    result = landscape.hessian_max_spectrum(model, batches, group=2)
+    assert Failing.failed
+    np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-3)
 
 
-def test_models_that_cannot_be_stacked_are_solved_one_by_one():
-    batches = make_batches((4, 4))
-    for model in (Branching().double(), Leaky().double()):
-        frozen, _ = frozen_batches(model, batches)
-        assert lockstep._stacked_bytes(frozen, list(frozen.batches)) is None
-        with pytest.raises(ValueError, match="`group` must be 1 for a model that vmap cannot run"):
-            landscape.hessian_max_spectrum(model, batches, group=2)
+def test_out_of_memory_for_one_alone_is_raised(monkeypatch):
+    class Huge(MiniBatchHessian):
+        def matvec(self, v):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(hessian_max, "MiniBatchHessian", Huge)
+    with pytest.raises(torch.OutOfMemoryError):
+        landscape.hessian_max_spectrum(make_model("conv"), make_batches((4, 4)), group=2)
+
+
+def test_bad_groups_are_refused():
+    model, batches = make_model("conv"), make_batches((4, 4))
     with pytest.raises(ValueError, match="`group` must be at least 1, got 0"):
         landscape.hessian_max_spectrum(model, batches, group=0)
     with pytest.raises(ValueError, match="`group` needs engine='native', got 'pyhessian'"):
         landscape.hessian_max_spectrum(model, batches, group=2, engine="pyhessian")
 
 
-def test_lock_step_in_half_precision():
+def test_models_in_half_precision():
     model, batches = make_model("conv", torch.bfloat16), make_batches((4, 4))
     alone, together = (
         landscape.hessian_max_spectrum(model, batches, k=1, group=group) for group in (1, 2)
@@ -183,27 +280,28 @@ class Keyed(nn.Module):
 
 
 @pytest.mark.parametrize("loss", [None, F.cross_entropy])
-def test_mapping_batches_and_the_loss_of_a_model(loss):
+def test_mapping_batches_and_the_loss_of_a_model(loss, recorded):
     model = Keyed().double()
     batches = [{"pixel_values": x, "labels": y} for x, y in make_batches((4, 4, 4))]
     objective = Objective(loss=loss)
-    results = [
-        landscape.hessian_max_spectrum(model, batches, objective=objective, k=3, group=group)
-        for group in (1, 3)
+    found = landscape.hessian_max_spectrum(model, batches, objective=objective, k=3, group=2)
+    expected = [
+        landscape.top_eigenpairs(HessianOperator(model, [batch], objective), 3).values
+        for batch in batches
     ]
-    np.testing.assert_allclose(results[1].eigenvalues, results[0].eigenvalues, rtol=1e-3)
+    np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["resnet20", "vit_nano"])
-def test_lock_step_on_a_gpu(name):
+def test_side_by_side_on_a_gpu(name):
     model = create_model(name, num_classes=10).cuda()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(96, 3, 32, 32, generator=generator).cuda()
-    y = torch.randint(10, (96,), generator=generator).cuda()
+    x = torch.randn(90, 3, 32, 32, generator=generator).cuda()
+    y = torch.randint(10, (90,), generator=generator).cuda()
     batches = list(zip(x.split(16), y.split(16), strict=True))
     together = landscape.hessian_max_spectrum(model, batches)
-    assert together.provenance.settings["group"] > 1
-    alone = landscape.hessian_max_spectrum(model, batches, group=1)
-    np.testing.assert_allclose(together.eigenvalues, alone.eigenvalues, rtol=5e-3)
+    assert together.provenance.settings["group"] == 6
+    alone = [landscape.top_eigenpairs(HessianOperator(model, [b])).values for b in batches]
+    np.testing.assert_allclose(together.eigenvalues, alone, rtol=5e-3)

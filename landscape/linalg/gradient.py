@@ -1,0 +1,160 @@
+"""The gradient of a loss with the graph to differentiate it again, and in what precision.
+
+A Hessian product is v ↦ ∇⟨∇L, v⟩. The graph of ∇L does not depend on v and is kept.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from landscape._checks import check_choice
+from landscape.linalg.layers import cheap_second_derivatives
+from landscape.parameters import ParameterSpace
+from landscape.restore import eagerly
+
+Precision = Literal["full", "tf32", "bf16"]
+
+
+class GradientGraph:
+    """The gradient of a loss, with the graph to differentiate it again.
+
+    Attributes:
+        loss: Value of the loss.
+        depends: Whether it depends on any of the leaves.
+        gradient: Its gradient, one tensor a parameter.
+        weight: Factor of the loss in the objective.
+        num_bytes: Memory of the graph, where it was measured.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[], Tensor],
+        leaves: Mapping[str, Tensor],
+        weight: float = 1.0,
+        precision: Precision = "full",
+        measure: bool = False,
+    ) -> None:
+        """Take the gradient.
+
+        Args:
+            loss: Returns the loss, a scalar of the leaves.
+            leaves: Parameters by name, which require a gradient.
+            weight: Factor of the loss in the objective.
+            precision: `"bf16"` runs the loss under autocast; otherwise it is in full precision.
+            measure: Measure the memory of the graph.
+        """
+        self.weight = weight
+        self._leaves = list(leaves.values())
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> tuple[Tensor, int]:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            # The tensor itself would hold its own graph for ever.
+            return tensor.detach(), tensor._version
+
+        def unpack(packed: tuple[Tensor, int]) -> Tensor:
+            tensor, version = packed
+            if tensor._version != version:  # PyTorch does not look where there are hooks
+                raise RuntimeError(
+                    "`model` must leave what its gradient needs as it is, got a tensor of shape "
+                    f"{tuple(tensor.shape)} that was modified by an inplace operation."
+                )
+            return tensor
+
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+            if measure
+            else torch.enable_grad(),
+        ):
+            with (
+                torch.autocast(self._leaves[0].device.type, torch.bfloat16, precision == "bf16"),
+                cheap_second_derivatives(),
+            ):
+                value = loss()
+            self.loss, self.depends = value.detach(), value.requires_grad
+            # A parameter that the loss ignores has a zero gradient, and a zero row.
+            self.gradient = (
+                torch.autograd.grad(value, self._leaves, create_graph=True, materialize_grads=True)
+                if self.depends
+                else tuple(torch.zeros_like(p) for p in self._leaves)
+            )
+        self.num_bytes = sum(sizes.values())
+
+    def product(self, tangents: list[Tensor], precision: Precision = "full") -> tuple[Tensor, ...]:
+        """Return the Hessian of the loss times the tangents, parameter by parameter.
+
+        Args:
+            tangents: One a parameter.
+            precision: `"tf32"` lets a GPU round the factors of matrix products and convolutions.
+        """
+        curved = [i for i, g in enumerate(self.gradient) if g.requires_grad]
+        if not curved:
+            return tuple(torch.zeros_like(p) for p in self._leaves)
+        with rounding(precision):
+            return torch.autograd.grad(
+                [self.gradient[i] for i in curved],
+                self._leaves,
+                [tangents[i] for i in curved],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Run attention under the math kernel, compiled modules eagerly, and nothing rounded.
+
+    Neither the other kernels nor compiled code have a second derivative.
+
+    Raises:
+        RuntimeError: In inference mode, which knows of no derivative, or under autocast, which
+            would round the derivatives and the vectors as well.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Curvature must be computed outside `torch.inference_mode`; use `torch.no_grad`."
+        )
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise RuntimeError(
+            "Curvature must be computed outside `torch.autocast`; use it in the model's forward "
+            'pass, or `precision="bf16"` where a probe has it.'
+        )
+    with sdpa_kernel(SDPBackend.MATH), eagerly(), rounding("full"):
+        yield
+
+
+@contextmanager
+def rounding(precision: Precision) -> Iterator[None]:
+    """Let matrix products and convolutions of a GPU round their factors to TF32, or not.
+
+    PyTorch's own default rounds those of convolutions.
+    """
+    cudnn: Any = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+
+
+def check_precision(precision: str, space: ParameterSpace) -> None:
+    """Refuse a precision that the model or its device does not have.
+
+    Raises:
+        ValueError: If it is unknown, the model is not in float32, or `"tf32"` has no GPU.
+    """
+    check_choice("precision", precision, get_args(Precision))
+    if precision != "full" and space.dtype != torch.float32:
+        raise ValueError(f"`precision` must be 'full' for a model in {space.dtype}.")
+    if precision == "tf32" and space.device.type != "cuda":
+        raise ValueError(f"`precision` 'tf32' needs a CUDA device, got a model on {space.device}.")

@@ -1,0 +1,142 @@
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import landscape
+from landscape import HessianOperator
+from landscape.linalg import recording
+from landscape.linalg.recording import Recording, Repeated
+from landscape.models import create_model
+from tests.cases import make_batches, make_model
+from tests.linalg.test_lockstep import Replayed
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_repeated_function_is_recorded_at_its_second_call(waits, monkeypatch):
+    monkeypatch.setattr(recording, "Recording", Replayed)
+    monkeypatch.setattr(recording, "side_stream", lambda device: object())
+    monkeypatch.setattr(recording, "apart", lambda stream: nullcontext())
+    monkeypatch.setattr(recording, "trial", lambda work: (work(), not waits))
+    monkeypatch.setattr(Replayed, "made", 0)
+    double = Repeated(lambda v: 2 * v, torch.device("cpu"))
+    results = []
+    for call in range(4):
+        v = torch.full((3,), float(call))
+        results.append(double(v))
+        v.zero_()  # the caller may do with it what it likes
+        assert Replayed.made == (0 if waits or call == 0 else 1)
+    for call, result in enumerate(results):
+        assert torch.equal(result, torch.full((3,), 2.0 * call))
+
+
+def test_nothing_is_recorded_on_a_cpu():
+    double = Repeated(lambda v: 2 * v, torch.device("cpu"))
+    assert double.stream is None
+    assert [double(torch.tensor([x])).item() for x in (1.0, 2.0)] == [2.0, 4.0]
+
+
+class Waiting(nn.Module):
+    """The derivative of its output waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        out = self.head(x.flatten(1)).tanh()
+        out.register_hook(lambda g: g * float(g.sum().isfinite()))
+        return out
+
+
+class TestOnAGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("name", ["conv", "tied", "attention"])
+    @pytest.mark.parametrize("memory", ["auto", 0])
+    def test_products_are_those_of_the_cpu_at_every_call(self, name, memory):
+        data = make_batches((7, 5))
+        expected = HessianOperator(make_model(name), data)
+        operator = HessianOperator(make_model(name).cuda(), data, memory=memory)
+        generator = torch.Generator().manual_seed(0)
+        found, known = [], []
+        for _ in range(5):
+            v = torch.randn(operator.dim, generator=generator, dtype=torch.float64)
+            found.append(operator.matvec(v.cuda()))
+            known.append(expected.matvec(v))
+        assert operator._multiply_kept._recording is not None
+        for product, other in zip(found, known, strict=True):
+            torch.testing.assert_close(product.cpu(), other)
+
+    @pytest.mark.parametrize("name", ["resnet20", "vit_nano"])
+    def test_many_at_once_and_on_another_stream(self, name):
+        model = create_model(name, num_classes=3).double().cuda()
+        x, y = torch.randn(6, 3, 32, 32).double().cuda(), torch.arange(6).cuda() % 3
+        operator = HessianOperator(model, [(x, y)])
+        vectors = torch.randn(operator.dim, 5).double().cuda()
+        together = operator @ vectors
+        with torch.cuda.stream(torch.cuda.Stream()):
+            alone = [operator.matvec(v) for v in vectors.unbind(1)]
+            torch.cuda.current_stream().synchronize()
+        torch.testing.assert_close(together, torch.stack(alone, 1))
+
+    def test_models_that_wait_are_not_recorded_and_leave_no_mark(self):
+        data = make_batches((4, 4, 4))
+        model = Waiting().double()
+        expected = landscape.hessian_max_spectrum(model, data, k=2)
+        operator = HessianOperator(model.cuda(), data)
+        v = torch.randn(operator.dim).double().cuda()
+        products = [operator.matvec(v) for _ in range(3)]
+        assert operator._multiply_kept._recording is None
+        assert torch.equal(products[0], products[2])
+        found = landscape.hessian_max_spectrum(model, data, k=2, group=2)
+        torch.testing.assert_close(
+            torch.from_numpy(found.eigenvalues),
+            torch.from_numpy(expected.eigenvalues),
+            rtol=1e-3,
+            atol=0,
+        )
+        assert torch.cuda.get_sync_debug_mode() == 0
+        assert torch.randn(3, device="cuda").isfinite().all()  # random numbers still work
+
+    def test_a_dropped_operator_returns_its_memory(self):
+        model = create_model("resnet20", num_classes=3).cuda()
+        x, y = torch.randn(32, 3, 32, 32).cuda(), torch.arange(32).cuda() % 3
+        taken = []
+        for _ in range(4):
+            operator = HessianOperator(model, [(x, y)])
+            for _ in range(3):
+                operator.matvec(torch.ones(operator.dim, device="cuda"))
+            del operator
+            torch.cuda.synchronize()
+            taken.append(torch.cuda.memory_allocated())
+        assert taken[3] <= taken[1]
+
+    def test_a_recording_shares_the_memory_of_the_one_before(self):
+        stream = torch.cuda.Stream()
+        x = torch.zeros(1 << 20, device="cuda")
+
+        def first():
+            return (x + 1) * 2
+
+        def second():
+            return F.relu(x - 1) + 3
+
+        for work in (first, second):
+            with recording.apart(stream):
+                work()
+        one = Recording(first, stream)
+        two = Recording(second, stream, one)
+        for value in (1.0, 5.0):
+            x.fill_(value)
+            one.replay(stream)
+            two.replay(stream)
+            assert (one.result == 2 * (value + 1)).all()
+            assert (two.result == max(value - 1, 0) + 3).all()
