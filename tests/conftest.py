@@ -1,7 +1,11 @@
 import socket
+from contextlib import nullcontext
 
 import pytest
 import torch
+
+from landscape.linalg import hessian, lockstep, recording
+from tests.cases import Replayed
 
 torch.set_num_threads(1)
 
@@ -9,6 +13,20 @@ torch.set_num_threads(1)
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A CPU that records and replays as a GPU does; `Replayed` counts."""
+    for module in (lockstep, recording):
+        monkeypatch.setattr(module, "Recording", Replayed)
+        monkeypatch.setattr(module, "side_stream", lambda device: object())
+        monkeypatch.setattr(module, "trial", lambda work: (work(), True))
+    for module in (hessian, lockstep, recording):
+        monkeypatch.setattr(module, "apart", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(Replayed, "made", 0)
+    return Replayed
 
 
 @pytest.fixture(autouse=True)

@@ -6,22 +6,18 @@ see the outputs of the whole batch, so a loss need not be a mean over samples fo
 model itself can be cut (batch norms without running statistics can not) is tried at the start, on
 a few samples.
 
-On a GPU several points go through the model at once, one vmapped call over their stacked weights,
-as many as fit in the free memory. That has not been measured on a GPU.
+A GPU takes the batch as it is, and the whole point as one recording (`PointMeter`).
 """
 
 import itertools
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from landscape.batches import Inputs
-from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
 from landscape.probes.folding import Pair, folded, watched
@@ -33,9 +29,6 @@ PART = 16
 CACHE = 1 << 22
 """Bytes of the largest activation of a part that may have up to 4 · PART samples, a heuristic: 32
 to 64 samples are best for a ResNet-20 and a small ViT, whose activations are small."""
-
-MAX_GROUP = 32
-"""Most points a vmapped call, a heuristic: launches hardly count any more."""
 
 
 class Forward:
@@ -68,30 +61,6 @@ class Forward:
         if not self.part or (size <= self.part and not self.channels_last and not self._pairs):
             return self._frozen.logits(state, inputs)
         return self._cut_logits(state, inputs, size, self.part, self.channels_last)
-
-    def grouped(self, moved: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-        """Return the outputs `(points, size, …)` of one batch at several points at once.
-
-        Args:
-            moved: Parameters that differ between the points, stacked: `(points, …)` by name.
-            inputs: Inputs of the batch.
-        """
-
-        def outputs(parameters: dict[str, Tensor]) -> Tensor:
-            return self._frozen.logits({**self._frozen.space.values, **parameters}, inputs)
-
-        stacked: Tensor = vmap(outputs)(dict(moved))
-        return stacked
-
-    def group_size(self, moved: Mapping[str, Tensor]) -> int:
-        """Return how many points go through the model at once: 1 except on a GPU.
-
-        Args:
-            moved: The moved parameters at two points, stacked; one batch is tried with them.
-        """
-        if self._frozen.space.device.type != "cuda" or self._frozen.objective.loss is None:
-            return 1
-        return vmapped_group(self, self._frozen, moved)
 
     def _plan(self) -> tuple[int, bool]:
         """Return (samples a part, channels last), the cheapest way that gives the same outputs."""
@@ -153,35 +122,6 @@ class _Parts(nn.Module):
                 rows = rows.contiguous(memory_format=torch.channels_last)
             outputs.append(as_logits(self.model(rows)))
         return torch.cat(outputs)
-
-
-def vmapped_group(forward: Forward, frozen: FrozenObjective, moved: Mapping[str, Tensor]) -> int:
-    """Return how many points fit in the free memory at once, 1 where vmap cannot run the model.
-
-    Half of the free memory, over the weights of a point and six of its largest activations: a
-    heuristic; the caller halves the group when memory runs out all the same.
-
-    Args:
-        forward: How the model is called.
-        frozen: The objective on its model and data.
-        moved: The moved parameters at two points, stacked.
-    """
-    batch = next(iter(frozen.batches))
-    first = {name: value[0] for name, value in moved.items()}
-    with _largest_output(frozen.model) as largest:
-        expected = frozen.logits({**frozen.space.values, **first}, batch.inputs)
-    try:
-        with warnings.catch_warnings():  # an operation without a batching rule runs in a loop
-            warnings.filterwarnings("error", "There is a performance drop", UserWarning)
-            outputs = forward.grouped(moved, batch.inputs)
-    except (RuntimeError, UserWarning):  # control flow that depends on data, or no memory
-        return 1
-    if not _close(outputs[0], expected):
-        return 1
-    weights = sum(value[0].numel() * value.element_size() for value in moved.values())
-    return max(
-        1, min(MAX_GROUP, free_memory(frozen.space.device) // 2 // (weights + 6 * max(largest)))
-    )
 
 
 @contextmanager

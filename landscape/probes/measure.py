@@ -1,6 +1,7 @@
 """The objective and its metrics at points of a line or a surface."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from landscape.batches import PreparedBatch
+from landscape.linalg.recording import Repeated
 from landscape.objective import FrozenObjective, as_logits
 from landscape.probes.batch_norm import recalibrated_buffers
 from landscape.probes.forward import Forward
@@ -16,6 +18,9 @@ from landscape.probes.weights import MovedWeights
 
 L2 = Literal["squared", "norms"]
 BatchNorm = Literal["fixed", "recalibrate"]
+
+GROUP = 16
+"""Points on a GPU between two looks at their values, a heuristic: a look waits for the device."""
 
 _METERS: dict[str, type[Accuracy | CalibrationError]] = {
     "accuracy": Accuracy,
@@ -29,7 +34,7 @@ class PointMeter:
     Attributes:
         columns: Names of the values that `measure` returns.
         passes: Forward passes over the data that one measurement takes.
-        group: Number of points to measure in one call; above 1 only on a GPU.
+        group: Number of points to measure in one call.
     """
 
     def __init__(
@@ -49,40 +54,31 @@ class PointMeter:
             l2: Definition of the L2 term, see `landscape.probes.surface`.
             batch_norm: Whether running statistics stay as found.
         """
-        self._frozen, self._metrics, self._l2 = frozen, metrics, l2
-        self._recalibrate = batch_norm == "recalibrate"
+        self._frozen, self._l2 = frozen, l2
+        self._start, self._vectors = {**frozen.space.fixed, **frozen.space.values}, vectors
+        recalibrate = batch_norm == "recalibrate"
         self.columns = ("nll", "nll_stderr", "l2", *metrics)
-        self.passes = 2 if self._recalibrate else 1
+        self.passes = 2 if recalibrate else 1
         with torch.no_grad():
-            self._forward = Forward(frozen)
-            self._start, self._vectors = {**frozen.space.fixed, **frozen.space.values}, vectors
-            self._weights = MovedWeights(
-                self._start, vectors, channels_last=self._forward.channels_last
-            )
-            origin = (0.0,) * len(vectors)
-            two = self._weights.at([origin, origin])
-            self.group = 1 if self._recalibrate else self._forward.group_size(two)
+            forward = Forward(frozen)
+            weights = MovedWeights(self._start, vectors, channels_last=forward.channels_last)
+        row = _Row(frozen, forward, weights, metrics, l2, recalibrate)
+        self._row = Repeated(row, frozen.space.device)
+        self.group = 1 if self._row.stream is None else GROUP
 
     def measure(self, points: Sequence[Sequence[float]]) -> Tensor:
         """Return the values of `columns`, `(points, columns)`, in float64 on the device.
 
         Args:
-            points: Coordinates (a_1, …) of each; several go through the model at once.
+            points: Coordinates (a_1, …) of each.
 
         Raises:
             ValueError: If the targets do not allow a metric, at the first batch.
         """
-        frozen = self._frozen
+        device = self._frozen.space.device
         with torch.no_grad():
-            moved = self._weights.at(points)
-            states = [self._state(moved, index) for index in range(len(points))]
-            sums = [_Sums(frozen, self._metrics) for _ in points]
-            for batch in frozen.batches:
-                values = self._values(states, moved, batch)
-                for each, (mean, logits) in zip(sums, values, strict=True):
-                    each.add(mean, logits, batch)
-            rows = [each.row(self._penalty(s)) for each, s in zip(sums, states, strict=True)]
-            return torch.stack(rows)
+            placed = torch.tensor(points, dtype=torch.float64, device=device)
+            return torch.stack([self._row(point) for point in placed])
 
     def penalties(self, points: Sequence[Sequence[float]]) -> np.ndarray:
         """Return the L2 term at each point, `(points,)`, from inner products alone.
@@ -107,33 +103,42 @@ class PointMeter:
             total += 0.5 * squares if self._l2 == "squared" else np.sqrt(squares)
         return decay * total
 
-    def _state(self, moved: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-        state = {**self._weights.start, **_row(moved, index)}
-        if self._recalibrate:
-            state.update(recalibrated_buffers(self._frozen, state))
-        return state
 
-    def _values(
-        self,
-        states: Sequence[Mapping[str, Tensor]],
-        moved: Mapping[str, Tensor],
-        batch: PreparedBatch,
-    ) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """Return (mean loss, outputs) of one batch at each point."""
-        if self._frozen.objective.loss is None:
-            return (self._own_loss(state, batch) for state in states)
-        logits: Iterable[Tensor]
-        if len(states) > 1:
-            logits = self._forward.grouped(moved, batch.inputs)
-        else:
-            logits = [self._forward.logits(s, batch.inputs, batch.size) for s in states]
-        return ((self._frozen.loss(outputs, batch), outputs) for outputs in logits)
+@dataclass(frozen=True)
+class _Row:
+    """The values of `columns` at one point, on the device from its coordinates to the end."""
+
+    frozen: FrozenObjective
+    forward: Forward
+    weights: MovedWeights
+    metrics: Sequence[str]
+    l2: L2
+    recalibrate: bool
+
+    def __call__(self, point: Tensor) -> Tensor:
+        frozen = self.frozen
+        state = {**self.weights.start, **self.weights.at(point)}
+        if self.recalibrate:
+            state.update(recalibrated_buffers(frozen, state))
+        sums = _Sums(frozen, self.metrics)
+        for batch in frozen.batches:
+            sums.add(*self._loss(state, batch), batch)
+        return sums.row(self._penalty(state))
+
+    def _loss(
+        self, state: Mapping[str, Tensor], batch: PreparedBatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the mean loss of one batch, and the outputs."""
+        if self.frozen.objective.loss is None:
+            return self._own_loss(state, batch)
+        logits = self.forward.logits(state, batch.inputs, batch.size)
+        return self.frozen.loss(logits, batch), logits
 
     def _own_loss(
         self, state: Mapping[str, Tensor], batch: PreparedBatch
     ) -> tuple[Tensor, Tensor | None]:
-        frozen = self._frozen
-        if not self._metrics:
+        frozen = self.frozen
+        if not self.metrics:
             return frozen.data_term(state, batch), None
         inputs = batch.inputs
         if isinstance(inputs, Mapping) and batch.targets is not None:
@@ -143,11 +148,11 @@ class PointMeter:
         return loss, as_logits(outputs)
 
     def _penalty(self, state: Mapping[str, Tensor]) -> Tensor:
-        chosen = {name: state[name] for name in self._frozen.space.names}
-        if self._l2 == "squared":
-            return self._frozen.penalty(chosen)
+        chosen = {name: state[name] for name in self.frozen.space.names}
+        if self.l2 == "squared":
+            return self.frozen.penalty(chosen)
         norms = [torch.linalg.vector_norm(p.double()) for p in chosen.values()]
-        return self._frozen.objective.weight_decay * torch.stack(norms).sum()
+        return self.frozen.objective.weight_decay * torch.stack(norms).sum()
 
 
 class _Sums:
@@ -168,7 +173,3 @@ class _Sums:
     def row(self, penalty: Tensor) -> Tensor:
         extra = [meter.result() for meter in self._meters]
         return torch.stack([self._nll, self._error.result(self._nll), penalty, *extra])
-
-
-def _row(stacked: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    return {name: value[index] for name, value in stacked.items()}

@@ -160,7 +160,6 @@ class _Points:
         self, meter: PointMeter, grid: Sequence[tuple[float, ...]], record: PointRecord
     ) -> None:
         self._meter, self._grid, self._record = meter, grid, record
-        self._group = meter.group
         self.columns = meter.columns
         self.num_measured = 0
 
@@ -168,15 +167,8 @@ class _Points:
         """Measure the points that the record lacks, each on the disk once it is finished."""
         todo = [index for index in indices if index not in self._record.done]
         while todo:
-            part = todo[: self._group]
-            try:
-                rows = self._values(part)
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
-                self._group = len(part) // 2
-                continue
-            for index, row in zip(part, rows, strict=True):
+            part = todo[: self._meter.group]
+            for index, row in zip(part, self._values(part), strict=True):
                 self._record.add(index, row)
             todo = todo[len(part) :]
             advance(len(part))

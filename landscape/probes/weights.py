@@ -41,15 +41,15 @@ class MovedWeights:
             _Block(names, dtype, start, vectors, channels_last) for dtype, names in groups.items()
         ]
 
-    def at(self, points: Sequence[Sequence[float]]) -> dict[str, Tensor]:
-        """Return the parameters that move, of shape `(points, …)`, by name.
+    def at(self, point: Tensor) -> dict[str, Tensor]:
+        """Return the parameters that move, by name.
 
         Args:
-            points: Coordinates (a_1, …) of each.
+            point: Coordinates (a_1, …), on the device of the weights.
         """
         moved: dict[str, Tensor] = {}
         for block in self._blocks:
-            moved.update(block.at(points))
+            moved.update(block.at(point))
         return moved
 
 
@@ -70,13 +70,11 @@ class _Block:
         self._directions = [self._flat(vector) for vector in vectors]
         self._start = self._flat(start).to(self._directions[0].dtype)
 
-    def at(self, points: Sequence[Sequence[float]]) -> dict[str, Tensor]:
-        rows = self._start.new_empty(len(points), len(self._start))
-        for row, steps in zip(rows, points, strict=True):
-            row.copy_(self._start)
-            for step, direction in zip(steps, self._directions, strict=True):
-                row.add_(direction, alpha=float(step))
-        pieces = torch.split(rows.to(self._dtype), self._sizes, dim=1)
+    def at(self, point: Tensor) -> dict[str, Tensor]:
+        flat = self._start.clone()
+        for step, direction in zip(point.to(flat.dtype).unbind(), self._directions, strict=True):
+            flat.addcmul_(direction, step)
+        pieces = torch.split(flat.to(self._dtype), self._sizes)
         return {
             name: self._shaped(piece, shape)
             for name, piece, shape in zip(self._names, pieces, self._shapes, strict=True)
@@ -91,5 +89,5 @@ class _Block:
     def _shaped(self, piece: Tensor, shape: torch.Size) -> Tensor:
         if self._channels_last and len(shape) == 4:
             n, c, h, w = shape
-            return piece.view(len(piece), n, h, w, c).permute(0, 1, 4, 2, 3)
-        return piece.view(len(piece), *shape)
+            return piece.view(n, h, w, c).permute(0, 3, 1, 2)
+        return piece.view(shape)

@@ -1,5 +1,3 @@
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
@@ -8,44 +6,13 @@ from torch import nn
 
 import landscape
 from landscape import HessianOperator, Objective
-from landscape.linalg import lockstep, recording
+from landscape.linalg import lockstep
 from landscape.linalg.lockstep import MiniBatchHessian
 from landscape.models import create_model
 from landscape.probes import hessian_max
-from tests.cases import assert_untouched, make_batches, make_model, snapshot
+from tests.cases import Replayed, assert_untouched, make_batches, make_model, snapshot
 
 OBJECTIVE = Objective(weight_decay=0.05)
-
-
-class Replayed:
-    """A recording on a CPU: the work is done again at every replay, and its result put in place."""
-
-    made = 0
-
-    def __init__(self, work, stream, before=None):
-        self.work = work
-        self.result = work()
-        Replayed.made += 1
-
-    def replay(self, stream):
-        found = self.work()
-        if isinstance(found, torch.Tensor):
-            self.result.copy_(found)
-        else:
-            vars(self.result).update(vars(found))
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """A CPU that records as a GPU does."""
-    for module in (lockstep, recording):
-        monkeypatch.setattr(module, "Recording", Replayed)
-        monkeypatch.setattr(module, "side_stream", lambda device: object())
-        monkeypatch.setattr(module, "apart", lambda stream: nullcontext())
-        monkeypatch.setattr(module, "trial", lambda work: (work(), True))
-    monkeypatch.setattr("landscape.linalg.hessian.apart", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(Replayed, "made", 0)
 
 
 def frozen_batches(model, batches, objective=OBJECTIVE):

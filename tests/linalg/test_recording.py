@@ -1,5 +1,3 @@
-from contextlib import nullcontext
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +8,7 @@ from landscape import HessianOperator
 from landscape.linalg import recording
 from landscape.linalg.recording import Recording, Repeated
 from landscape.models import create_model
-from tests.cases import make_batches, make_model
-from tests.linalg.test_lockstep import Replayed
+from tests.cases import Replayed, make_batches, make_model
 
 gpu = [
     pytest.mark.gpu,
@@ -20,12 +17,8 @@ gpu = [
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_repeated_function_is_recorded_at_its_second_call(waits, monkeypatch):
-    monkeypatch.setattr(recording, "Recording", Replayed)
-    monkeypatch.setattr(recording, "side_stream", lambda device: object())
-    monkeypatch.setattr(recording, "apart", lambda stream: nullcontext())
+def test_a_repeated_function_is_recorded_at_its_second_call(waits, recorded, monkeypatch):
     monkeypatch.setattr(recording, "trial", lambda work: (work(), not waits))
-    monkeypatch.setattr(Replayed, "made", 0)
     double = Repeated(lambda v: 2 * v, torch.device("cpu"))
     results = []
     for call in range(4):

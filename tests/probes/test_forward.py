@@ -1,16 +1,14 @@
 import copy
-import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape.objective import Objective
 from landscape.probes.directions import random_directions
-from landscape.probes.forward import MAX_GROUP, Forward, vmapped_group
+from landscape.probes.forward import Forward
 from landscape.probes.surface import loss_line, loss_surface
 from landscape.probes.weights import MovedWeights
 from tests.cases import MODELS, assert_untouched, make_batches, make_model, snapshot
@@ -196,109 +194,36 @@ def test_moved_weights_are_the_sum_rounded_once_in_the_wanted_format(name):
     points = [(0.0, 0.0), (0.5, -1.5), (1.0, 0.25)]
     for channels_last in (False, True):
         weights = MovedWeights(start, vectors, channels_last=channels_last)
-        moved = weights.at(points)
-        assert list(moved) == list(directions.names)
-        for key, stacked in moved.items():
-            for value, (a, b) in zip(stacked, points, strict=True):
+        for a, b in points:
+            moved = weights.at(torch.tensor([a, b], dtype=torch.float64))
+            assert list(moved) == list(directions.names)
+            for key, value in moved.items():
                 exact = start[key].double() + a * vectors[0][key] + b * vectors[1][key]
                 torch.testing.assert_close(value, exact.float().bfloat16(), rtol=8e-3, atol=0)
                 if channels_last and value.dim() == 4:
                     assert value.is_contiguous(memory_format=torch.channels_last)
                     assert weights.start[key].is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(stacked[0], start[key])
-
-
-def grouped(monkeypatch, size):
-    monkeypatch.setattr(Forward, "group_size", lambda self, moved: size)
+                if a == b == 0:
+                    assert torch.equal(value, start[key])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_points_in_groups_equal_points_one_by_one(name, dtype, monkeypatch):
-    """The path of a GPU, on the CPU."""
+@pytest.mark.parametrize("batch_norm", ["fixed", "recalibrate"])
+def test_recorded_points_equal_points_one_by_one(name, dtype, batch_norm, request):
+    """The path of a GPU, on the CPU: 16 points a look, the later ones replayed."""
     model, batches = make_model(name, dtype).train(), make_batches((9, 4), dtype)
-    arguments = {"points": (3, 4), "metrics": ALL, "objective": Objective(weight_decay=0.1)}
+    arguments = {"points": (3, 7), "metrics": ALL, "objective": Objective(weight_decay=0.1)}
+    arguments |= {"batch_norm": batch_norm}
     alone = loss_surface(model, batches, **arguments)
-    grouped(monkeypatch, 5)
+    recorded = request.getfixturevalue("recorded")
     before = snapshot(model)
-    with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused one has no batching rule
-        together = loss_surface(model, batches, **arguments)
+    found = loss_surface(model, batches, **arguments)
+    assert recorded.made == 1
     assert_untouched(model, before)
-    rtol = 1e-5 if dtype == torch.float32 else 1e-11
     for column in ("nll", "nll_stderr", "l2", "accuracy", "ece"):
-        np.testing.assert_allclose(getattr(together, column), getattr(alone, column), rtol=rtol)
-    assert together.provenance.num_forwards == 12
-
-
-def test_a_group_that_does_not_fit_is_halved(monkeypatch, tmp_path):
-    model, batches = make_model("conv"), make_batches((9,))
-    alone = loss_line(model, batches, points=7)
-    grouped(monkeypatch, 4)
-    tried = []
-    whole = Forward.grouped
-
-    def crowded(self, moved, inputs):
-        tried.append(len(next(iter(moved.values()))))
-        if tried[-1] > 2:
-            raise torch.OutOfMemoryError("no memory")
-        return whole(self, moved, inputs)
-
-    monkeypatch.setattr(Forward, "grouped", crowded)
-    line = loss_line(model, batches, points=7, resume=tmp_path / "points")
-    np.testing.assert_allclose(line.nll, alone.nll, rtol=1e-11)
-    assert tried == [4, 2, 2, 2]  # and the seventh alone
-    assert line.provenance.num_forwards == 7
-
-    def full(self, state, inputs, size):
-        raise torch.OutOfMemoryError("no memory at all")
-
-    monkeypatch.setattr(Forward, "logits", full)
-    monkeypatch.setattr(
-        Forward, "grouped", lambda self, moved, inputs: full(self, moved, inputs, 0)
-    )
-    with pytest.raises(torch.OutOfMemoryError):
-        loss_line(model, batches, points=7)
-
-
-class Branching(nn.Linear):
-    """Control flow that depends on values: vmap cannot run it."""
-
-    def forward(self, x):
-        return super().forward(x) if self.weight.sum() > -1e9 else x
-
-
-def test_the_size_of_a_group_follows_from_free_memory(monkeypatch):
-    model, batches = make_model("conv"), make_batches((9,))
-    frozen = Objective().freeze(model, batches)
-    moved = {n: torch.stack([v, v]) for n, v in frozen.space.values.items()}
-    forward = Forward(frozen)
-    assert forward.group_size(moved) == 1  # a CPU
-    before = snapshot(model)
-    free = [10**12]
-    monkeypatch.setattr("landscape.probes.forward.free_memory", lambda device: free[0])
-    assert vmapped_group(forward, frozen, moved) == MAX_GROUP
-    weights = 8 * frozen.space.dim
-    largest = 8 * 9 * 4 * 2 * 2
-    free[0] = 2 * 3 * (weights + 6 * largest)
-    assert vmapped_group(forward, frozen, moved) == 3
-    free[0] = 0
-    assert vmapped_group(forward, frozen, moved) == 1
-    assert_untouched(model, before)
-    free[0] = 10**12
-
-    def looping(self, moved, inputs):
-        warnings.warn("There is a performance drop because …", UserWarning, stacklevel=1)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Forward, "grouped", looping)
-        assert vmapped_group(forward, frozen, moved) == 1
-        patch.setattr(Forward, "grouped", lambda self, moved, inputs: torch.zeros(2, 9, 3))
-        assert vmapped_group(forward, frozen, moved) == 1
-    assert vmapped_group(forward, frozen, moved) == MAX_GROUP
-    branching = Branching(3, 3, dtype=torch.float64)
-    frozen = Objective().freeze(branching, [(torch.ones(4, 3), torch.zeros(4).long())])
-    moved = {n: torch.stack([v, v]) for n, v in frozen.space.values.items()}
-    assert vmapped_group(Forward(frozen), frozen, moved) == 1
+        np.testing.assert_array_equal(getattr(found, column), getattr(alone, column))
+    assert found.provenance.num_forwards == 21 * (2 if batch_norm == "recalibrate" else 1)
 
 
 class Counting(nn.Module):
