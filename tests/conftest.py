@@ -20,7 +20,7 @@ def recorded(monkeypatch):
     """A CPU that records and replays as a GPU does; `Replayed` counts."""
     for module in (lockstep, recording):
         monkeypatch.setattr(module, "Recording", Replayed)
-        monkeypatch.setattr(module, "side_stream", lambda device: object())
+        monkeypatch.setattr(module, "side_stream", lambda device, place=0: object())
         monkeypatch.setattr(module, "trial", lambda work: (work(), True))
     for module in (hessian, lockstep, recording):
         monkeypatch.setattr(module, "apart", lambda stream: nullcontext())

@@ -108,6 +108,16 @@ def assert_alike(found, expected, rtol=1e-6, atol=1e-9):
         assert found == expected
 
 
+def assert_estimates_agree(found, expected):
+    """Two traces are equal within their errors."""
+    traces, errors = [], []
+    for result in (found, expected):
+        of_trace = isinstance(result, landscape.TraceEstimate)
+        traces.append(result.value if of_trace else result.trace)
+        errors.append(result.stderr if of_trace else result.trace_stderr)
+    assert abs(traces[0] - traces[1]) <= 4 * np.hypot(*errors)
+
+
 def top(operator):
     """A probe: the top eigenpairs of an operator of this class."""
 
@@ -222,7 +232,7 @@ def test_spectra(probe, name, where, tmp_path):
             assert pairs.converged.all()
             np.testing.assert_allclose(pairs.values, known.values, rtol=1e-5, atol=1e-9)
         if found.density is not None:
-            assert abs(found.trace - expected.trace) <= expected.trace_stderr
+            assert_estimates_agree(found, expected)
     else:
         field = "values" if isinstance(found, landscape.Eigenpairs) else "eigenvalues"
         assert found.converged.all()
@@ -243,7 +253,11 @@ def test_surfaces(probe, name, where, tmp_path):
 @pytest.mark.parametrize("probe", FORWARD)
 def test_forward_passes_and_equal_draws(probe, name, where, tmp_path):
     found = on_the_gpu("forward", probe, name, where, tmp_path)
-    assert_alike(found, on_the_cpu("forward", probe, name))
+    expected = on_the_cpu("forward", probe, name)
+    if isinstance(found, landscape.SpectralDensity | landscape.TraceEstimate):
+        assert_estimates_agree(found, expected)  # vectors drawn on another device are others
+    else:
+        assert_alike(found, expected)
 
 
 @pytest.mark.parametrize("profile", ["imagenet", "cifar"])
@@ -311,7 +325,7 @@ def test_directions_and_trajectories(name, tmp_path):
         return results, landscape.loss_line(model, data, directions=eigen.select(0), points=3)
 
     (found, line), (expected, known) = measure(DEVICE), measure("cpu")
-    assert_alike(found, expected)
+    assert_alike(found, expected, atol=1e-7)  # the last checkpoint is the model: a distance of 0
     # An eigenvector has no sign.
     nll = line.nll if abs(line.nll - known.nll).max() < 1e-5 else line.nll[::-1]
     np.testing.assert_allclose(nll, known.nll, rtol=1e-5)
@@ -341,7 +355,7 @@ def test_reduced_precision_says_how_far_off_it_is(name, precision, tol):
         assert (
             abs(pairs.values - known.values) <= pairs.residuals + 1e-4 * abs(known.values)
         ).all()
-    for group in (1,) if precision == "bf16" else (1, None):
+    for group in (1, 2):
         found = landscape.hessian_max_spectrum(
             model, data, k=1, tol=tol, precision=precision, group=group
         )

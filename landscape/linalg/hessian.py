@@ -13,6 +13,7 @@ Attention runs under the math kernel, the only one with a second derivative.
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any, Self
@@ -154,7 +155,7 @@ class HessianOperator(CurvatureOperator):
         self._multiply_kept = Repeated(multiply, self.device)
         losses: list[Tensor] = []
         per_sample = 0.0
-        with apart(self._multiply_kept.stream), twice_differentiable():
+        with self._differentiating():
             for batch in self.frozen.batches:
                 if len(self._graphs) < len(losses) or per_sample * batch.size > budget:
                     with torch.no_grad():
@@ -179,10 +180,16 @@ class HessianOperator(CurvatureOperator):
         """Return the gradient of the objective, shape `(dim,)`; one gradient over all data."""
         space = self.frozen.space
         out = self._weight_decay * space.flatten(space.values)
-        with twice_differentiable():
+        with self._differentiating():
             for graph in chain(self._graphs, self._other_graphs()):
                 out.add_(space.flatten([g.detach() for g in graph.gradient]), alpha=graph.weight)
         return out
+
+    @contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        """Build and use graphs on one stream: that of the recording."""
+        with apart(self._multiply_kept.stream), twice_differentiable():
+            yield
 
     def _graph(self, batch: PreparedBatch, measure: bool = False) -> GradientGraph:
         def loss() -> Tensor:
@@ -199,7 +206,7 @@ class HessianOperator(CurvatureOperator):
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         space, columns = self.frozen.space, vectors.unbind(1)
-        with twice_differentiable():
+        with self._differentiating():
             out = [self._multiply_kept(v) for v in columns]
             for graph in self._other_graphs():
                 for total, v in zip(out, columns, strict=True):

@@ -35,7 +35,12 @@ class MiniBatchHessian:
     """
 
     def __init__(
-        self, frozen: FrozenObjective, precision: Precision = "full", memory: Memory = "auto"
+        self,
+        frozen: FrozenObjective,
+        precision: Precision = "full",
+        memory: Memory = "auto",
+        place: int = 0,
+        tried: set[Any] | None = None,
     ) -> None:
         """Set up without a mini-batch.
 
@@ -43,13 +48,17 @@ class MiniBatchHessian:
             frozen: The objective.
             precision: As in `HessianOperator`.
             memory: What may be kept of a mini-batch between products, as in `HessianOperator`.
+            place: Number of its stream; those that are used side by side have different ones.
+            tried: Shapes that need no trial before they are recorded; common to several of these.
         """
         self._frozen, self._precision, self._memory = frozen, precision, memory
-        self.stream = side_stream(frozen.space.device)
+        self._place = place
+        self.stream = side_stream(frozen.space.device, place)
         self.num_bytes = 0
         self.kept = False
         self._recorded: _Recorded | None = None
         self._recordable = self.stream is not None
+        self._tried = set[Any]() if tried is None else tried
         self._exact: MiniBatchHessian | None = None
         self._batch: PreparedBatch | None = None
 
@@ -91,8 +100,7 @@ class MiniBatchHessian:
         if self._recorded is not None and self._precision == "tf32":
             return self._recorded.product(v, "full")
         if self._exact is None:
-            self._exact = MiniBatchHessian(self._frozen, "full", self._memory)
-            self._exact.stream = self.stream
+            self._exact = MiniBatchHessian(self._frozen, "full", self._memory, self._place)
         if self._batch is not None and self._exact._batch is not self._batch:
             self._exact.load(self._batch)
         return self._exact.matvec(v)
@@ -100,13 +108,17 @@ class MiniBatchHessian:
     def _record(self, batch: PreparedBatch, stream: torch.cuda.Stream) -> None:
         """Record gradient and product, if they can be and their memory is granted."""
         recorded = _Recorded(self._frozen, batch, self._precision, stream)
-        self._recordable = recorded.try_out(memory_bytes(self._memory, self._frozen.space.device))
-        if self._recordable:
+        if shape_of(batch) not in self._tried:
+            granted = memory_bytes(self._memory, self._frozen.space.device)
+            self._recordable = recorded.try_out(granted)
             torch.cuda.empty_cache()  # of what the trial has left
-            before = torch.cuda.memory_reserved(self._frozen.space.device)
-            recorded.record()
-            self.num_bytes = torch.cuda.memory_reserved(self._frozen.space.device) - before
-            self._recorded = recorded
+            if not self._recordable:
+                return
+            self._tried.add(shape_of(batch))
+        before = torch.cuda.memory_reserved(self._frozen.space.device)
+        recorded.record()
+        self.num_bytes = torch.cuda.memory_reserved(self._frozen.space.device) - before
+        self._recorded = recorded
 
 
 class _Recorded:
@@ -137,7 +149,9 @@ class _Recorded:
             graph, waits_not = trial(lambda: self._gradient(measure=True))
             if not waits_not or graph.num_bytes > granted:
                 return False
-            return trial(lambda: self._product(graph, self._precision))[1]
+            return all(
+                trial(partial(self._product, graph, precision))[1] for precision in self._precisions
+            )
 
     def record(self) -> None:
         """Record, and compute the gradient."""
@@ -146,8 +160,6 @@ class _Recorded:
             graph = self._gradients.result
             self._gradients.replay(self._stream)
             for precision in self._precisions:
-                with apart(self._stream):
-                    self._product(graph, precision)  # sets up what it needs on its first call
                 self._products[precision] = Recording(
                     partial(self._product, graph, precision), self._stream, self._gradients
                 )

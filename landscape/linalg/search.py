@@ -10,7 +10,7 @@ from landscape._checks import check_at_least, check_choice
 from landscape.linalg.certificate import OWN, chances, check_certify, watched
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, rank, select
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
-from landscape.linalg.operators import VectorSpace
+from landscape.linalg.operators import VectorSpace, generator_on
 
 Products = Generator[torch.Tensor, torch.Tensor, None]
 """Yields each vector whose product is wanted, and is sent the product."""
@@ -353,9 +353,7 @@ def multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor])
 
 def random_unit_vector(vectors: VectorSpace, generator: torch.Generator) -> torch.Tensor:
     """Return a vector drawn uniformly from the unit sphere, on the device of the others."""
-    if vectors.device.type != generator.device.type:  # a host takes 0.1 s for 20 million numbers
-        seed = int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
-        generator = torch.Generator(vectors.device).manual_seed(seed)
+    generator = generator_on(vectors.device, generator)
     dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
     v = torch.randn(vectors.dim, generator=generator, device=generator.device, dtype=dtype)
     v /= v.norm()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from landscape._checks import check_at_least
-from landscape.linalg.operators import SymmetricOperator
+from landscape.linalg.operators import SymmetricOperator, generator_on
 from landscape.results import Provenance, Result
 
 
@@ -71,6 +71,7 @@ def hutch_plus_plus(
 
 
 def _signs(operator: SymmetricOperator, count: int, generator: torch.Generator) -> Tensor:
+    generator = generator_on(operator.device, generator)
     bits = torch.randint(
         2, (operator.dim, count), generator=generator, device=generator.device, dtype=torch.int8
     )

@@ -47,6 +47,10 @@ MAX_GROUP = 8
 """Most mini-batches side by side by default: with 8 a GPU (H200) makes 1.6 to 3.2 times as many
 products a second as with one, and of 4 to 8 it gains a twentieth to a third."""
 
+FEWEST = 4
+"""Mini-batches that each place should have by default, a heuristic: to record them takes the time
+of 10 to 20 products."""
+
 
 @dataclass(frozen=True)
 class HessianMaxSpectrum(Result):
@@ -220,6 +224,7 @@ class _Solver:
         self._settings: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "generator": generator}
         self._settings |= {"wanted": {"top": (k, "LM")}, "rough": precision != "full"}
         self._group, self._first = group, first
+        self._tried: set[Any] = set()
         self.size, self.kept = 1, 0
 
     def run(self, tick: Callable[[], object]) -> list[Eigenpairs]:
@@ -231,14 +236,14 @@ class _Solver:
         self._tick = tick
         self._rows: dict[int, Eigenpairs] = {}
         self._queue: Iterator[tuple[int, PreparedBatch]] = enumerate(self._frozen.batches)
-        crew = [self._hire()]
+        crew = [self._hire(0)]
         self._turn(crew[0])  # it takes a mini-batch, and so tells what memory that needs
         self.size = self._room(crew[0])
-        crew += [self._hire() for _ in range(self.size - 1)]
+        crew += [self._hire(place) for place in range(1, self.size)]
         while crew:
             crew = [worker for worker in crew if self._turn(worker)]
             if not crew and len(self._rows) < self._frozen.num_batches:
-                crew = [self._hire()]  # the last one ran out of memory beside others
+                crew = [self._hire(0)]  # the last one ran out of memory beside others
         return [self._rows[index] for index in range(len(self._rows))]
 
     def _room(self, worker: "_Worker") -> int:
@@ -250,10 +255,10 @@ class _Solver:
         space = self._frozen.space
         each = worker.hessian.num_bytes + (self._k + BASIS + 8) * space.dim * 4
         more = free_memory(space.device) // 2 // each
-        return min(MAX_GROUP, self._frozen.num_batches, 1 + more)
+        return min(MAX_GROUP, -(-self._frozen.num_batches // FEWEST), 1 + more)
 
-    def _hire(self) -> "_Worker":
-        hessian = MiniBatchHessian(self._frozen, self._precision, self._memory)
+    def _hire(self, place: int) -> "_Worker":
+        hessian = MiniBatchHessian(self._frozen, self._precision, self._memory, place, self._tried)
         return _Worker(hessian, self._work)
 
     def _turn(self, worker: "_Worker") -> bool:
