@@ -1,6 +1,6 @@
 """How near to the limits of a GPU are products, spectra and surfaces?
 
-    python benchmarks/gpu.py [--only vit_tiny,resnet50] [--rounds 3] [--device cuda]
+    python benchmarks/gpu.py [--only vit_tiny,resnet50] [--pieces w1,w5] [--rounds 3]
 
 | row | |
 |---|---|
@@ -44,6 +44,7 @@ from workloads import Batch
 
 import landscape
 from landscape import HessianOperator
+from landscape.linalg.gradient import rounding
 from landscape.models import create_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,6 +57,9 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "resnet50_224": ("resnet50", 224, {"stem": "imagenet"}),
     "vit_base_224": ("vit_small", 224, LARGE),
 }
+PATIENCE = 8.0
+"""Seconds of a mini-batch of PyHessian up to which a second one is measured."""
+
 QUICK: dict[str, tuple[str, int, dict[str, Any]]] = {
     "resnet20": ("resnet20", 32, {"width": 4}),
     "vit_nano": ("vit_nano", 32, {"dim": 24, "depth": 2}),
@@ -63,9 +67,10 @@ QUICK: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Measure every model, print the rows and write `results/gpu.json`."""
+    """Measure every piece of every model, print it and write `results/gpu.json`."""
     parser = argparse.ArgumentParser(description="Products, spectra and surfaces on a GPU.")
-    parser.add_argument("--only", help="models, comma-separated")
+    parser.add_argument("--only", help="models, comma-separated; rows of the others are kept")
+    parser.add_argument("--pieces", default=",".join(PIECES), help="pieces, comma-separated")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny models; shows that it runs")
@@ -76,53 +81,79 @@ def main() -> None:
     device = torch.device(arguments.device)
     models = QUICK if arguments.quick else MODELS
     names = arguments.only.split(",") if arguments.only else list(models)
-    if unknown := set(names) - set(models):
-        parser.error(f"--only takes {', '.join(models)}, got {', '.join(sorted(unknown))}")
+    pieces = arguments.pieces.split(",")
+    for option, given, known in (("only", names, models), ("pieces", pieces, PIECES)):
+        if unknown := set(given) - set(known):
+            parser.error(f"--{option} takes {', '.join(known)}, got {', '.join(sorted(unknown))}")
     where = machine.describe(("torch", "numpy", "PyHessian"))
     where["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    content: dict[str, Any] = {"machine": where, "peak": peak(device), "rows": []}
     output = arguments.output or (RESULTS / "gpu.json" if device.type == "cuda" else None)
-    for name in names:
-        began = time.perf_counter()
-        row = measure(name, *models[name], device, arguments.rounds, quick=arguments.quick)
-        row["of_the_peak"] = row["product_flops_per_s"] / content["peak"]
-        row["seconds"] = time.perf_counter() - began
-        content["rows"].append(row)
-        print(json.dumps(row, indent=1), flush=True)
-        if output is not None:  # after each model: the next may not fit
-            output.write_text(json.dumps(content, indent=1) + "\n")
+    rows = earlier(output, where) if arguments.only else {}
+    content: dict[str, Any] = {"machine": where, "peak": peak(device), "peak_tf32": None}
+    if device.type == "cuda":
+        with rounding("tf32"):
+            content["peak_tf32"] = peak(device)
+    subjects = {name: Subject(*models[name], device, arguments.rounds) for name in names}
+    for piece in pieces:
+        for name, subject in subjects.items():
+            began = time.perf_counter()
+            measured = PIECES[piece](subject, quick=arguments.quick)
+            row = rows.setdefault(name, {"model": name}) | measured
+            row.setdefault("seconds", {})[piece] = time.perf_counter() - began
+            rows[name] = row
+            print(json.dumps({"model": name} | measured, indent=1), flush=True)
+            if output is not None:  # after each: the next may not fit
+                content["rows"] = list(rows.values())
+                output.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def measure(
-    name: str,
-    model_name: str,
-    image_size: int,
-    sizes: dict[str, Any],
-    device: torch.device,
-    rounds: int,
-    *,
-    quick: bool,
-) -> dict[str, Any]:
-    """Return all rows of one model."""
-    torch.manual_seed(0)
-    model = create_model(model_name, **sizes).to(device)
-    batch_size, count, mini = (64, 4, 64) if image_size == 32 else (16, 2, 8)
-    if quick:
-        batch_size, count, mini = 8, 2, 4
-    training = data(20, batch_size, image_size, device)
-    workloads.train(model, training, 2 if quick else 20)
-    row: dict[str, Any] = {"model": name, "images": batch_size}
-    row |= product(model, training[0], device, rounds)
-    row |= spectra(model, training[:count], row["gradient_ms"] / 1e3, device, rounds)
-    row |= surface(model, data(2, 8 if quick else 128, image_size, device), device, quick=quick)
-    images = data(mini, 4 if quick else 16, image_size, device)
-    row |= mini_batches(model, images, device, peers=image_size == 32)
-    return row
+def earlier(output: Path | None, where: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the rows of an earlier run on the same device, by model."""
+    if output is None or not output.exists():
+        return {}
+    content = json.loads(output.read_text())
+    if content["machine"]["device"] != where["device"]:
+        return {}
+    return {row["model"]: row for row in content["rows"]}
 
 
-def product(model: nn.Module, batch: Batch, device: torch.device, rounds: int) -> dict[str, Any]:
+class Subject:
+    """A model with its data on a device.
+
+    Attributes:
+        model: Trained for 20 steps.
+        device: Its device.
+        rounds: Rounds to time.
+        image_size: Pixels a side.
+    """
+
+    def __init__(
+        self, name: str, image_size: int, sizes: dict[str, Any], device: torch.device, rounds: int
+    ) -> None:
+        torch.manual_seed(0)
+        self.model = create_model(name, **sizes).to(device)
+        self.device, self.rounds, self.image_size = device, rounds, image_size
+        workloads.train(self.model, self.data(20, 16), 20)
+
+    def data(self, count: int, size: int) -> list[Batch]:
+        """Return batches of Fashion-MNIST on the device, enlarged where the model wants it."""
+
+        def enlarged(x: Tensor) -> Tensor:
+            x = x.to(self.device)
+            size = self.image_size
+            return x if size == 32 else F.interpolate(x, size=size, mode="bilinear")
+
+        return [(enlarged(x), y.to(self.device)) for x, y in workloads.batches(count, size)]
+
+    def batches(self, count: int, quick: bool) -> list[Batch]:
+        """Return the batches of W1, W3 and W4."""
+        return self.data(count, 4 if quick else 64 if self.image_size == 32 else 16)
+
+
+def product(subject: Subject, *, quick: bool) -> dict[str, Any]:
     """Return what a gradient and a product of one batch take."""
-    x, y = batch
+    model, device = subject.model, subject.device
+    ((x, y),) = subject.batches(1, quick)
     parameters = list(model.parameters())
 
     def gradient() -> None:
@@ -130,7 +161,7 @@ def product(model: nn.Module, batch: Batch, device: torch.device, rounds: int) -
 
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         gradient()
-    frozen = landscape.Objective().freeze(model, [batch])
+    frozen = landscape.Objective().freeze(model, [(x, y)])
     operator = HessianOperator.of(frozen)
     v = torch.randn(operator.dim, device=device)
     contenders = {"gradient": gradient, "product": lambda: operator.matvec(v)}
@@ -140,12 +171,14 @@ def product(model: nn.Module, batch: Batch, device: torch.device, rounds: int) -
         contenders["recorded_gradient"] = recorded(gradient)
     for work in contenders.values():
         work()  # the second call of a product records it
-    taken = in_turns(contenders, device, max(rounds, 5))
+    taken = in_turns(contenders, device, max(subject.rounds, 5))
     ms = {f"{name}_ms": 1e3 * median(seconds) for name, seconds in taken.items()}
     return ms | {
+        "images": len(x),
         "parameters": operator.dim,
         "product_in_gradients": ms["product_ms"] / ms["gradient_ms"],
         "product_flops_per_s": 2e3 * counter.get_total_flops() / ms["product_ms"],
+        "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }
 
 
@@ -161,47 +194,64 @@ def recorded(work: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def spectra(
-    model: nn.Module, batches: list[Batch], unit: float, device: torch.device, rounds: int
-) -> dict[str, Any]:
-    """Return W1 and W3 in gradients of their data, and W4 over its products."""
-    seeds = iter(range(1000))
+def one_batch(subject: Subject, *, quick: bool) -> dict[str, Any]:
+    """Return W1 in gradients, eager ones and recorded ones of the row before."""
+    batches = subject.batches(1, quick)
+    found: list[int] = []
 
-    def top(data: list[Batch]) -> int:
-        generator = torch.Generator().manual_seed(next(seeds))
-        return landscape.top_eigenpairs(
-            HessianOperator(model, data), generator=generator
-        ).num_matvecs
+    def search() -> None:
+        found.append(top(subject.model, batches, seed=len(found)))
 
-    products: dict[str, list[int]] = {"w1": [], "w3": []}
-    taken = in_turns({"w1": lambda: products["w1"].append(top(batches[:1]))}, device, rounds)
-    taken |= in_turns(
-        {
-            "w3": lambda: products["w3"].append(top(batches)),
-            "w4": lambda: landscape.hessian_density(model, batches[:1], num_steps=80),
-            "w4_products": lambda: repeat(HessianOperator(model, batches[:1]), 80),
-        },
-        device,
-        min(rounds, 2),
-        warm=False,
-    )
+    work = {"gradient": partial(gradients, subject.model, batches), "w1": search}
+    taken = in_turns(work, subject.device, subject.rounds)
+    seconds = median(taken["w1"])
     return {
-        "w1_gradients": median(taken["w1"]) / unit,
-        "w1_products": median(products["w1"][1:]),
-        "w3_gradients": median(taken["w3"]) / unit / len(batches),
-        "w3_products": median(products["w3"]),
+        "w1_seconds": seconds,
+        "w1_gradients": seconds / median(taken["gradient"]),
+        "w1_products": median(found[1:]),
+    }
+
+
+def many_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
+    """Return W3 in gradients of its data, and W4 over its products."""
+    model, batches = subject.model, subject.batches(2 if quick else 4, quick)
+    found: list[int] = []
+    work = {
+        "gradient": partial(gradients, model, batches),
+        "w3": lambda: found.append(top(model, batches, seed=len(found))),
+        "w4": lambda: landscape.hessian_density(model, batches[:1], num_steps=80),
+        "w4_products": lambda: repeat(HessianOperator(model, batches[:1]), 80),
+    }
+    taken = in_turns(work, subject.device, min(subject.rounds, 2), warm=False)
+    return {
+        "w3_gradients": median(taken["w3"]) / min(taken["gradient"]),
+        "w3_products": median(found),
         "w4_over_products": median(taken["w4"]) / median(taken["w4_products"]),
     }
 
 
-def mini_batches(
-    model: nn.Module, batches: list[Batch], device: torch.device, *, peers: bool
-) -> dict[str, Any]:
+def top(model: nn.Module, batches: list[Batch], seed: int) -> int:
+    """Find 5 eigenpairs, certified, and return the number of products."""
+    generator = torch.Generator().manual_seed(seed)
+    return landscape.top_eigenpairs(
+        HessianOperator(model, batches), generator=generator
+    ).num_matvecs
+
+
+def gradients(model: nn.Module, batches: list[Batch]) -> None:
+    """Take a gradient of every batch."""
+    for x, y in batches:
+        torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+
+
+def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
     """Return W5: seconds a mini-batch of each way, and how far its values are from exact ones.
 
-    In each of two turns one half of the mini-batches goes side by side, one quarter of that one by
-    one, and a single one through PyHessian.
+    In each of two turns one half of the mini-batches goes side by side, a few of them one by one, a
+    quarter of them in TF32, and one through PyHessian, in the second turn only if it was quick.
     """
+    model, device = subject.model, subject.device
+    batches = subject.data(4 if quick else 64, 4 if quick else 16)
     on_gpu = device.type == "cuda"
     half = len(batches) // 2
     halves = batches[:half], batches[half:]
@@ -218,14 +268,14 @@ def mini_batches(
     with warnings.catch_warnings():  # what has not converged is told in the row
         warnings.filterwarnings("ignore", ".*have not converged", UserWarning)
         for part in halves:
-            few = part[: max(1, half // 8)]
+            few = part[: max(1, half // 32)]
             take("side_by_side", part, group=None if on_gpu else 2)
             take("one_by_one", few, group=1)
             if on_gpu:
-                take("tf32", part, precision="tf32")
-            if peers and find_spec("pyhessian") is not None:
-                _, seconds = timed(partial(pyhessian, model, part[0], on_gpu), device)
-                turns.setdefault("pyhessian", []).append(seconds)
+                take("tf32", part[: half // 4], precision="tf32")
+            if find_spec("pyhessian") is not None and turns.get("pyhessian", [0])[0] < PATIENCE:
+                _, taken = timed(partial(pyhessian, model, part[0], on_gpu), device)
+                turns.setdefault("pyhessian", []).append(taken)
     tight = landscape.hessian_max_spectrum(model, few, group=1, tol=1e-5).eigenvalues
     seconds = {name: sum(values) / len(values) for name, values in turns.items()}
     return {
@@ -241,11 +291,11 @@ def mini_batches(
     }
 
 
-def surface(
-    model: nn.Module, batches: list[Batch], device: torch.device, *, quick: bool
-) -> dict[str, Any]:
+def surface(subject: Subject, *, quick: bool) -> dict[str, Any]:
     """Return a point of a surface in plain forward passes."""
-    points = 3 if quick else 9
+    model = subject.model
+    batches = subject.data(1, 8 if quick else 128)
+    points = 3 if quick or subject.image_size > 32 else 9
 
     def forward() -> None:
         with torch.no_grad():
@@ -253,17 +303,14 @@ def surface(
                 for x, _ in batches:
                     model(x)
 
-    taken = in_turns(
-        {
-            "forward": forward,
-            "surface": lambda: landscape.loss_surface(
-                model, batches, points=points, metrics=("loss",)
-            ),
-        },
-        device,
-        2,
-    )
-    return {"surface_forwards_a_point": median(taken["surface"]) / median(taken["forward"])}
+    def plane() -> None:
+        landscape.loss_surface(model, batches, points=points, metrics=("loss",))
+
+    taken = in_turns({"forward": forward, "surface": plane}, subject.device, 2)
+    return {
+        "forward_ms": 1e3 * median(taken["forward"]) / points**2,
+        "surface_forwards_a_point": median(taken["surface"]) / median(taken["forward"]),
+    }
 
 
 def pyhessian(model: nn.Module, batch: Batch, cuda: bool) -> None:
@@ -323,14 +370,13 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def data(count: int, size: int, image_size: int, device: torch.device) -> list[Batch]:
-    """Return batches of Fashion-MNIST on the device, enlarged where the model wants it."""
-
-    def enlarged(x: Tensor) -> Tensor:
-        x = x.to(device)
-        return x if image_size == 32 else F.interpolate(x, size=image_size, mode="bilinear")
-
-    return [(enlarged(x), y.to(device)) for x, y in workloads.batches(count, size)]
+PIECES: dict[str, Callable[..., dict[str, Any]]] = {
+    "product": product,
+    "w1": one_batch,
+    "surface": surface,
+    "w5": mini_batches,
+    "w3_w4": many_batches,
+}
 
 
 if __name__ == "__main__":
