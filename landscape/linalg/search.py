@@ -16,7 +16,7 @@ Products = Generator[torch.Tensor, torch.Tensor, None]
 """Yields each vector whose product is wanted, and is sent the product."""
 
 BASIS_BYTES = 4 << 30
-READS = 3
+READS = 2
 """Products on a GPU between two looks at convergence, a heuristic: a look waits for the device."""
 
 
