@@ -64,8 +64,8 @@ def table() -> str:
     lines = [
         "Cost of the 5 Hessian eigenvalues largest by magnitude, in gradients on the same data "
         "(mean over start vectors), and how many are right to 1e-3; "
-        f"{machine['cpu']}, {machine['threads']} thread(s), {machine['began'][:10]}. GPU: not "
-        "measured.",
+        f"{machine['cpu']}, {machine['threads']} thread(s), {machine['began'][:10]}. GPU: "
+        "[gpu.md](gpu.md).",
         "",
         "| workload | solver | gradients | products | right of 5 | largest error |",
         "|---|---|---|---|---|---|",

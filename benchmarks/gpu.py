@@ -10,7 +10,7 @@
 | W1, W3 | 5 eigenvalues largest by magnitude of one batch and of 4, certified, in gradients |
 | W4 | density of 80 steps over the time of 80 products |
 | W5 | mini-batches of 16: 64 of them side by side, one by one, in TF32, and a few by PyHessian |
-| surface | a point of a 9 x 9 surface over the plain forward pass at batch 128 |
+| surface | a point of a 9 x 9 surface over the plain forward pass at batch 128, and a further one |
 
 Models are untrained but for 20 steps on Fashion-MNIST, at 32 x 32 and, where the name says so, at
 224 x 224. Everything runs in turns (A B A B …); medians. What is short runs once before and is not
@@ -98,6 +98,8 @@ def main() -> None:
         for name, subject in subjects.items():
             began = time.perf_counter()
             measured = PIECES[piece](subject, quick=arguments.quick)
+            if "product_flops_per_s" in measured:
+                measured["of_the_peak"] = measured["product_flops_per_s"] / content["peak"]
             row = rows.setdefault(name, {"model": name}) | measured
             row.setdefault("seconds", {})[piece] = time.perf_counter() - began
             rows[name] = row
@@ -105,6 +107,7 @@ def main() -> None:
             if output is not None:  # after each: the next may not fit
                 content["rows"] = list(rows.values())
                 output.write_text(json.dumps(content, indent=1) + "\n")
+                output.with_suffix(".md").write_text(table(content))
 
 
 def earlier(output: Path | None, where: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -178,7 +181,6 @@ def product(subject: Subject, *, quick: bool) -> dict[str, Any]:
         "parameters": operator.dim,
         "product_in_gradients": ms["product_ms"] / ms["gradient_ms"],
         "product_flops_per_s": 2e3 * counter.get_total_flops() / ms["product_ms"],
-        "memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }
 
 
@@ -292,24 +294,31 @@ def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
 
 
 def surface(subject: Subject, *, quick: bool) -> dict[str, Any]:
-    """Return a point of a surface in plain forward passes."""
+    """Return a point of a surface, and one more of a larger surface, in plain forward passes."""
     model = subject.model
     batches = subject.data(1, 8 if quick else 128)
-    points = 3 if quick or subject.image_size > 32 else 9
+    small, large = (3, 5) if quick or subject.image_size > 32 else (9, 13)
+    directions = landscape.random_directions(model)  # drawn on the host, in float64
 
     def forward() -> None:
         with torch.no_grad():
-            for _ in range(points**2):
+            for _ in range(small**2):
                 for x, _ in batches:
                     model(x)
 
-    def plane() -> None:
-        landscape.loss_surface(model, batches, points=points, metrics=("loss",))
+    def plane(points: int) -> None:
+        landscape.loss_surface(
+            model, batches, directions=directions, points=points, metrics=("loss",)
+        )
 
-    taken = in_turns({"forward": forward, "surface": plane}, subject.device, 2)
+    work = {"forward": forward, "small": partial(plane, small), "large": partial(plane, large)}
+    taken = in_turns(work, subject.device, 2)
+    one = median(taken["forward"]) / small**2
+    more = (median(taken["large"]) - median(taken["small"])) / (large**2 - small**2)
     return {
-        "forward_ms": 1e3 * median(taken["forward"]) / points**2,
-        "surface_forwards_a_point": median(taken["surface"]) / median(taken["forward"]),
+        "forward_ms": 1e3 * one,
+        "surface_forwards_a_point": median(taken["small"]) / small**2 / one,
+        "surface_further_point": more / one,
     }
 
 
@@ -368,6 +377,48 @@ def wait(device: torch.device) -> None:
     """Wait until the device has done everything."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def table(content: dict[str, Any]) -> str:
+    """Return the rows as Markdown."""
+    where = content["machine"]
+    lines = [
+        "# GPU benchmark",
+        "",
+        f"{where['device']}, PyTorch {where['versions']['torch']}; {where['began']}, commit "
+        f"{where['commit']}. Peak of `a @ b`: {content['peak'] / 1e12:.0f} TFLOP/s in float32"
+        + (f", {content['peak_tf32'] / 1e12:.0f} in TF32." if content["peak_tf32"] else "."),
+        "",
+        "Milliseconds of a plain gradient as PyTorch makes it, of it as a CUDA graph, of a Hessian "
+        "product in float32 (with its share of the peak) and in TF32; certified top 5 of one batch "
+        "(W1), in gradients and products; W5 in milliseconds a mini-batch of 16, and times as fast "
+        "as PyHessian; a point of a 9 x 9 surface over a forward pass. `benchmarks/gpu.py` says "
+        "how each is measured. Empty: not measured.",
+        "",
+        "| model | images | gradient | as a graph | product | of the peak | in TF32 | W1 | products "
+        "| W5 | one by one | in TF32 | PyHessian | times | point |",
+        "|---|" + "---:|" * 14,
+    ]
+    for row in content["rows"]:
+        w5 = {k: 1e3 * v for k, v in row.get("w5_seconds_a_mini_batch", {}).items()}
+        cells = [
+            _cell(row.get("gradient_ms"), ".1f"),
+            _cell(row.get("recorded_gradient_ms"), ".1f"),
+            _cell(row.get("product_ms"), ".1f"),
+            _cell(row.get("of_the_peak"), ".0%"),
+            _cell(row.get("product_tf32_ms"), ".1f"),
+            _cell(row.get("w1_gradients"), ".0f"),
+            _cell(row.get("w1_products"), ".0f"),
+            *(_cell(w5.get(n), ".0f") for n in ("side_by_side", "one_by_one", "tf32", "pyhessian")),
+            _cell(row.get("w5_times_as_fast_as", {}).get("pyhessian"), ".1f"),
+            _cell(row.get("surface_forwards_a_point"), ".2f"),
+        ]
+        lines.append(f"| {' | '.join([row['model'], str(row['images']), *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 PIECES: dict[str, Callable[..., dict[str, Any]]] = {

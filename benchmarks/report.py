@@ -36,7 +36,7 @@ def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
         f"all of the data, how many of the {K} largest by magnitude are right to {RIGHT:g} (mean "
         "over turns and mini-batches), and the largest relative error against float64. W4: error "
         "of the extreme nodes, mass of the density. *Part*: fewer images, for peers that are too "
-        "slow for the whole, next to ours on the same ones. GPU: not measured.",
+        "slow for the whole, next to ours on the same ones. GPU: [gpu.md](gpu.md).",
         "",
         "| workload | model | images | solver | gradients | products | right | largest error | "
         "turns |",

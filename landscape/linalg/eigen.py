@@ -47,7 +47,8 @@ def top_eigenpairs(
         which: `"LM"` largest magnitude, `"LA"` largest, `"SA"` smallest.
         tol: Stop when every error estimate is at most `tol` · |θ|.
         max_iter: Largest number of products.
-        max_basis: Largest number of basis vectors kept; by default as many as fit 4 GiB.
+        max_basis: Largest number of basis vectors kept; by default as many as fit 4 GiB, but at
+            least 2 `k` + 10.
         basis_dtype: Precision of the basis: float64 by default where that fits, else float32, which
             bounds the relative error of the values from below by about 5e-5.
         basis_device: Device of the basis; the operator's by default, `"cpu"` spares a GPU's memory.

@@ -55,7 +55,8 @@ class EigenSearch:
             wanted: Name to (number of pairs, which end).
             tol: Relative tolerance.
             max_iter: Largest number of products.
-            max_basis: Largest number of basis vectors, or `None` for what fits 4 GiB.
+            max_basis: Largest number of basis vectors, or `None` for what fits 4 GiB, but at least
+                twice the wanted pairs and 10.
             generator: Source of the random start vectors.
             basis_dtype: Precision of the basis, float64 or float32, or `None` for what fits.
             basis_device: Device of the basis, or `None` for the operator's.
@@ -76,7 +77,9 @@ class EigenSearch:
         if not tol > 0:
             raise ValueError(f"`tol` must be positive, got {tol}.")
         check_choice("basis_dtype", basis_dtype, (None, torch.float64, torch.float32))
-        capacity, dtype = _basis_size(vectors.dim, max(max_iter, total + 2), max_basis, basis_dtype)
+        capacity, dtype = _basis_size(
+            vectors.dim, max(max_iter, total + 2), 2 * total + 10, max_basis, basis_dtype
+        )
         if capacity < min(total + 2, vectors.dim):
             raise ValueError(
                 f"`max_basis` must be at least {total + 2} for {total} pairs, got {capacity}."
@@ -361,17 +364,21 @@ def random_unit_vector(vectors: VectorSpace, generator: torch.Generator) -> torc
 
 
 def _basis_size(
-    dim: int, max_iter: int, max_basis: int | None, dtype: torch.dtype | None
+    dim: int, max_iter: int, fewest: int, max_basis: int | None, dtype: torch.dtype | None
 ) -> tuple[int, torch.dtype]:
-    """Return the number of basis vectors and their precision: float64 where all products fit."""
+    """Return the number of basis vectors and their precision: float64 where all products fit.
+
+    Of very long vectors `fewest` are kept, whatever memory that takes: with fewer a search would
+    restart all the time.
+    """
     needed = min(max_iter, dim)
     if dtype is None:
         fits = max_basis is not None or BASIS_BYTES // (8 * dim) >= needed
         dtype = torch.float64 if fits else torch.float32
     if max_basis is not None:
         return min(max_basis, dim), dtype
-    room = BASIS_BYTES // (dtype.itemsize * dim)
-    return (needed, dtype) if room >= needed else (room - 8, dtype)  # 8: work vectors
+    room = BASIS_BYTES // (dtype.itemsize * dim) - 8  # work vectors
+    return min(needed, max(room, fewest)), dtype
 
 
 def _check_start(start: torch.Tensor, dim: int) -> None:

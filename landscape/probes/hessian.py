@@ -95,7 +95,8 @@ def hessian_spectrum(
         max_iter: Largest number of products.
         num_probes: Random start vectors; more of them narrow trace and density, each at about as
             many products again.
-        max_basis: Largest number of basis vectors; by default as many as fit 4 GiB.
+        max_basis: Largest number of basis vectors; by default as many as fit 4 GiB, but at least
+            4 `k` + 10.
         basis_dtype: Precision of the basis, float64 or float32 (`top_eigenpairs`).
         basis_device: Device of the basis; `"cpu"` spares a GPU's memory.
         certify: Look for multiple and missed eigenvalues; a number is the probability of a miss

@@ -146,12 +146,14 @@ def test_precision_and_place_of_the_basis_are_a_choice(monkeypatch):
     with pytest.raises(ValueError, match="`basis_dtype` must be one of"):
         top_eigenpairs(operator, 5, basis_dtype=torch.float16)
     # What does not fit in float64 is kept in float32, and restarted where that does not either.
-    monkeypatch.setattr("landscape.linalg.search.BASIS_BYTES", 8 * operator.dim * 12)
-    search = EigenSearch(
-        operator, {"top": (5, "LM")}, tol=1e-3, max_iter=90, max_basis=None,
-        generator=torch.Generator(),
-    )  # fmt: skip
-    assert (search.space.capacity, search.space._basis.dtype) == (16, torch.float32)
+    for vectors, capacity in ((16, 24), (1, 20)):
+        monkeypatch.setattr("landscape.linalg.search.BASIS_BYTES", 8 * operator.dim * vectors)
+        search = EigenSearch(
+            operator, {"top": (5, "LM")}, tol=1e-3, max_iter=90, max_basis=None,
+            generator=torch.Generator(),
+        )  # fmt: skip
+        assert (search.space.capacity, search.space._basis.dtype) == (capacity, torch.float32)
+    np.testing.assert_allclose(top_eigenpairs(operator, 5).values, exact, rtol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 1e7])
