@@ -395,8 +395,8 @@ def table(content: dict[str, Any]) -> str:
         "as PyHessian; a point of a 9 x 9 surface over a forward pass. `benchmarks/gpu.py` says "
         "how each is measured. Empty: not measured.",
         "",
-        "| model | images | gradient | as a graph | product | of the peak | in TF32 | W1 | products "
-        "| W5 | one by one | in TF32 | PyHessian | times | point |",
+        "| model | images | gradient | as a graph | product | of the peak | in TF32 | W1 | products"
+        " | W5 | one by one | in TF32 | PyHessian | times | point |",
         "|---|" + "---:|" * 14,
     ]
     for row in content["rows"]:

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from landscape.linalg import hessian, lockstep, recording
+from landscape.linalg import hessian, lockstep, recorded_hessian, recording
 from tests.cases import Replayed
 
 torch.set_num_threads(1)
@@ -18,11 +18,12 @@ def generator():
 @pytest.fixture
 def recorded(monkeypatch):
     """A CPU that records and replays as a GPU does; `Replayed` counts."""
-    for module in (lockstep, recording):
+    for module in (recorded_hessian, recording):
         monkeypatch.setattr(module, "Recording", Replayed)
-        monkeypatch.setattr(module, "side_stream", lambda device, place=0: object())
         monkeypatch.setattr(module, "trial", lambda work: (work(), True))
-    for module in (hessian, lockstep, recording):
+    for module in (lockstep, recording):
+        monkeypatch.setattr(module, "side_stream", lambda device, place=0: object())
+    for module in (hessian, recorded_hessian, recording):
         monkeypatch.setattr(module, "apart", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(Replayed, "made", 0)

@@ -12,10 +12,10 @@ Attention runs under the math kernel, the only one with a second derivative.
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Self
 
 import torch
@@ -31,6 +31,7 @@ from landscape.linalg.gradient import (
     twice_differentiable,
 )
 from landscape.linalg.operators import SymmetricOperator
+from landscape.linalg.recorded_hessian import RecordedHessian
 from landscape.linalg.recording import Repeated, apart
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective
@@ -110,7 +111,8 @@ class HessianOperator(CurvatureOperator):
     """The Hessian, by double backward.
 
     The graph of each batch's gradient is kept for as many batches as fit `memory`; the product
-    with a kept batch costs about 1.5 to 2 gradients, with another 2.5 to 3.5.
+    with a kept batch costs about 1.5 to 2 gradients, with another 2.5 to 3.5. On a GPU all of it is
+    recorded and replayed (`landscape.linalg.recording`), which holds the memory of one batch more.
 
     Attributes:
         num_kept: Number of batches whose graph is kept.
@@ -145,7 +147,7 @@ class HessianOperator(CurvatureOperator):
         return self
 
     def _setup(self) -> None:
-        budget = memory_bytes(self.memory, self.device)
+        budget = _bytes(self.memory, self.device)
         self._graphs: list[GradientGraph] = []
         # Leaves of our own: the user's parameters and their `.grad` take no part.
         self._leaves = {n: v.requires_grad_() for n, v in _copies(self.frozen).items()}
@@ -153,6 +155,8 @@ class HessianOperator(CurvatureOperator):
             _product_of_all, self._graphs, self.frozen.space, self._weight_decay, self.precision
         )
         self._multiply_kept = Repeated(multiply, self.device)
+        self._recorded: RecordedHessian | None = None  # of batches that are not kept, in turns
+        self._recordable = self._multiply_kept.stream is not None
         losses: list[Tensor] = []
         per_sample = 0.0
         with self._differentiating():
@@ -181,7 +185,7 @@ class HessianOperator(CurvatureOperator):
         space = self.frozen.space
         out = self._weight_decay * space.flatten(space.values)
         with self._differentiating():
-            for graph in chain(self._graphs, self._other_graphs()):
+            for graph in chain(self._graphs, map(self._graph, self._other_batches())):
                 out.add_(space.flatten([g.detach() for g in graph.gradient]), alpha=graph.weight)
         return out
 
@@ -197,22 +201,40 @@ class HessianOperator(CurvatureOperator):
 
         return GradientGraph(loss, self._leaves, batch.weight, self.precision, measure)
 
-    def _other_graphs(self) -> Iterator[GradientGraph]:
-        """Yield the graphs that are not kept."""
+    def _other_batches(self) -> Iterator[PreparedBatch]:
+        """Yield the batches whose graphs are not kept."""
         if len(self._graphs) < self.frozen.num_batches:
-            for index, batch in enumerate(self.frozen.batches):
-                if index >= len(self._graphs):
-                    yield self._graph(batch)
+            yield from islice(self.frozen.batches, len(self._graphs), None)
 
     def _matmat(self, vectors: Tensor) -> Tensor:
-        space, columns = self.frozen.space, vectors.unbind(1)
+        columns = vectors.unbind(1)
         with self._differentiating():
             out = [self._multiply_kept(v) for v in columns]
-            for graph in self._other_graphs():
+            for batch in self._other_batches():
+                multiply = self._multiplication(batch)
                 for total, v in zip(out, columns, strict=True):
-                    product = graph.product(list(space.unflatten(v).values()), self.precision)
-                    total.add_(space.flatten(product), alpha=graph.weight)
+                    total.add_(multiply(v), alpha=batch.weight)
         return torch.stack(out, 1) if len(out) > 1 else out[0][:, None]
+
+    def _multiplication(self, batch: PreparedBatch) -> Callable[[Tensor], Tensor]:
+        """Return what multiplies with the Hessian of a batch that is not kept: one gradient."""
+        stream = self._multiply_kept.stream
+        if self._recordable and self._recorded is None and stream is not None:
+            recorded = RecordedHessian(self.frozen, batch, self.precision, stream)
+            self._recordable = recorded.try_out()
+            if self._recordable:
+                recorded.record()
+                self._recorded = recorded
+        if self._recorded is not None and self._recorded.load(batch):
+            return partial(self._recorded.product, precision=self.precision)
+        return partial(_product, self._graph(batch), self.frozen.space, self.precision)
+
+
+def _product(
+    graph: GradientGraph, space: ParameterSpace, precision: Precision, v: Tensor
+) -> Tensor:
+    """Return the product of one Hessian with a vector."""
+    return space.flatten(graph.product(list(space.unflatten(v).values()), precision))
 
 
 def _product_of_all(
@@ -224,10 +246,8 @@ def _product_of_all(
 ) -> Tensor:
     """Return the product of the weighted sum of Hessians, and of the L2 term, with a vector."""
     out = weight_decay * v
-    tangents = list(space.unflatten(v).values())
     for graph in graphs:
-        product = graph.product(tangents, precision)
-        out.add_(space.flatten(product), alpha=graph.weight)
+        out.add_(_product(graph, space, precision, v), alpha=graph.weight)
     return out
 
 
@@ -379,8 +399,7 @@ def _memory_budget(memory: Memory) -> Memory:
     return memory
 
 
-def memory_bytes(memory: Memory, device: torch.device) -> int:
-    """Return how many bytes `memory` grants on a device."""
+def _bytes(memory: Memory, device: torch.device) -> int:
     if memory == "auto":
         memory = 0.5
     if isinstance(memory, float):

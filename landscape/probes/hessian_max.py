@@ -117,7 +117,7 @@ def hessian_max_spectrum(
         start: What was found before, with vectors, or vectors `(m, dim)`: the first mini-batch's
             Krylov space starts from their sum instead of a random vector. Every other one's starts
             from the sum of the eigenvectors found before it, which saves 1 or 2 products.
-        memory: What may be kept of a mini-batch's graph between products, where it is alone.
+        memory: What may be kept of a mini-batch's graph between products on a CPU; a GPU keeps it.
         group: Mini-batches solved side by side (`landscape.linalg.lockstep`); the next one starts
             from what the one before in its place found. By default 1 on a CPU, where that is
             fastest, and on a GPU as many as half of its free memory holds, up to 8.
@@ -225,6 +225,7 @@ class _Solver:
         self._settings |= {"wanted": {"top": (k, "LM")}, "rough": precision != "full"}
         self._group, self._first = group, first
         self._tried: set[Any] = set()
+        self._basis_dtype = torch.promote_types(frozen.space.dtype, torch.float32)
         self.size, self.kept = 1, 0
 
     def run(self, tick: Callable[[], object]) -> list[Eigenpairs]:
@@ -236,6 +237,7 @@ class _Solver:
         self._tick = tick
         self._rows: dict[int, Eigenpairs] = {}
         self._queue: Iterator[tuple[int, PreparedBatch]] = enumerate(self._frozen.batches)
+        # Streams need not wait for the current one: the check of the losses has.
         crew = [self._hire(0)]
         self._turn(crew[0])  # it takes a mini-batch, and so tells what memory that needs
         self.size = self._room(crew[0])
@@ -253,7 +255,8 @@ class _Solver:
         if not worker.hessian.recorded:
             return 1
         space = self._frozen.space
-        each = worker.hessian.num_bytes + (self._k + BASIS + 8) * space.dim * 4
+        basis = (self._k + BASIS + 8) * space.dim * self._basis_dtype.itemsize
+        each = worker.hessian.num_bytes + basis
         more = free_memory(space.device) // 2 // each
         return min(MAX_GROUP, -(-self._frozen.num_batches // FEWEST), 1 + more)
 
@@ -295,9 +298,11 @@ class _Solver:
         """Return a search, if compact one whose basis leaves memory for others."""
         if not compact:
             return EigenSearch(self._frozen.space, max_basis=None, **self._settings)
-        dtype = torch.promote_types(self._frozen.space.dtype, torch.float32)
         return EigenSearch(
-            self._frozen.space, max_basis=self._k + BASIS, basis_dtype=dtype, **self._settings
+            self._frozen.space,
+            max_basis=self._k + BASIS,
+            basis_dtype=self._basis_dtype,
+            **self._settings,
         )
 
 

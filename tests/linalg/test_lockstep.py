@@ -6,7 +6,8 @@ from torch import nn
 
 import landscape
 from landscape import HessianOperator, Objective
-from landscape.linalg import lockstep
+from landscape.linalg import recorded_hessian, recording
+from landscape.linalg.gradient import GradientGraph
 from landscape.linalg.lockstep import MiniBatchHessian
 from landscape.models import create_model
 from landscape.probes import hessian_max
@@ -58,13 +59,13 @@ def test_one_graph_serves_rounded_and_exact_products(generator, recorded, monkey
     )
     hessian = MiniBatchHessian(frozen, "tf32")
     asked = []
-    product = lockstep.GradientGraph.product
+    product = GradientGraph.product
 
     def noted(self, tangents, precision="full"):
         asked.append(precision)
         return product(self, tangents)
 
-    monkeypatch.setattr(lockstep.GradientGraph, "product", noted)
+    monkeypatch.setattr(GradientGraph, "product", noted)
     hessian.load(batch)
     assert Replayed.made == 3
     asked.clear()
@@ -86,25 +87,41 @@ def test_exact_products_of_a_graph_in_half_precision(generator):
         assert 1e-6 < (hessian.matvec(v) - exact).norm() / exact.norm() < 0.1
 
 
-def test_what_waits_for_the_device_or_takes_too_much_memory_is_not_recorded(
-    recorded, monkeypatch, generator
-):
+def test_what_waits_for_the_device_is_not_recorded(recorded, monkeypatch, generator):
     model, batches = make_model("conv"), make_batches((4, 4))
     frozen, prepared = frozen_batches(model, batches)
     v = torch.randn(frozen.space.dim, generator=generator, dtype=torch.float64)
     expected = HessianOperator(model, batches[:1], OBJECTIVE).matvec(v)
-    small = MiniBatchHessian(frozen, memory=10)
-    monkeypatch.setattr(lockstep, "trial", lambda work: (work(), False))
-    waiting = MiniBatchHessian(frozen)
-    monkeypatch.setattr(lockstep, "trial", lambda work: (work(), True))
-    for hessian, kept in ((small, False), (waiting, True)):
-        if hessian is waiting:
-            monkeypatch.setattr(lockstep, "trial", lambda work: (work(), False))
+    for module in (recorded_hessian, recording):
+        monkeypatch.setattr(module, "trial", lambda work: (work(), False))
+    for memory, kept in (("auto", True), (0, False)):
+        hessian = MiniBatchHessian(frozen, memory=memory)
         hessian.load(prepared[0])
         assert not hessian.recorded
         assert hessian.kept is kept
-        torch.testing.assert_close(hessian.matvec(v), expected)
-    assert Replayed.made == 0
+        for _ in range(2):
+            torch.testing.assert_close(hessian.matvec(v), expected)
+    assert recorded.made == 0
+
+
+@pytest.mark.parametrize("name", ["conv", "tied", "attention"])
+@pytest.mark.parametrize("memory", [0, 2**20])
+def test_batches_that_are_not_kept_are_copied_into_place(name, memory, generator, recorded):
+    """Two shapes: the one that is not recorded has its graph built at every product."""
+    model, batches = make_model(name), make_batches((4, 4, 3, 4))
+    known = HessianOperator(model, batches, OBJECTIVE)
+    vectors = torch.randn(known.dim, 3, generator=generator, dtype=torch.float64)
+    expected = known @ vectors
+    recorded.made = 0
+    operator = HessianOperator(model, batches, OBJECTIVE, memory=memory)
+    kept = 0 if memory == 0 else 4
+    assert operator.num_kept == kept
+    for _ in range(2):
+        torch.testing.assert_close(operator @ vectors, expected)
+        torch.testing.assert_close(operator.matvec(vectors[:, 0]), expected[:, 0])
+    # Kept ones are one recording; of the others, the gradient and the product.
+    assert recorded.made == (3 if memory == 0 else 1)
+    torch.testing.assert_close(operator.gradient(), known.gradient())
 
 
 @pytest.mark.parametrize("name", ["conv", "attention"])

@@ -1,0 +1,136 @@
+"""The Hessian of one batch after another, recorded once for all of the same shape.
+
+The recordings read the batch, and the product reads what the gradient leaves, from memory of their
+own: another batch is copied into place, and the gradient replayed.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landscape.batches import Inputs, PreparedBatch
+from landscape.linalg.gradient import GradientGraph, Precision, twice_differentiable
+from landscape.linalg.recording import Recording, apart, trial
+from landscape.objective import FrozenObjective
+
+
+class RecordedHessian:
+    """Gradient and Hessian product of one batch after another as recordings.
+
+    The loss is that of the batch alone, without weight decay.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenObjective,
+        batch: PreparedBatch,
+        precision: Precision,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        """Take a first batch; nothing is computed yet.
+
+        Args:
+            frozen: The objective.
+            batch: Any batch of the shape that is to be recorded.
+            precision: As in `HessianOperator`; `"tf32"` records exact products too.
+            stream: Where it is recorded and replayed.
+        """
+        space = frozen.space
+        self._frozen, self._precision, self._stream = frozen, precision, stream
+        with apart(stream):
+            self._batch = PreparedBatch(_copy(batch.inputs), _copy(batch.targets), batch.size, 1.0)
+            self._leaves = {n: v.clone().requires_grad_() for n, v in space.values.items()}
+            self._vector = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
+        # One graph serves both: what it keeps is in full precision.
+        self._precisions: tuple[Precision, ...] = (precision,)
+        if precision == "tf32":
+            self._precisions = ("tf32", "full")
+        self._products: dict[Precision, Recording[Tensor]] = {}
+
+    def try_out(self) -> bool:
+        """Return whether it can be recorded; a gradient and a product."""
+        with apart(self._stream), twice_differentiable():
+            graph, recordable = trial(self._gradient)
+            return recordable and all(
+                trial(partial(self._product, graph, precision))[1] for precision in self._precisions
+            )
+
+    def record(self) -> None:
+        """Record, and compute the gradient; the host takes the time of an eager one and product."""
+        with twice_differentiable():
+            self._gradients = Recording(self._gradient, self._stream)
+            graph = self._gradients.result
+            self._gradients.replay(self._stream)
+            for precision in self._precisions:
+                self._products[precision] = Recording(
+                    partial(self._product, graph, precision), self._stream, self._gradients
+                )
+
+    def load(self, batch: PreparedBatch) -> bool:
+        """Take another batch; one gradient.
+
+        Args:
+            batch: On the same device.
+
+        Returns:
+            Whether it has the shape of the one that was recorded; no other is taken.
+        """
+        if shape_of(batch) != shape_of(self._batch):
+            return False
+        with apart(self._stream):
+            _fill(self._batch.inputs, batch.inputs)
+            _fill(self._batch.targets, batch.targets)
+        self._gradients.replay(self._stream)
+        return True
+
+    def product(self, v: Tensor, precision: Precision) -> Tensor:
+        """Return H v.
+
+        Args:
+            v: Shape `(dim,)`, of any floating type.
+            precision: One of those that were recorded.
+        """
+        recording = self._products[precision]
+        with apart(self._stream):
+            self._vector.copy_(v)
+            recording.replay(self._stream)
+            return recording.result.clone()
+
+    def _gradient(self) -> GradientGraph:
+        def loss() -> Tensor:
+            return self._frozen.data_term(self._leaves, self._batch)
+
+        return GradientGraph(loss, self._leaves, precision=self._precision)
+
+    def _product(self, graph: GradientGraph, precision: Precision) -> Tensor:
+        space = self._frozen.space
+        tangents = list(space.unflatten(self._vector).values())
+        return space.flatten(graph.product(tangents, precision))
+
+
+def shape_of(batch: PreparedBatch) -> Any:
+    """Return the shapes of all that a mini-batch holds, and what is not a tensor as it is."""
+    return _shape(batch.inputs), _shape(batch.targets)
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((name, _shape(entry)) for name, entry in value.items())
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else repr(value)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _copy(entry) for name, entry in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _fill(place: Inputs | Tensor | None, value: Inputs | Tensor | None) -> None:
+    if isinstance(place, Tensor) and isinstance(value, Tensor):
+        place.copy_(value)
+    elif isinstance(place, Mapping) and isinstance(value, Mapping):
+        for name, entry in place.items():
+            _fill(entry, value[name])
