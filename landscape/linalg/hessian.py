@@ -10,6 +10,7 @@ With per-sample loss ℓ_n(f(x_n; θ)), J_n = ∂f(x_n; θ)/∂θ and the object
 Attention runs under the math kernel, the only one with a second derivative.
 """
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -146,17 +147,23 @@ class HessianOperator(CurvatureOperator):
         self._set_frozen(frozen)
         return self
 
+    def exact(self) -> "HessianOperator":
+        """Return the operator with products in full precision; one in TF32 lends its graphs."""
+        if self.precision == "full":
+            return self
+        if self.precision == "bf16":
+            return HessianOperator.of(self.frozen, memory=self.memory)
+        other = copy.copy(self)
+        other.precision, other.num_matvecs = "full", 0
+        other._set_multiply()
+        return other
+
     def _setup(self) -> None:
         budget = _bytes(self.memory, self.device)
         self._graphs: list[GradientGraph] = []
         # Leaves of our own: the user's parameters and their `.grad` take no part.
         self._leaves = {n: v.requires_grad_() for n, v in _copies(self.frozen).items()}
-        multiply = partial(
-            _product_of_all, self._graphs, self.frozen.space, self._weight_decay, self.precision
-        )
-        self._multiply_kept = Repeated(multiply, self.device)
-        self._recorded: RecordedHessian | None = None  # of batches that are not kept, in turns
-        self._recordable = self._multiply_kept.stream is not None
+        self._set_multiply()
         losses: list[Tensor] = []
         per_sample = 0.0
         with self._differentiating():
@@ -174,6 +181,15 @@ class HessianOperator(CurvatureOperator):
                     self._graphs.append(graph)
                     budget -= int(per_sample * batch.size)
         check_finite_losses(losses)
+
+    def _set_multiply(self) -> None:
+        """Set up what multiplies, which has recorded nothing yet."""
+        multiply = partial(
+            _product_of_all, self._graphs, self.frozen.space, self._weight_decay, self.precision
+        )
+        self._multiply_kept = Repeated(multiply, self.device)
+        self._recorded: RecordedHessian | None = None  # of batches that are not kept, in turns
+        self._recordable = self._multiply_kept.stream is not None
 
     @property
     def num_kept(self) -> int:

@@ -21,7 +21,7 @@ from landscape._checks import check_at_least
 from landscape.linalg.krylov import orthogonalise
 from landscape.linalg.operators import SymmetricOperator
 from landscape.linalg.search import BASIS_BYTES, random_unit_vector
-from landscape.results import Result
+from landscape.results import Provenance, Result
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class SpectralDensity(Result):
         values: Smoothed density, shape `(g,)`, per unit of eigenvalue; its integral is 1.
         values_stderr: Standard error of `values` from the random probes, shape `(g,)`.
         sigma: Standard deviation of the smoothing kernel, in units of eigenvalue.
+        provenance: Where it came from, if a probe made it by itself.
     """
 
     outliers: np.ndarray
@@ -47,6 +48,7 @@ class SpectralDensity(Result):
     values: np.ndarray
     values_stderr: np.ndarray
     sigma: float
+    provenance: Provenance | None = None
 
     _plot: ClassVar[str | None] = "spectral_density"
 

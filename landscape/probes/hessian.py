@@ -5,7 +5,7 @@ The Hessian is that of the objective on frozen data, loss and weight decay, in e
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -167,7 +167,7 @@ def hessian_spectrum(
             tick=bar.update,
         )
         if precision != "full":
-            multiply(search.check(), HessianOperator.of(frozen, memory=memory).matvec)
+            multiply(search.check(), operator.exact().matvec)
     largest, smallest = search.pairs("largest", vectors), search.pairs("smallest", vectors)
     warn_unconverged(
         [largest.converged, smallest.converged], search.num_matvecs, tol, remedy(precision)
@@ -225,14 +225,15 @@ def hessian_density(
         ValueError: If an argument is out of range, or the loss is not finite.
         TypeError: If `data` is not a re-iterable of batches.
     """
+    began = time.perf_counter()
+    generator = check_generator(generator)
+    seed = generator.initial_seed()
     operator = HessianOperator(model, data, objective, memory=memory)
-    return density_of(
-        operator,
-        num_steps=num_steps,
-        num_probes=num_probes,
-        sigma=sigma,
-        generator=check_generator(generator),
+    found = density_of(
+        operator, num_steps=num_steps, num_probes=num_probes, sigma=sigma, generator=generator
     )
+    settings = {"num_steps": num_steps, "num_probes": num_probes}
+    return replace(found, provenance=_provenance(operator, seed, began, settings))
 
 
 def hessian_trace(
@@ -261,8 +262,26 @@ def hessian_trace(
         ValueError: If an argument is out of range, or the loss is not finite.
         TypeError: If `data` is not a re-iterable of batches.
     """
+    began = time.perf_counter()
+    generator = check_generator(generator)
+    seed = generator.initial_seed()
     operator = HessianOperator(model, data, objective, memory=memory)
-    return hutch_plus_plus(operator, num_matvecs=num_matvecs, generator=check_generator(generator))
+    found = hutch_plus_plus(operator, num_matvecs=num_matvecs, generator=generator)
+    return replace(found, provenance=_provenance(operator, seed, began, {}))
+
+
+def _provenance(
+    operator: HessianOperator, seed: int, began: float, settings: dict[str, Any]
+) -> Provenance:
+    """Return where a result came from that took all products of an operator."""
+    return provenance(
+        operator.frozen,
+        seed=seed,
+        seconds=time.perf_counter() - began,
+        num_hvps=operator.num_matvecs,
+        settings=settings
+        | {"kept_batches": operator.num_kept, "num_batches": operator.frozen.num_batches},
+    )
 
 
 def start_vectors(

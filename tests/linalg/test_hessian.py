@@ -348,3 +348,19 @@ def test_vectors_are_not_changed_and_dropout_is_off(kind):
     torch.testing.assert_close(
         operator @ torch.stack([v, 2 * v], 1), product[:, None] * torch.tensor([1, 2])
     )
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_exact_products_beside_rounded_ones(precision, generator, monkeypatch):
+    monkeypatch.setattr("landscape.linalg.hessian.check_precision", lambda *_: None)
+    model, batches = make_model("conv", torch.float32), make_batches((7, 5), torch.float32)
+    frozen = Objective(weight_decay=0.05).freeze(model, batches)
+    rough = HessianOperator.of(frozen, precision=precision)
+    exact = rough.exact()
+    assert exact.exact() is exact
+    assert (rough.precision, exact.precision) == (precision, "full")
+    # Under autocast the graph itself is rounded.
+    assert (exact._graphs is rough._graphs) is (precision == "tf32")
+    v = torch.randn(rough.dim, generator=generator)
+    torch.testing.assert_close(exact.matvec(v), HessianOperator.of(frozen).matvec(v))
+    assert (rough.num_matvecs, exact.num_matvecs) == (0, 1)

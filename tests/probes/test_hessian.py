@@ -78,6 +78,22 @@ def test_an_early_stop_gives_an_honest_estimate():
     assert (np.abs(scores) < 2.5).mean() > 0.85
 
 
+def test_density_and_trace_tell_where_they_came_from(tmp_path):
+    model, batches = make_model("conv"), make_batches((7, 5))
+    generator = torch.Generator().manual_seed(3)
+    density = landscape.hessian_density(
+        model, batches, objective=OBJECTIVE, num_steps=6, num_probes=2, generator=generator
+    )
+    trace = landscape.hessian_trace(model, batches, objective=OBJECTIVE, num_matvecs=9)
+    for result, seed, products in ((density, 3, 12), (trace, 0, 9)):
+        known = result.provenance
+        assert (known.num_hvps, known.seed, known.num_samples) == (products, seed, 12)
+        assert known.objective == "loss=cross_entropy, weight_decay=0.05"
+        loaded = type(result).load(result.save(tmp_path / "result"))
+        assert loaded.provenance == known
+    assert density.provenance.settings["num_probes"] == 2
+
+
 def test_trace_by_hutch_plus_plus():
     model, batches = make_model("attention"), make_batches((7, 3))
     exact = eigenvalues(model, batches).sum()
