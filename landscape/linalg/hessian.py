@@ -117,6 +117,7 @@ class HessianOperator(CurvatureOperator):
 
     Attributes:
         num_kept: Number of batches whose graph is kept.
+        bytes_per_sample: Memory of a graph a sample, measured on the first batch.
         precision: Of the products: `"full"` is the model's, `"tf32"` lets a GPU round the factors
             of matrix products and convolutions to 10 bits, `"bf16"` runs the model under bfloat16
             autocast; both accumulate in float32. What that does to a spectrum, `hessian_spectrum`
@@ -125,9 +126,16 @@ class HessianOperator(CurvatureOperator):
 
     precision: Precision = "full"
 
+    bytes_per_sample: float = 0.0
+
     @classmethod
     def of(
-        cls, frozen: FrozenObjective, *, memory: Memory = "auto", precision: Precision = "full"
+        cls,
+        frozen: FrozenObjective,
+        *,
+        memory: Memory = "auto",
+        precision: Precision = "full",
+        bytes_per_sample: float = 0.0,
     ) -> Self:
         """Return the operator of an objective that is already frozen.
 
@@ -135,6 +143,7 @@ class HessianOperator(CurvatureOperator):
             frozen: The objective on one fixed draw of the data.
             memory: As in the constructor.
             precision: Of the products; see the class.
+            bytes_per_sample: Memory of a graph, where it is known.
 
         Raises:
             ValueError: If the model is not in float32 for a reduced precision, or `"tf32"` has no
@@ -142,7 +151,7 @@ class HessianOperator(CurvatureOperator):
         """
         check_precision(precision, frozen.space)
         self = cls.__new__(cls)
-        self.precision = precision
+        self.precision, self.bytes_per_sample = precision, bytes_per_sample
         self.memory = _memory_budget(memory)
         self._set_frozen(frozen)
         return self
@@ -165,21 +174,20 @@ class HessianOperator(CurvatureOperator):
         self._leaves = {n: v.requires_grad_() for n, v in _copies(self.frozen).items()}
         self._set_multiply()
         losses: list[Tensor] = []
-        per_sample = 0.0
         with self._differentiating():
             for batch in self.frozen.batches:
-                if len(self._graphs) < len(losses) or per_sample * batch.size > budget:
+                if len(self._graphs) < len(losses) or self.bytes_per_sample * batch.size > budget:
                     with torch.no_grad():
                         losses.append(self.frozen.data_term(self._leaves, batch))
                     continue
-                graph = self._graph(batch, measure=not per_sample)
+                graph = self._graph(batch, measure=not self.bytes_per_sample)
                 if not losses and not graph.depends:
                     _warn_independent()
                 losses.append(graph.loss)
-                per_sample = per_sample or graph.num_bytes / batch.size
-                if per_sample * batch.size <= budget:
+                self.bytes_per_sample = self.bytes_per_sample or graph.num_bytes / batch.size
+                if self.bytes_per_sample * batch.size <= budget:
                     self._graphs.append(graph)
-                    budget -= int(per_sample * batch.size)
+                    budget -= int(self.bytes_per_sample * batch.size)
         check_finite_losses(losses)
 
     def _set_multiply(self) -> None:

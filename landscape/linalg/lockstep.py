@@ -53,7 +53,7 @@ class MiniBatchHessian:
         self._frozen, self._precision, self._memory = frozen, precision, memory
         self._place = place
         self.stream = side_stream(frozen.space.device, place)
-        self.num_bytes = 0
+        self.num_bytes, self._bytes_per_sample = 0, 0.0
         self.kept = False
         self._recorded: RecordedHessian | None = None
         self._recordable = self.stream is not None
@@ -76,8 +76,12 @@ class MiniBatchHessian:
         if self._recorded is None:
             frozen = self._frozen.of_batch(batch)
             self._operator = HessianOperator.of(
-                frozen, memory=self._memory, precision=self._precision
+                frozen,
+                memory=self._memory,
+                precision=self._precision,
+                bytes_per_sample=self._bytes_per_sample,
             )
+            self._bytes_per_sample = self._operator.bytes_per_sample
         self.kept = self._recorded is not None or bool(self._operator.num_kept)
 
     def matvec(self, v: Tensor) -> Tensor:
