@@ -4,15 +4,12 @@ A Hessian product is v ↦ ∇⟨∇L, v⟩. The graph of ∇L does not depend o
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from landscape._checks import check_choice
 from landscape.linalg.layers import cheap_second_derivatives
@@ -52,8 +49,29 @@ class GradientGraph:
         """
         self.weight = weight
         self._leaves = list(leaves.values())
-        kept = _Kept() if measure else nullcontext()
-        with torch.enable_grad(), kept:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> tuple[Tensor, int]:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            # The tensor itself would hold its own graph for ever.
+            return tensor.detach(), tensor._version
+
+        def unpack(packed: tuple[Tensor, int]) -> Tensor:
+            tensor, version = packed
+            if tensor._version != version:  # PyTorch does not look where there are hooks
+                raise RuntimeError(
+                    "`model` must leave what its gradient needs as it is, got a tensor of shape "
+                    f"{tuple(tensor.shape)} that was modified by an inplace operation."
+                )
+            return tensor
+
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+            if measure
+            else torch.enable_grad(),
+        ):
             with (
                 torch.autocast(self._leaves[0].device.type, torch.bfloat16, precision == "bf16"),
                 cheap_second_derivatives(),
@@ -66,7 +84,7 @@ class GradientGraph:
                 if self.depends
                 else tuple(torch.zeros_like(p) for p in self._leaves)
             )
-        self.num_bytes = kept.num_bytes() if isinstance(kept, _Kept) else 0
+        self.num_bytes = sum(sizes.values())
 
     def product(self, tangents: list[Tensor], precision: Precision = "full") -> tuple[Tensor, ...]:
         """Return the Hessian of the loss times the tangents, parameter by parameter.
@@ -86,33 +104,6 @@ class GradientGraph:
                 retain_graph=True,
                 materialize_grads=True,
             )
-
-
-class _Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches what operations inside make, and counts what of it is still there.
-
-    Hooks of autograd would see it too, and would be called again at every product.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._made: dict[int, tuple[Any, int]] = {}
-        self._reference: Any = StorageWeakRef  # PyTorch does not annotate it
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Make one operation."""
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._made[storage._cdata] = self._reference(storage), storage.nbytes()
-        return out
-
-    def num_bytes(self) -> int:
-        """Return the bytes of what is still there."""
-        return sum(size for storage, size in self._made.values() if not storage.expired())
 
 
 @contextmanager
