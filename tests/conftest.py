@@ -4,7 +4,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from landscape.linalg import hessian, lockstep, recorded_hessian, recording
+from landscape.linalg import hessian, mini_batches, recorded_hessian, recording
 from tests.cases import Replayed
 
 torch.set_num_threads(1)
@@ -21,7 +21,7 @@ def recorded(monkeypatch):
     for module in (recorded_hessian, recording):
         monkeypatch.setattr(module, "Recording", Replayed)
         monkeypatch.setattr(module, "trial", lambda work: (work(), True))
-    for module in (lockstep, recording):
+    for module in (mini_batches, recording):
         monkeypatch.setattr(module, "side_stream", lambda device, place=0: object())
     for module in (hessian, recorded_hessian, recording):
         monkeypatch.setattr(module, "apart", lambda stream: nullcontext())

@@ -22,7 +22,7 @@ from landscape.batches import PreparedBatch
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.gradient import Precision, check_precision
 from landscape.linalg.hessian import HessianOperator, Memory, check_finite_losses
-from landscape.linalg.lockstep import MiniBatchHessian
+from landscape.linalg.mini_batches import MiniBatchHessian
 from landscape.linalg.search import EigenSearch, Products
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective
@@ -118,7 +118,7 @@ def hessian_max_spectrum(
             Krylov space starts from their sum instead of a random vector. Every other one's starts
             from the sum of the eigenvectors found before it, which saves 1 or 2 products.
         memory: What may be kept of a mini-batch's graph between products on a CPU; a GPU keeps it.
-        group: Mini-batches solved side by side (`landscape.linalg.lockstep`); the next one starts
+        group: Mini-batches solved side by side (`landscape.linalg.mini_batches`); the next one starts
             from what the one before in its place found. By default 1 on a CPU, where that is
             fastest, and on a GPU as many as half of its free memory holds, up to 8.
         precision: `"tf32"` or `"bf16"` search with cheaper products on a GPU; `k` products in full

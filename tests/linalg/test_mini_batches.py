@@ -8,7 +8,7 @@ import landscape
 from landscape import HessianOperator, Objective
 from landscape.linalg import recorded_hessian, recording
 from landscape.linalg.gradient import GradientGraph
-from landscape.linalg.lockstep import MiniBatchHessian
+from landscape.linalg.mini_batches import MiniBatchHessian
 from landscape.models import create_model
 from landscape.probes import hessian_max
 from tests.cases import Replayed, assert_untouched, make_batches, make_model, snapshot
