@@ -39,8 +39,8 @@ class Recording(Generic[T]):
         """Record; nothing is computed yet.
 
         Args:
-            work: Launches operations on the current stream and never waits for the device. It must
-                have run once on this stream, which makes what libraries set up on first use.
+            work: Launches operations on the current stream and never waits for the device. The
+                same must have run before, which makes what libraries set up on first use.
             stream: Any but the default one.
             before: A recording that is replayed before this one on the same stream; the memory
                 that it works in serves this one too.

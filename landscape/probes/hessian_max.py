@@ -118,9 +118,9 @@ def hessian_max_spectrum(
             Krylov space starts from their sum instead of a random vector. Every other one's starts
             from the sum of the eigenvectors found before it, which saves 1 or 2 products.
         memory: What may be kept of a mini-batch's graph between products on a CPU; a GPU keeps it.
-        group: Mini-batches solved side by side (`landscape.linalg.mini_batches`); the next one starts
-            from what the one before in its place found. By default 1 on a CPU, where that is
-            fastest, and on a GPU as many as half of its free memory holds, up to 8.
+        group: Mini-batches solved side by side (`landscape.linalg.mini_batches`); the next one
+            starts from what the one before in its place found. By default 1 on a CPU, where that
+            is fastest, and on a GPU as many as half of its free memory holds, up to 8.
         precision: `"tf32"` or `"bf16"` search with cheaper products on a GPU; `k` products in full
             precision a mini-batch then give the residuals (`hessian_spectrum`).
         generator: Source of the start vectors and resamplings; seed 0 by default.
