@@ -106,6 +106,13 @@ class GradientGraph:
             )
 
 
+def hessian_product(
+    graph: GradientGraph, space: ParameterSpace, precision: Precision, v: Tensor
+) -> Tensor:
+    """Return the Hessian of a graph's loss times a vector of shape `(dim,)`."""
+    return space.flatten(graph.product(list(space.unflatten(v).values()), precision))
+
+
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Run attention under the math kernel, compiled modules eagerly, and nothing rounded.

@@ -29,6 +29,7 @@ from landscape.linalg.gradient import (
     GradientGraph,
     Precision,
     check_precision,
+    hessian_product,
     twice_differentiable,
 )
 from landscape.linalg.operators import SymmetricOperator
@@ -125,7 +126,6 @@ class HessianOperator(CurvatureOperator):
     """
 
     precision: Precision = "full"
-
     bytes_per_sample: float = 0.0
 
     @classmethod
@@ -164,7 +164,7 @@ class HessianOperator(CurvatureOperator):
             return HessianOperator.of(self.frozen, memory=self.memory)
         other = copy.copy(self)
         other.precision, other.num_matvecs = "full", 0
-        other._set_multiply()
+        other._multiply_kept = other._repeated()
         return other
 
     def _setup(self) -> None:
@@ -172,7 +172,9 @@ class HessianOperator(CurvatureOperator):
         self._graphs: list[GradientGraph] = []
         # Leaves of our own: the user's parameters and their `.grad` take no part.
         self._leaves = {n: v.requires_grad_() for n, v in _copies(self.frozen).items()}
-        self._set_multiply()
+        self._multiply_kept = self._repeated()
+        self._recorded: RecordedHessian | None = None  # of batches that are not kept, in turns
+        self._recordable = self._multiply_kept.stream is not None
         losses: list[Tensor] = []
         with self._differentiating():
             for batch in self.frozen.batches:
@@ -190,14 +192,12 @@ class HessianOperator(CurvatureOperator):
                     budget -= int(self.bytes_per_sample * batch.size)
         check_finite_losses(losses)
 
-    def _set_multiply(self) -> None:
-        """Set up what multiplies, which has recorded nothing yet."""
-        multiply = partial(
+    def _repeated(self) -> Repeated:
+        """Return what multiplies with the graphs that are kept, and holds no reference to this."""
+        multiply_all = partial(
             _product_of_all, self._graphs, self.frozen.space, self._weight_decay, self.precision
         )
-        self._multiply_kept = Repeated(multiply, self.device)
-        self._recorded: RecordedHessian | None = None  # of batches that are not kept, in turns
-        self._recordable = self._multiply_kept.stream is not None
+        return Repeated(multiply_all, self.device)
 
     @property
     def num_kept(self) -> int:
@@ -235,9 +235,9 @@ class HessianOperator(CurvatureOperator):
         with self._differentiating():
             out = [self._multiply_kept(v) for v in columns]
             for batch in self._other_batches():
-                multiply = self._multiplication(batch)
+                product = self._multiplication(batch)
                 for total, v in zip(out, columns, strict=True):
-                    total.add_(multiply(v), alpha=batch.weight)
+                    total.add_(product(v), alpha=batch.weight)
         return torch.stack(out, 1) if len(out) > 1 else out[0][:, None]
 
     def _multiplication(self, batch: PreparedBatch) -> Callable[[Tensor], Tensor]:
@@ -251,14 +251,7 @@ class HessianOperator(CurvatureOperator):
                 self._recorded = recorded
         if self._recorded is not None and self._recorded.load(batch):
             return partial(self._recorded.product, precision=self.precision)
-        return partial(_product, self._graph(batch), self.frozen.space, self.precision)
-
-
-def _product(
-    graph: GradientGraph, space: ParameterSpace, precision: Precision, v: Tensor
-) -> Tensor:
-    """Return the product of one Hessian with a vector."""
-    return space.flatten(graph.product(list(space.unflatten(v).values()), precision))
+        return partial(hessian_product, self._graph(batch), self.frozen.space, self.precision)
 
 
 def _product_of_all(
@@ -271,7 +264,7 @@ def _product_of_all(
     """Return the product of the weighted sum of Hessians, and of the L2 term, with a vector."""
     out = weight_decay * v
     for graph in graphs:
-        out.add_(_product(graph, space, precision, v), alpha=graph.weight)
+        out.add_(hessian_product(graph, space, precision, v), alpha=graph.weight)
     return out
 
 

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from landscape.batches import Inputs, PreparedBatch
-from landscape.linalg.gradient import GradientGraph, Precision, twice_differentiable
+from landscape.linalg.gradient import (
+    GradientGraph,
+    Precision,
+    hessian_product,
+    twice_differentiable,
+)
 from landscape.linalg.recording import Recording, apart, trial
 from landscape.objective import FrozenObjective
 
@@ -106,9 +111,7 @@ class RecordedHessian:
         return GradientGraph(loss, self._leaves, precision=self._precision)
 
     def _product(self, graph: GradientGraph, precision: Precision) -> Tensor:
-        space = self._frozen.space
-        tangents = list(space.unflatten(self._vector).values())
-        return space.flatten(graph.product(tangents, precision))
+        return hessian_product(graph, self._frozen.space, precision, self._vector)
 
 
 def shape_of(batch: PreparedBatch) -> Any:

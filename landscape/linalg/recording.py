@@ -12,7 +12,7 @@ because a recording that fails leaves CUDA's random state unusable.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -86,10 +86,6 @@ class Repeated:
         if self.stream is None:
             return self._function(v)
         with apart(self.stream):
-            if self._recording is not None and self._input is not None:
-                self._input.copy_(v)
-                self._recording.replay(self.stream)
-                return self._recording.result.clone()
             if not self._recordable:
                 return self._function(v)
             if self._input is None:
@@ -97,8 +93,8 @@ class Repeated:
                 found, self._recordable = trial(lambda: self._function(v))
                 return found
             self._input.copy_(v)
-            fixed = self._input
-            self._recording = Recording(lambda: self._function(fixed), self.stream)
+            if self._recording is None:
+                self._recording = Recording(partial(self._function, self._input), self.stream)
             self._recording.replay(self.stream)
             return self._recording.result.clone()
 

@@ -364,3 +364,16 @@ def test_exact_products_beside_rounded_ones(precision, generator, monkeypatch):
     v = torch.randn(rough.dim, generator=generator)
     torch.testing.assert_close(exact.matvec(v), HessianOperator.of(frozen).matvec(v))
     assert (rough.num_matvecs, exact.num_matvecs) == (0, 1)
+
+
+def test_exact_products_are_recorded_with_the_rounded_ones(generator, monkeypatch, recorded):
+    """Of batches that are not kept: the gradient, and a product in either precision."""
+    monkeypatch.setattr("landscape.linalg.hessian.check_precision", lambda *_: None)
+    model, batches = make_model("conv", torch.float32), make_batches((4, 4), torch.float32)
+    frozen = Objective().freeze(model, batches)
+    rough = HessianOperator.of(frozen, precision="tf32", memory=0)
+    v = torch.randn(rough.dim, generator=generator)
+    product = rough.matvec(v)
+    assert recorded.made == 3
+    torch.testing.assert_close(rough.exact().matvec(v), product)
+    assert recorded.made == 3
