@@ -10,7 +10,7 @@
 | W1, W3 | 5 eigenvalues largest by magnitude of one batch and of 4, certified, in gradients |
 | W4 | density of 80 steps over the time of 80 products |
 | W5 | mini-batches of 16: 64 of them side by side, one by one, in TF32, and a few by PyHessian |
-| surface | a point of a 9 x 9 surface over the plain forward pass at batch 128, and a further one |
+| surface | a point of a 9 x 9 surface, directions drawn, over a forward pass at batch 128 |
 
 Models are untrained but for 20 steps on Fashion-MNIST, at 32 x 32 and, where the name says so, at
 224 x 224. Everything runs in turns (A B A B …); medians. What is short runs once before and is not
@@ -45,6 +45,7 @@ from workloads import Batch
 import landscape
 from landscape import HessianOperator
 from landscape.linalg.gradient import rounding
+from landscape.linalg.recording import Recording, apart, side_stream
 from landscape.models import create_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -156,48 +157,41 @@ class Subject:
 def product(subject: Subject, *, quick: bool) -> dict[str, Any]:
     """Return what a gradient and a product of one batch take."""
     model, device = subject.model, subject.device
-    ((x, y),) = subject.batches(1, quick)
-    parameters = list(model.parameters())
-
-    def gradient() -> None:
-        torch.autograd.grad(F.cross_entropy(model(x), y), parameters)
-
+    batches = subject.batches(1, quick)
+    gradient = partial(gradients, model, batches)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         gradient()
-    frozen = landscape.Objective().freeze(model, [(x, y)])
+    frozen = landscape.Objective().freeze(model, batches)
     operator = HessianOperator.of(frozen)
     v = torch.randn(operator.dim, device=device)
     contenders = {"gradient": gradient, "product": lambda: operator.matvec(v)}
     if device.type == "cuda":
         rounded = HessianOperator.of(frozen, precision="tf32")
         contenders["product_tf32"] = lambda: rounded.matvec(v)
-        contenders["recorded_gradient"] = recorded(gradient)
+        contenders["recorded_gradient"] = recorded(gradient, device)
     for work in contenders.values():
         work()  # the second call of a product records it
     taken = in_turns(contenders, device, max(subject.rounds, 5))
     ms = {f"{name}_ms": 1e3 * median(seconds) for name, seconds in taken.items()}
     return ms | {
-        "images": len(x),
+        "images": len(batches[0][0]),
         "parameters": operator.dim,
         "product_in_gradients": ms["product_ms"] / ms["gradient_ms"],
         "product_flops_per_s": 2e3 * counter.get_total_flops() / ms["product_ms"],
     }
 
 
-def recorded(work: Callable[[], None]) -> Callable[[], None]:
+def recorded(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Return work as a CUDA graph."""
-    stream: Any = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    stream = side_stream(device)
+    assert stream is not None, "a GPU has one"
+    with apart(stream):
         work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    return graph.replay
+    return partial(Recording(work, stream).replay, stream)
 
 
 def one_batch(subject: Subject, *, quick: bool) -> dict[str, Any]:
-    """Return W1 in gradients, eager ones and recorded ones of the row before."""
+    """Return W1 in plain gradients."""
     batches = subject.batches(1, quick)
     found: list[int] = []
 
@@ -294,11 +288,10 @@ def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
 
 
 def surface(subject: Subject, *, quick: bool) -> dict[str, Any]:
-    """Return a point of a surface, and one more of a larger surface, in plain forward passes."""
+    """Return a point of a surface, directions drawn, and a further one, in plain forward passes."""
     model = subject.model
     batches = subject.data(1, 8 if quick else 128)
     small, large = (3, 5) if quick or subject.image_size > 32 else (9, 13)
-    directions = landscape.random_directions(model)  # drawn on the host, in float64
 
     def forward() -> None:
         with torch.no_grad():
@@ -307,9 +300,7 @@ def surface(subject: Subject, *, quick: bool) -> dict[str, Any]:
                     model(x)
 
     def plane(points: int) -> None:
-        landscape.loss_surface(
-            model, batches, directions=directions, points=points, metrics=("loss",)
-        )
+        landscape.loss_surface(model, batches, points=points, metrics=("loss",))
 
     work = {"forward": forward, "small": partial(plane, small), "large": partial(plane, large)}
     taken = in_turns(work, subject.device, 2)
@@ -392,8 +383,8 @@ def table(content: dict[str, Any]) -> str:
         "Milliseconds of a plain gradient as PyTorch makes it, of it as a CUDA graph, of a Hessian "
         "product in float32 (with its share of the peak) and in TF32; certified top 5 of one batch "
         "(W1), in gradients and products; W5 in milliseconds a mini-batch of 16, and times as fast "
-        "as PyHessian; a point of a 9 x 9 surface over a forward pass. `benchmarks/gpu.py` says "
-        "how each is measured. Empty: not measured.",
+        "as PyHessian; a point of a 9 x 9 surface, directions drawn, over a forward pass. "
+        "`benchmarks/gpu.py` says how each is measured. Empty: not measured.",
         "",
         "| model | images | gradient | as a graph | product | of the peak | in TF32 | W1 | products"
         " | W5 | one by one | in TF32 | PyHessian | times | point |",
