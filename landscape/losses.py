@@ -42,6 +42,19 @@ def is_elementwise(loss: Any) -> bool:
     return loss in _ELEMENTWISE or isinstance(loss, _ELEMENTWISE_MODULES)
 
 
+def for_loss(loss: Any, outputs: Tensor) -> Tensor:
+    """Return outputs of half precision in float32, which `loss` then takes its mean in.
+
+    So do all losses of PyTorch above; others, and class weights in half precision, may want the
+    outputs as they are.
+    """
+    weight = loss_settings(loss)[0]
+    known = is_classification(loss) or is_elementwise(loss)
+    if not known or not outputs.is_floating_point() or outputs.dtype.itemsize >= 4:
+        return outputs
+    return outputs.float() if weight is None or weight.dtype.itemsize >= 4 else outputs
+
+
 def _bare(loss: Any) -> Any:
     """Return a loss without the arguments that are fixed by a `functools.partial`."""
     return loss.func if isinstance(loss, functools.partial) else loss

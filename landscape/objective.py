@@ -33,13 +33,14 @@ from landscape.batches import (
 )
 from landscape.losses import (
     amount_averaged,
+    for_loss,
     is_classification,
     is_elementwise,
     loss_settings,
 )
 from landscape.memory import free_memory
 from landscape.parameters import Choice, ParameterSpace, call_with
-from landscape.restore import eval_mode
+from landscape.restore import Cache, emptied, eval_mode, learned_caches
 
 _HOOKED = "saved tensors are hooked"
 
@@ -152,6 +153,7 @@ class FrozenObjective:
         )
         self.batches: Iterable[PreparedBatch] = batches
         self.num_samples, self.num_batches = batches.num_samples, batches.num_batches
+        self._caches: list[Cache] = []
         self._check_model(check_mean, batches.label_range)
 
     def of_batch(self, batch: PreparedBatch) -> "FrozenObjective":
@@ -163,13 +165,14 @@ class FrozenObjective:
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
         """Return the model's raw output in evaluation mode with `parameters` in place."""
-        with eval_mode(self.model):
-            # Buffers are cloned: a module that writes to its own must not move this objective.
-            buffers = {name: t.clone() for name, t in self.space.buffers.items()}
-            state = {**self.space.fixed, **buffers, **parameters}
-            if isinstance(inputs, Mapping):
-                return call_with(self.model, state, **inputs)
-            return call_with(self.model, state, inputs)
+        with self.evaluating():
+            return self._call(parameters, inputs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the model in evaluation mode, without what it keeps of its own parameters."""
+        with eval_mode(self.model), emptied(self.model, self._caches):
+            yield
 
     def logits(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """Return the model's outputs as one tensor."""
@@ -195,7 +198,7 @@ class FrozenObjective:
                 "`data` must hold targets for a `loss(outputs, targets)`; pass (x, y), or a "
                 f"mapping with one of {LABEL_KEYS}."
             )
-        return self.objective.loss(logits, batch.targets)
+        return self.objective.loss(for_loss(self.objective.loss, logits), batch.targets)
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return (λ/2) Σ_p ‖p‖² over the given parameters, accumulated in float64."""
@@ -220,6 +223,9 @@ class FrozenObjective:
         inputs, size = batch.inputs, batch.size
         cuda = [self.space.device] if self.space.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+            self._caches = learned_caches(
+                self.model, functools.partial(self._call_with_gradient, inputs)
+            )
             if self.objective.loss is None:
                 _check_same(*(self.data_term(self.space.values, batch) for _ in range(2)))
                 return
@@ -244,6 +250,19 @@ class FrozenObjective:
                 )
             if check_mean and self.num_batches > 1 and size > 1:
                 self._check_mean(once, batch, float(loss))
+
+    def _call(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
+        # Buffers are cloned: a module that writes to its own must not move this objective.
+        buffers = {name: t.clone() for name, t in self.space.buffers.items()}
+        state = {**self.space.fixed, **buffers, **parameters}
+        if isinstance(inputs, Mapping):
+            return call_with(self.model, state, **inputs)
+        return call_with(self.model, state, inputs)
+
+    def _call_with_gradient(self, inputs: Inputs) -> None:
+        parameters = {**self.space.fixed, **self.space.values}
+        floating = {name: t for name, t in parameters.items() if t.is_floating_point()}
+        self._call({name: t.detach().requires_grad_() for name, t in floating.items()}, inputs)
 
     def _logits_again(self, inputs: Inputs) -> Tensor:
         try:
@@ -285,6 +304,7 @@ class FrozenObjective:
         targets = batch.targets
         if targets is None or self.objective.loss is None:
             return
+        logits = for_loss(self.objective.loss, logits)
         cut = batch.size // 3 or 1
         parts = [(logits[:cut], targets[:cut]), (logits[cut:], targets[cut:])]
         amounts = [float(amount_averaged(self.objective.loss, t, len(t))) for _, t in parts]

@@ -77,12 +77,16 @@ class ParameterSpace:
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """Return every parameter name, tied names included, to the first name of its parameter."""
+    """Return every parameter name, tied names included, to the first name of its parameter.
+
+    Those of a compiled model also go by the names that they had before.
+    """
     first: dict[int, str] = {}
-    return {
+    names = {
         name: first.setdefault(id(p), name)
         for name, p in model.named_parameters(remove_duplicate=False)
     }
+    return {name.replace("_orig_mod.", ""): known for name, known in names.items()} | names
 
 
 def call_with(model: nn.Module, state: Mapping[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,15 @@
 """Contexts that leave a model as it was found."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Cache = tuple[nn.Module, str]
+"""A module, and the name of an attribute of it."""
 
 
 @contextmanager
@@ -28,6 +32,97 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def emptied(model: nn.Module, caches: Iterable[Cache]) -> Iterator[None]:
+    """Let a model fill caches again, and put back afterwards what it had kept, and no more."""
+    found = [_Attributes(module) for module in model.modules()]
+    try:
+        for module, name in caches:
+            held = vars(module)[name]
+            vars(module)[name] = {} if isinstance(held, dict) else None
+        yield
+    finally:
+        for attributes in found:
+            attributes.put_back()
+
+
+def learned_caches(model: nn.Module, run: Callable[[], object]) -> list[Cache]:
+    """Return the plain attributes in which modules keep what they compute from parameters.
+
+    LeViT looks up its attention biases once in evaluation mode, for example: with other
+    parameters in place they would be those of before, and without a gradient. A tensor, or a
+    dictionary of tensors, is such a cache where the model fills it with something that requires a
+    gradient after it was emptied.
+
+    Args:
+        model: Any module.
+        run: Calls it with parameters that require a gradient; once for each name of an attribute
+            that holds tensors, of which most models have none.
+    """
+    owners: dict[str, list[nn.Module]] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in _OF_MODULES and _held(value):
+                owners.setdefault(name, []).append(module)
+    caches: list[Cache] = []
+    for name, modules in owners.items():
+        here = [(module, name) for module in modules]
+        with eval_mode(model), emptied(model, here), eagerly(), torch.enable_grad():
+            try:
+                run()
+            except Exception:  # the model needs what was there: no cache
+                continue
+            caches += [
+                (m, n) for m, n in here if any(t.requires_grad for t in _held(vars(m).get(n)))
+            ]
+    return caches
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+_NONE = object()
+
+
+class _Attributes:
+    """The plain attributes of a module that are tensors or dictionaries, to be put back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._own = vars(module)
+        self._before = dict(self._own)
+        self._contents = [
+            (value, dict(value))
+            for name, value in self._own.items()
+            if isinstance(value, dict) and name not in _OF_MODULES
+        ]
+
+    def put_back(self) -> None:
+        """Put back what was replaced or changed, and take away what was not there."""
+        for name in self._own.keys() | self._before.keys():
+            before, now = self._before.get(name, _NONE), self._own.get(name, _NONE)
+            if now is before or not (_is_kept(before) or _is_kept(now)):
+                continue
+            if before is _NONE:
+                del self._own[name]
+            else:
+                self._own[name] = before
+        for dictionary, content in self._contents:
+            same = len(dictionary) == len(content) and all(
+                dictionary.get(key, _NONE) is value for key, value in content.items()
+            )
+            if not same:
+                dictionary.clear()
+                dictionary.update(content)
+
+
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, Tensor | dict)
+
+
+def _held(value: Any) -> list[Tensor]:
+    """Return the tensors of an attribute that is a tensor, or a dictionary of nothing else."""
+    values = list(value.values()) if isinstance(value, dict) else [value]
+    return values if all(isinstance(v, Tensor) for v in values) else []
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from landscape import Objective, loss_line
+from landscape import HessianOperator, Objective, loss_line, random_directions
 from tests.cases import assert_untouched, make_batches, make_model, snapshot
 
 
@@ -153,6 +153,21 @@ def test_soft_targets_and_another_precision():
     assert frozen.value() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "loss", [F.cross_entropy, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5])), F.mse_loss]
+)
+def test_the_loss_of_outputs_in_half_precision_is_taken_in_single(loss):
+    model = make_model("conv", torch.bfloat16)
+    x, y = make_batches((11,), torch.bfloat16)[0]
+    y = F.one_hot(y, 3).bfloat16() if loss is F.mse_loss else y
+    expected = loss(model.eval()(x).detach().float(), y)
+    objective = Objective(loss=loss)
+    assert objective.freeze(model, [(x, y)]).value() == pytest.approx(float(expected), rel=1e-6)
+    line = loss_line(model, [(x, y)], points=[0.0], objective=objective, metrics="loss")
+    assert line.nll[0] == pytest.approx(float(expected), rel=1e-6)
+    assert np.isfinite(line.nll_stderr[0])
+
+
 def test_inputs_have_the_precision_of_the_first_layer_whatever_is_chosen():
     model = make_model("conv", torch.float32)
     model[-1].double().register_forward_pre_hook(lambda module, args: args[0].double())
@@ -174,6 +189,21 @@ def test_parameters_are_chosen_by_glob_predicate_and_alias():
     assert names(lambda n, p: p.dim() > 1) == ("encode.weight", "head.weight")
     model.head.bias.requires_grad_(False)
     assert names(["head.*", "unused"]) == ("unused", "head.weight")
+
+
+def test_a_compiled_model_goes_by_the_names_of_its_parameters_before():
+    model = make_model("conv")
+    batches = make_batches((8,))
+    generator = torch.Generator().manual_seed(0)
+    directions = random_directions(model, num=1, generator=generator)
+    expected = loss_line(model, batches, directions=directions, points=[0.0, 1.0]).nll
+    compiled = torch.compile(model, backend="eager")
+    assert Objective(parameters="5.*").freeze(compiled, batches).space.names == (
+        "_orig_mod.5.weight",
+        "_orig_mod.5.bias",
+    )
+    found = loss_line(compiled, batches, directions=directions, points=[0.0, 1.0]).nll
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_flat_vector_round_trip():
@@ -209,6 +239,49 @@ def test_a_weight_that_is_computed_before_each_call_is_put_back():
     assert model[5].weight is weight
     assert torch.equal(weight, values)
     assert line.nll[0] == pytest.approx(direct_value(model, batches), rel=1e-12)
+
+
+class Cached(nn.Module):
+    """Looks up a bias of its attention once in evaluation mode, as LeViT does, and a scale."""
+
+    def __init__(self, caches=True):
+        super().__init__()
+        self.body = make_model("conv")
+        self.bias = nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
+        self.caches, self.kept, self.scale = caches, {}, None
+        self.table = {"constant": torch.tensor([1.0, 2.0, 3.0])}
+
+    def forward(self, x):
+        if not self.caches:
+            bias, scale = self.bias[[0, 1, 1]], self.bias.exp()[0]
+        else:
+            if "bias" not in self.kept:
+                self.kept["bias"] = self.bias[[0, 1, 1]]
+            if self.scale is None:
+                self.scale = self.bias.exp()[0]
+            bias, scale = self.kept["bias"], self.scale
+        out = self.body(x)
+        return out + (bias * self.table["constant"]).sum() * scale * out.square()
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_what_a_model_keeps_of_its_parameters_is_computed_again(used):
+    model, plain = Cached(), Cached(caches=False)
+    plain.load_state_dict(model.state_dict())
+    batches = make_batches((8, 3))
+    if used:
+        with torch.no_grad():
+            model.eval()(batches[0][0])
+    kept, content, scale = model.kept, dict(model.kept), model.scale
+    ours, expected = HessianOperator(model, batches), HessianOperator(plain, batches)
+    v = torch.ones(ours.dim, dtype=ours.dtype)
+    torch.testing.assert_close(ours @ v, expected @ v)
+    line = [loss_line(m, batches, points=[0.0, 1.0], metrics="loss").nll for m in (model, plain)]
+    np.testing.assert_allclose(*line, rtol=1e-12)
+    assert model.kept is kept
+    assert model.scale is scale
+    assert list(kept) == list(content)
+    assert all(kept[k] is content[k] for k in kept)
 
 
 def test_model_is_untouched_even_by_an_exception():

@@ -10,7 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from landscape._checks import check_python
 from landscape.objective import FrozenObjective
 from landscape.parameters import call_with
-from landscape.restore import eval_mode
 
 
 def recalibrated_buffers(
@@ -46,7 +45,7 @@ def recalibrated_buffers(
     sums: dict[str, Tensor] = {}
     handles = [m.register_forward_pre_hook(_summer(sums, name)) for name, m in norms.items()]
     try:
-        with torch.no_grad(), eval_mode(model):
+        with torch.no_grad(), frozen.evaluating():
             for module in norms.values():
                 module.training = True
             for batch in frozen.batches:

@@ -27,7 +27,7 @@ Checkpoints = str | os.PathLike[str] | Sequence[Source]
 STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
 """Names of the running statistics of PyTorch's normalisation layers."""
 
-_WRAPPERS = ("model", "state_dict", "model_state_dict")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".tar")
 _DAMAGE = (
     pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError,
@@ -85,8 +85,8 @@ def read_trail(
     Args:
         checkpoints: State dicts, paths or modules, in order; or a folder, of which the files
             `epoch-*.pt` are taken, or else all checkpoint files but `resume-*`, in the order of
-            the numbers in their names. A file holds a state dict, alone or under `"model"` or
-            `"state_dict"`, and is read without unpickling objects.
+            the numbers in their names. A file holds a state dict, alone or under `"model"`,
+            `"state_dict"`, `"model_state_dict"` or `"net"`, and is read without unpickling objects.
         model: Tells which entries are parameters.
         at_least: Number of checkpoints that are needed.
 

@@ -21,7 +21,7 @@ from landscape.batches import Inputs
 from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
 from landscape.probes.folding import Pair, folded, watched
-from landscape.restore import eagerly, eval_mode, is_compiled
+from landscape.restore import eagerly, is_compiled
 
 PART = 16
 """Fewest samples a part, a heuristic: the best of 8, 16, 32, 64 for ViTs and for wide ResNets."""
@@ -95,7 +95,7 @@ class Forward:
         buffers = {name: t.clone() for name, t in space.buffers.items()}
         state = {**space.fixed, **buffers, **state}
         model = self._frozen.model
-        with eval_mode(model), folded(model, self._pairs, state) as state:
+        with self._frozen.evaluating(), folded(model, self._pairs, state) as state:
             named = {f"model.{name}": value for name, value in state.items()}
             call = (inputs, size, part, channels_last)
             outputs: Tensor = call_with(self._parts, named, *call)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape.batches import PreparedBatch
-from landscape.losses import is_classification, loss_settings
+from landscape.losses import for_loss, is_classification, loss_settings
 
 NUM_BINS = 15
 """Bins of the expected calibration error, as in Guo et al. (2017)."""
@@ -34,7 +34,7 @@ class LossError:
         """Add one batch."""
         if self._unreduced is None or batch.targets is None:
             return
-        losses = self._unreduced(logits, batch.targets)
+        losses = self._unreduced(for_loss(self._loss, logits), batch.targets)
         if losses.dim() == 0 or len(losses) != batch.size:
             self._unreduced = None
             return

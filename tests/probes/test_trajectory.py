@@ -58,7 +58,10 @@ def test_small_moves_of_large_single_precision_weights_are_measured_in_double():
     np.testing.assert_allclose(result.radius, [1, 0.5, 0], rtol=1e-12)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s}])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s}, lambda s: {"net": s}],
+)
 @pytest.mark.parametrize("old_format", [False, True])
 def test_files_folders_and_memory_give_the_same(wrap, old_format, tmp_path):
     paths = []
