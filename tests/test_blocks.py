@@ -5,12 +5,13 @@ import functools
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from landscape import evaluate, loss_line
+from landscape import evaluate, lesion_study, loss_line
 from landscape.blocks import Blocks
 from landscape.blocks.lesions import num_heads
 from landscape.blocks.passes import PartialPasses
@@ -160,6 +161,59 @@ def test_names_and_globs(images):
     torch.testing.assert_close(captured["0"], plain[0](images).detach())  # before the in-place ReLU
 
 
+class Shared(nn.Module):
+    """Two residual convolutions that both see what is pooled of their common input."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 3, padding=1)
+        self.query = nn.Conv2d(3, 3, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x, removed=()):
+        x = self.stem(x)
+        query = self.query(x).mean((2, 3), keepdim=True)
+        for index, conv in enumerate(self.convs):
+            x = x if index in removed else x + conv(x * query)
+        return self.head(x.mean((2, 3)))
+
+
+def test_blocks_that_share_something_beside_their_sums(images):
+    model = build(Shared).eval()
+    blocks = Blocks(model, example=images)
+    assert blocks.names == ("stem", "convs.0", "convs.1", "head")
+    assert blocks.kinds == ("stem", "conv", "conv", "head")
+    for index, name in enumerate(["convs.0", "convs.1"]):
+        with torch.no_grad(), blocks.lesion(name):
+            torch.testing.assert_close(model(images), model.forward(images, (index,)))
+    data = [(images, torch.arange(len(images)) % 4)]
+    study = lesion_study(model, data, blocks=blocks)
+    with torch.no_grad():
+        right = [(model(images, (index,)).argmax(1) == data[0][1]) for index in range(2)]
+    np.testing.assert_allclose(study.accuracy, [float(r.float().mean()) for r in right])
+
+
+def test_streams_beside_the_blocks_are_told_of(images):
+    class TwoStreams(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+            self.right = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+            self.last = nn.Conv2d(6, 6, 1)
+
+        def forward(self, x):
+            left, right = x, x.flip(1)
+            for a, b in zip(self.left, self.right, strict=True):
+                left, right = left + a(right), right + b(left)
+            x = torch.cat([left, right], 1)
+            return (x + self.last(x)).mean((2, 3))
+
+    with pytest.warns(UserWarning, match="86% of the layers with weights lie outside of the bloc"):
+        blocks = Blocks(build(TwoStreams), example=images)
+    assert blocks.names[-2:] == ("last", "head")
+
+
 def test_errors_name_what_is_near(images):
     model = build(SMALL["resnet"])
     with pytest.raises(ValueError, match=r"`choose` .*'stages.0.7'.*nearest are 'stages.0"):
@@ -167,7 +221,7 @@ def test_errors_name_what_is_near(images):
     with pytest.raises(ValueError, match="at least one name"):
         Blocks(model, [], example=images)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    with pytest.raises(ValueError, match="must have residual blocks, found none in a Sequential"):
+    with pytest.raises(ValueError, match=r"none in a Sequential; .*Blocks\(model, \['0', '1'\]\)"):
         Blocks(plain, example=images)
     blocks = Blocks(model, example=images)
     with pytest.raises(ValueError, match="one of the 11 blocks, got 'stages.0.5'; the nearest"):

@@ -5,6 +5,9 @@ addition whose sum is a cut and one of whose terms, the skip, is an ancestor of 
 branch, or (a projection) the shorter way from the last cut. That is how every residual network is
 built, whatever its classes are called: a transformer block has two such sums, one behind the
 attention and one behind the MLP. What the branch computes says of which kind the unit is.
+
+Where something else is handed on beside the sums (a query that all blocks of a stage share), those
+before the last one are no cuts; they are found as the skips of the sums behind them.
 """
 
 import math
@@ -117,6 +120,32 @@ def named_units(trace: Trace, paths: list[str]) -> list[Unit]:
     return _uniquely_named(sorted(found, key=lambda unit: unit.value))
 
 
+def modules_in_line(trace: Trace) -> list[str]:
+    """Return modules of one parent through whose outputs everything passes, in order.
+
+    Numbered ones, where there are any, and the most.
+    """
+    graph = _Graph(trace)
+    children: dict[int, list[str]] = {}
+    for span in trace.spans[1:]:
+        if span.output is not None and graph.is_cut(span.output):
+            children.setdefault(span.parent, []).append(span.path)
+
+    def suited(paths: list[str]) -> tuple[bool, int]:
+        return paths[0].rpartition(".")[2].isdigit(), len(paths)
+
+    return max(children.values(), key=suited, default=[])
+
+
+def share_outside(trace: Trace, units: list[Unit]) -> float:
+    """Return the share of the weighted steps before the head that lie in no unit's branch."""
+    inside = {step for unit in units for step in unit.branch}
+    last = max((unit.value for unit in units if unit.kind != "head"), default=INPUT)
+    weighted = [i for i, step in enumerate(trace.steps) if step.follows and step.name in WEIGHTED]
+    outside = [i for i in weighted if i not in inside and i <= last]
+    return len(outside) / max(len(weighted), 1)
+
+
 class _Graph:
     """The dataflow of a trace, from the input to the logits."""
 
@@ -125,6 +154,7 @@ class _Graph:
         self._relevant = self._ancestors(trace.output, INPUT)
         self.cuts = self._find_cuts()
         self._cut_set = frozenset(self.cuts)
+        self._ran = {span.path for span in trace.spans}
         self._units: list[Unit] | None = None
 
     def is_cut(self, value: int) -> bool:
@@ -132,12 +162,24 @@ class _Graph:
         return value in self._cut_set
 
     def residual_units(self) -> list[Unit]:
-        """Return every residual sum that is a cut."""
+        """Return every residual sum that is a cut, or a skip of one."""
         if self._units is None:
             candidates = (self._residual(step) for step in self.cuts if step != INPUT)
             found = [unit for unit in candidates if unit is not None]
+            found += [before for unit in found for before in self._skips(unit)]
             self._units = [self._placed(unit, found) for unit in found]
         return self._units
+
+    def _skips(self, unit: Unit) -> Iterator[Unit]:
+        """Yield the residual units whose sums are skips of one another, and are no cuts."""
+        current: Unit | None = unit
+        while current is not None and current.addition is not None and current.skip is not None:
+            step = self.steps[current.addition]
+            value = step.inputs[step.positions.index(current.skip)]
+            current = None if self.is_cut(value) else self._residual(value)
+            if current is not None:
+                current = replace(current, is_cut=False)
+                yield current
 
     def unit_with_output(self, value: int) -> Unit | None:
         """Return the residual unit whose output is `value`."""
@@ -240,6 +282,7 @@ class _Graph:
     def _module_of(self, steps: tuple[int, ...], owner: int = 0) -> str:
         """Return the deepest module below `owner` that holds every weighted step."""
         weighted = [s for s in steps if self.steps[s].name in WEIGHTED | POOLING] or list(steps)
+        weighted = [s for s in weighted if self.trace.inside(s, owner)] or weighted
         paths = [self.trace.path(s).split(".") for s in weighted]
         shared: list[str] = []
         for parts in zip(*paths, strict=False):
@@ -248,7 +291,9 @@ class _Graph:
             shared.append(parts[0])
         path = ".".join(shared)
         if path == self.trace.spans[owner].path:  # several children: the last one's is the output
-            path = ".".join(paths[-1][: len(shared) + 1])
+            longer = range(len(shared) + 1, len(paths[-1]) + 1)
+            ran = (".".join(paths[-1][:end]) for end in longer)
+            path = next((path for path in ran if path in self._ran), path)
         return path
 
     def _last_cut_before(self, s: int) -> int:

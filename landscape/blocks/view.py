@@ -16,6 +16,7 @@ and carries no hook.
 
 import fnmatch
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -31,7 +32,13 @@ from landscape.blocks.inputs import likely_images, num_samples, resized, shape_k
 from landscape.blocks.layout import Layout, layout_of
 from landscape.blocks.lesions import Irremovable, Part, removal
 from landscape.blocks.passes import ControlledPass, Handler
-from landscape.blocks.structure import Kind, find_units, named_units
+from landscape.blocks.structure import (
+    Kind,
+    find_units,
+    modules_in_line,
+    named_units,
+    share_outside,
+)
 from landscape.blocks.tracing import Trace, function_name, record
 from landscape.objective import predict
 from landscape.restore import eagerly, eval_mode, untouched
@@ -39,6 +46,7 @@ from landscape.restore import eagerly, eval_mode, untouched
 Choose = str | Sequence[str]
 Visitor = Callable[[Block, Tensor], None]
 
+_MOST_OUTSIDE = 0.6  # share of the layers: above, the blocks tell little of the model
 _TRACED = 3  # samples in the traced batch: a size that no other axis is likely to have
 
 
@@ -215,10 +223,16 @@ class Blocks:
         units = find_units(trace) if self._choose is None else named_units(trace, self._choose)
         if not units:
             check_python(self.model)
-            modules = [name for name, _ in self.model.named_modules() if name]
             raise ValueError(
                 f"`model` must have residual blocks, found none in a {type(self.model).__name__}; "
-                f"name its blocks, as in Blocks(model, [{nearest('features.0', modules)}])."
+                f"{_how_to_name(trace)}."
+            )
+        outside = share_outside(trace, units) if self._choose is None and not self._traces else 0.0
+        if outside > _MOST_OUTSIDE:
+            warnings.warn(
+                f"{outside:.0%} of the layers with weights lie outside of the blocks that were "
+                f"found in `model`, in streams beside them; {_how_to_name(trace)}.",
+                stacklevel=4,
             )
         names = tuple(unit.name for unit in units)
         if self._traces and names != self.names:
@@ -315,6 +329,10 @@ def _matching(model: nn.Module, choose: Choose) -> list[str]:
     if not chosen:
         raise ValueError("`choose` must hold at least one name or pattern, got none.")
     return [name for name in names if name in chosen]
+
+
+def _how_to_name(trace: Trace) -> str:
+    return f"name its blocks, as in Blocks(model, {modules_in_line(trace)[:3]})"
 
 
 def _changed(name: str, got: torch.Size, traced: tuple[int, ...]) -> ValueError:
