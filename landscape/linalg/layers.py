@@ -18,6 +18,7 @@ up to rounding.
 | layer norm, attention | closed forms, with what they share computed once |
 | hard sigmoid | PyTorch has no second derivative of it |
 | weight norm | PyTorch's second derivative (2.13, 2.14) is wrong |
+| `normalize` | PyTorch's second derivative is NaN at a vector of zeros, as in padded windows |
 
 `cheap_second_derivatives` puts them in the place of PyTorch's functions while a model runs. A call
 that they do not cover (other precisions, autocast, dropout, `torch.func`) is left as it is.
@@ -68,6 +69,7 @@ class _Replacing(TorchFunctionMode):
             F.scaled_dot_product_attention: _attention,
             F.hardsigmoid: _hardsigmoid,
             torch._weight_norm: _weight_norm,
+            F.normalize: _normalize,
         }
 
     def __torch_function__(
@@ -215,6 +217,15 @@ def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     others = [d for d in range(v.dim()) if dim == -1 or d != dim % v.dim()]
     return v * (g / v.square().sum(others, keepdim=True).sqrt())
+
+
+def _normalize(
+    x: Tensor, p: float = 2.0, dim: int | Sequence[int] = 1, eps: float = 1e-12, out: Any = None
+) -> Tensor | None:
+    if p != 2 or out is not None or eps**2 < torch.finfo(x.dtype).tiny:
+        return None
+    # Below ε the norm is a constant, and what its derivative is there does not matter.
+    return x * x.square().sum(dim, keepdim=True).clamp_min(eps**2).rsqrt()
 
 
 def _attention(

@@ -72,6 +72,8 @@ CASES = {
     ),
     "linear of one vector": (F.linear, [(5,), (6, 5)], None),
     "relu": (F.relu, [(3, 5)], "_Relu"),
+    "normalize": (lambda x: F.normalize(x, dim=(0, -1)), [(3, 2, 5)], "Mul"),
+    "normalize by another norm": (lambda x: F.normalize(x, 1.0), [(3, 5)], "Div"),
     "relu, scaled": (lambda x, w: F.relu(x) * w, [(3, 5), (3, 5)], "Mul"),
     "relu of torch": (torch.relu, [(3, 5)], "_Relu"),
     "relu in place": (lambda x: F.relu(1 * x, inplace=True), [(3, 5)], None),
@@ -159,6 +161,8 @@ CASES = {
 }
 
 
+ROWS = torch.tensor([[0.0], [0.01], [1.0], [2.0]], dtype=torch.float64)
+
 # What PyTorch gets wrong, or cannot do, against its own functions that it can do.
 MENDED = {
     "weight norm": (
@@ -175,6 +179,11 @@ MENDED = {
         lambda v, g: torch._weight_norm(v, g, -1),
         lambda v, g: g * v / v.norm(),
         [(4, 3), ()],
+    ),
+    "normalize, of zeros too": (
+        lambda x: F.normalize(ROWS * x, eps=0.1),
+        lambda x: torch.cat([10 * ROWS[:2] * x[:2], x[2:] / x[2:].norm(dim=1, keepdim=True)]),
+        [(4, 3)],
     ),
     "hard sigmoid": (
         lambda x: F.hardsigmoid(4 * x) * x,
