@@ -262,9 +262,17 @@ def _product_of_all(
     v: Tensor,
 ) -> Tensor:
     """Return the product of the weighted sum of Hessians, and of the L2 term, with a vector."""
-    out = weight_decay * v
-    for graph in graphs:
+    if not graphs:
+        return weight_decay * v
+    # Long vectors: a pass over one, and memory that is new, cost as much as some layers.
+    first, *others = graphs
+    out = hessian_product(first, space, precision, v)
+    if first.weight != 1:
+        out *= first.weight
+    for graph in others:
         out.add_(hessian_product(graph, space, precision, v), alpha=graph.weight)
+    if weight_decay:
+        out.add_(v, alpha=weight_decay)
     return out
 
 

@@ -9,8 +9,8 @@ up to rounding.
 | layer | how its second derivative is made cheaper |
 |---|---|
 | convolution | derivatives in the weights by the kernel of the first derivative |
-| batch norm in evaluation mode, after a convolution | as a factor of that one's weights |
-| scale and shift of a layer norm, before a linear layer | as factors of that one's weights |
+| batch norm in evaluation mode, after a convolution | as a factor of that one's weights * |
+| scale and shift of a layer norm, before a linear layer | as factors of that one's weights * |
 | linear | sums of products accumulate in place |
 | ReLU | known to be zero |
 | GELU | first and second derivative are tables |
@@ -19,6 +19,8 @@ up to rounding.
 | hard sigmoid | PyTorch has no second derivative of it |
 | weight norm | PyTorch's second derivative (2.13, 2.14) is wrong |
 | `normalize` | PyTorch's second derivative is NaN at a vector of zeros, as in padded windows |
+
+* where these are fewer than the activations.
 
 `cheap_second_derivatives` puts them in the place of PyTorch's functions while a model runs. A call
 that they do not cover (other precisions, autocast, dropout, `torch.func`) is left as it is.
@@ -122,8 +124,8 @@ class _Replacing(TorchFunctionMode):
         last, self._convolved = self._convolved, None
         if training or last is None or not last.is_still(x) or last.weight is None:
             return None
-        if running_mean is None or running_var is None:
-            return None
+        if running_mean is None or running_var is None or x.numel() < last.weight.numel():
+            return None  # passes over the weights would cost more than they spare
         scale = torch.rsqrt(running_var + eps)
         scale = scale if weight is None else scale * weight
         shift = -running_mean * scale if bias is None else bias - running_mean * scale
@@ -143,7 +145,7 @@ class _Replacing(TorchFunctionMode):
             out = mlp(before.x, before.weight, before.bias, _rows(h), weight, bias, tables)
             return out.view(*x.shape[:-1], len(weight))
         last = self._normed
-        if last is not None and last.is_still(x):
+        if last is not None and last.is_still(x) and x.numel() >= weight.numel():
             # (z s + t) wᵀ + bias = z (w s)ᵀ + (w t + bias)
             x = last.x
             if last.bias is not None:
@@ -220,7 +222,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _normalize(
-    x: Tensor, p: float = 2.0, dim: int | Sequence[int] = 1, eps: float = 1e-12, out: Any = None
+    x: Tensor, p: float = 2.0, dim: int | list[int] = 1, eps: float = 1e-12, out: Any = None
 ) -> Tensor | None:
     if p != 2 or out is not None or eps**2 < torch.finfo(x.dtype).tiny:
         return None

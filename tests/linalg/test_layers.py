@@ -46,12 +46,17 @@ CASES = {
     "conv of one image": (F.conv2d, [(4, 5, 5), (6, 4, 3, 3)], None),
     "conv and norm": (
         lambda x, w, s, b: batch_norm(F.conv2d(x, w), s, b),
-        [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)],
+        [(2, 4, 7, 7), (6, 4, 3, 3), (6,), (6,)],
         "_Conv",
+    ),
+    "conv of more weights than activations, and norm": (
+        lambda x, w, s, b: batch_norm(F.conv2d(x, w), s, b),
+        [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)],
+        None,
     ),
     "conv with bias and bare norm": (
         lambda x, w, b: batch_norm(F.conv2d(x, w, b)),
-        [(2, 4, 5, 5), (6, 4, 3, 3), (6,)],
+        [(2, 4, 7, 7), (6, 4, 3, 3), (6,)],
         "_Conv",
     ),
     "conv and norm in training": (
