@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape import MatrixOperator, SymmetricOperator, top_eigenpairs
+from landscape.linalg import krylov
 from landscape.linalg.certificate import chances
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
 from landscape.linalg.search import EigenSearch
@@ -154,6 +155,32 @@ def test_precision_and_place_of_the_basis_are_a_choice(monkeypatch):
         )  # fmt: skip
         assert (search.space.capacity, search.space._basis.dtype) == (capacity, torch.float32)
     np.testing.assert_allclose(top_eigenpairs(operator, 5).values, exact, rtol=1e-3)
+
+
+@pytest.mark.parametrize("second_pass", [False, True])
+def test_long_vectors_are_made_orthogonal_in_parts(monkeypatch, second_pass):
+    monkeypatch.setattr(krylov, "_CHUNK", 100)  # 296 entries: two parts and a rest
+    if second_pass:
+        monkeypatch.setattr(krylov, "_ORTHOGONAL_SINGLE", 0.0)
+    operator = planted(SPECTRA["triple"] + BULK, dtype=torch.float32)
+    exact = top_eigenpairs(operator, 5, basis_dtype=torch.float64)
+    pairs = top_eigenpairs(operator, 5, basis_dtype=torch.float32, vectors=True)
+    np.testing.assert_allclose(pairs.values, exact.values, rtol=1e-5)
+    np.testing.assert_allclose(pairs.residuals, residuals(operator, pairs), rtol=1e-2, atol=2e-5)
+    np.testing.assert_allclose(pairs.vectors @ pairs.vectors.T, np.eye(5), atol=1e-5)
+    # All but 1e-4 of a vector is cancelled: a single pass would leave 1e-3 of the rest.
+    rows = torch.linalg.qr(torch.randn(296, 7, generator=torch.Generator().manual_seed(0)))[0].T
+    rows = rows.contiguous()
+    w = rows.sum(0) + 1e-4 * torch.linspace(-1, 1, 296)
+    rest, components = krylov.orthogonalise(w, rows)
+    torch.testing.assert_close(components, rows.double() @ w.double(), rtol=1e-6, atol=1e-6)
+    assert (rows @ rest).norm() < 1e-5 * rest.norm()
+
+
+def test_sums_over_long_vectors_keep_their_digits():
+    v = torch.rand(20_000_000)
+    expected = v.double().norm()  # v.norm() is off by 8e-4 (PyTorch 2.14)
+    assert float(krylov._norm(v) / expected) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 1e7])
