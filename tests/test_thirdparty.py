@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import landscape
 from tests.cases import assert_untouched, snapshot
@@ -43,6 +44,32 @@ def test_torchvision_models():
         model = vit_b_16(num_classes=10, image_size=32)
         model.encoder.layers = model.encoder.layers[:2]
         check(model, images(32, 2))
+
+
+def test_a_timm_model_that_looks_up_its_biases_once():
+    timm = zoo("timm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("efficientvit_m0", num_classes=10).eval().double()
+        x, y = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.arange(2)
+        with torch.no_grad():
+            for p in model.parameters():  # some are zero, and hide what comes before
+                p += 0.1 * torch.randn_like(p)
+            model(x)  # they are looked up
+    operator = landscape.HessianOperator(model, [(x, y)])
+    names = [n for n, _ in model.named_parameters()]
+    v = torch.cat(
+        [torch.full_like(p, "biases" in n).flatten() for n, p in model.named_parameters()]
+    )
+    found = operator.frozen.space.unflatten(operator @ v)
+    model.eval()  # forgotten
+    parameters = list(model.parameters())
+    gradient = torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True)
+    along = sum(g.sum() for g, n in zip(gradient, names, strict=True) if "biases" in n)
+    expected = torch.autograd.grad(along, parameters, materialize_grads=True)
+    for name, rows in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name], rows, rtol=1e-9, atol=1e-12)
+    assert any(rows.any() for name, rows in found.items() if "biases" in name)
 
 
 def check(model, batches):

@@ -1,6 +1,7 @@
 """Hessian spectra: per mini-batch (the paper's) and over all data (edges and density)."""
 
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import matplotlib.pyplot as plt
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 Half = Literal["both", "negative", "positive"]
 
+_MOST_INSIDE = 4  # spectra whose legend has room inside of the axes
+_LONGEST = 30  # characters of a line of a name
+
 LABEL = r"Hessian eigenvalue $\lambda$ (nats)"
 MAX_LABEL = r"Hessian max eigenvalue $\lambda$ (nats)"
 
@@ -36,7 +40,8 @@ def hessian_max_spectrum(
     Each half of each spectrum is a kernel density of its own because their scales differ
     (`half_density`): the area under the negative half is the NEP. Every eigenvalue is a tick of
     the rug below. The legend gives NEP (negative half) and APE (positive half) with their
-    intervals, and counts: `n` eigenvalues drawn, and how many have not converged.
+    intervals, and counts: `n` eigenvalues drawn, and how many have not converged. Of more than four
+    spectra it stands beside the axes, without intervals.
 
     Args:
         results: One spectrum, or several by label; model families decide the colours.
@@ -53,10 +58,11 @@ def hessian_max_spectrum(
     """
     check_choice("half", half, get_args(Half))
     named = style.named(results)
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
     styles = style.line_styles(named)
+    crowded = len(named) > _MOST_INSIDE
     for row, (name, result) in enumerate(named.items()):
-        label = _legend_entry(name, result, half)
+        label = _legend_entry(name, result, half, brief=crowded)
         for sign in (-1, 1):
             if half != {-1: "positive", 1: "negative"}[sign]:
                 _draw_half(ax, result, sign, row, log, {**styles[name], "label": label, **line})
@@ -65,8 +71,12 @@ def hessian_max_spectrum(
         ax.axvline(0, color=style.MUTED, lw=0.6, zorder=0)
     limit_eigenvalues(ax, named.values(), half, log=log)
     ax.set(xlabel=MAX_LABEL, ylabel="Density per decade" if log else "Density (1/nats)")
-    room_for_legend(ax)
-    ax.legend(loc="upper left" if half == "negative" else "upper right")
+    if crowded:
+        room_for_legend(ax, line_height=0)
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
+    else:
+        room_for_legend(ax)
+        ax.legend(loc="upper left" if half == "negative" else "upper right")
     return ax
 
 
@@ -238,23 +248,26 @@ def _draw_half(
     ax.plot(values, height, "|", transform=ax.get_xaxis_transform(), **rug)
 
 
-def _legend_entry(name: str, result: "HessianMaxSpectrum", half: str) -> str:
+def _legend_entry(name: str, result: "HessianMaxSpectrum", half: str, brief: bool = False) -> str:
     values = finite_eigenvalues(result)
     shown = {"both": values.size, "negative": (values < 0).sum(), "positive": (values > 0).sum()}
     counts = f"n = {shown[half]}"
     missing = int((~np.asarray(result.converged, dtype=bool)).sum())
     if missing:
         counts += f", {missing} not converged"
-    low, high = (round(bound, 2) for bound in result.nep_interval)  # a share: two decimals
-    nep = f"NEP {_estimate(round(result.nep, 2), (low, high))}"
-    ape = f"APE {_estimate(result.ape, result.ape_interval)}"
-    name = f"{name}: " if name else ""
+    share, bounds = round(result.nep, 2), [round(bound, 2) for bound in result.nep_interval]
+    nep = f"NEP {_number(share) if brief else _estimate(share, bounds)}"
+    ape = f"APE {_number(result.ape) if brief else _estimate(result.ape, result.ape_interval)}"
+    name = "\n".join(textwrap.wrap(f"{name}: ", _LONGEST)) + " " if name else ""
+    if brief:
+        numbers = {"both": f"{nep}, {ape}", "negative": nep, "positive": ape}[half]
+        return f"{name}{numbers}, {counts}" if missing else f"{name}{numbers}"
     if half == "both":
         return f"{name}{counts}\n{nep}\n{ape}"
     return f"{name}{nep if half == 'negative' else ape}, {counts}"
 
 
-def _estimate(value: float, interval: tuple[float, float]) -> str:
+def _estimate(value: float, interval: Sequence[float]) -> str:
     low, high = interval
     return f"{_number(value)} [{_number(low)}, {_number(high)}]"
 

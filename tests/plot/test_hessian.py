@@ -113,6 +113,23 @@ def test_legend_gives_estimates_with_intervals_and_counts():
     assert entries["both"] == ["ViT: n = 10\nNEP 0.2 [0.1, 0.3]\nAPE 20 [18, 22]"]
 
 
+@pytest.mark.parametrize("half", ["both", "negative", "positive"])
+def test_legends_of_many_spectra_and_of_long_names_hide_nothing(half):
+    many = {f"model {i}": random_spectrum(negative=0.5, seed=i) for i in range(9)}
+    ax = plot.hessian_max_spectrum(many, half=half)
+    ax.figure.canvas.draw()
+    legend = ax.get_legend().get_window_extent()
+    assert legend.x0 > ax.bbox.x1  # beside the axes, on the figure
+    assert legend.x1 <= ax.figure.bbox.x1
+    assert legend.y0 >= 0
+    name = "a model with a very long name, trained elsewhere with weight decay and mixup"
+    ax = plot.hessian_max_spectrum({name: many["model 0"]}, half=half)
+    ax.figure.canvas.draw()
+    inside, legend = ax.bbox, ax.get_legend().get_window_extent()
+    assert inside.x0 < legend.x0
+    assert legend.x1 < inside.x1
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0123456, "0.0123"), (123456.0, "123000"), (2.5e7, "2.50e+07"), (3.2e-6, "3.2e-06")],
