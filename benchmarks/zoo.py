@@ -37,7 +37,7 @@ STEP = 1e-5  # of the differences, whose error is about its square
 TIMM = """
 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32
 test_convnext cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny
-deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small 
+deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small
 efficientformerv2_s0 mnasnet_small efficientvim_m1 efficientvit_b0 efficientvit_m0
 eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny ghostnet_050
 hardcorenas_b hgnetv2_b0 hiera_tiny_224 hieradet_small hrnet_w18_small iformer_t
