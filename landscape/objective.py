@@ -57,6 +57,7 @@ class Objective:
             must be a mean over samples too: one over tokens is not, where their number differs.
             Class weights and ignored labels are understood in `nn.CrossEntropyLoss`, `nn.NLLLoss`
             and `functools.partial` of their functional forms: the mean stays one over all data.
+            Outputs in half precision go to cross-entropies and elementwise losses in float32.
         weight_decay: λ of the term (λ/2)‖θ‖² over the chosen parameters.
         transform: `transform(x, y, generator) -> (x, y)` on a batch already on the model's device,
             such as mixup; drawn once per probe and frozen. For a mapping batch, `x` is the mapping.
