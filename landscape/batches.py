@@ -245,6 +245,20 @@ def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
         raise ValueError("`data` must yield at least one sample, got none; is it empty?")
 
 
+def rows_of(inputs: Inputs, size: int, rows: slice) -> Any:
+    """Return some samples of the inputs of a batch.
+
+    Args:
+        inputs: A tensor, or keyword arguments; what does not have a row a sample is left whole.
+        size: Number of samples.
+        rows: Which of them.
+    """
+    if isinstance(inputs, Mapping):
+        return {name: rows_of(value, size, rows) for name, value in inputs.items()}
+    cuts = isinstance(inputs, Tensor) and inputs.dim() > 0 and len(inputs) == size
+    return inputs[rows] if cuts else inputs
+
+
 def versions_of(inputs: Inputs) -> list[int]:
     """Return how often each tensor has been changed in place; none for those of inference mode."""
     return [t._version for t in _tensors((inputs, None, 0)) if not t.is_inference()]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landscape.batches import Inputs
+from landscape.batches import Inputs, rows_of
 from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
 from landscape.probes.folding import Pair, folded, watched
@@ -70,7 +70,7 @@ class Forward:
         if not on_cpu or frozen.objective.loss is None or batch.size <= PART:
             return 0, False
         size = min(batch.size, 2 * PART)
-        inputs = _rows(batch.inputs, batch.size, slice(0, size))
+        inputs = rows_of(batch.inputs, batch.size, slice(0, size))
         with eagerly(), _largest_output(frozen.model) as largest, watched(frozen.model) as calls:
             expected = frozen.logits(frozen.space.values, inputs)
         part = min(max(CACHE * size // max(largest), PART), 4 * PART)
@@ -114,7 +114,7 @@ class _Parts(nn.Module):
         count = -(-size // part)
         ends = [size * i // count for i in range(count + 1)]
         for start, end in itertools.pairwise(ends):
-            rows = _rows(inputs, size, slice(start, end))
+            rows = rows_of(inputs, size, slice(start, end))
             if isinstance(rows, Mapping):
                 outputs.append(as_logits(self.model(**rows)))
                 continue
@@ -139,13 +139,6 @@ def _largest_output(model: nn.Module) -> Iterator[list[int]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _rows(inputs: Inputs, size: int, rows: slice) -> Any:
-    if isinstance(inputs, Mapping):
-        return {name: _rows(value, size, rows) for name, value in inputs.items()}
-    cuts = isinstance(inputs, Tensor) and inputs.dim() > 0 and len(inputs) == size
-    return inputs[rows] if cuts else inputs
 
 
 def _close(outputs: Tensor, expected: Tensor) -> bool:
