@@ -450,7 +450,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(v: Tensor) -> Tensor:
-    return _dot(v, v).sqrt()
+    return _dot(v, v).sqrt() if _is_long(v) else v.norm()
 
 
 def _is_long(v: Tensor) -> bool:
