@@ -265,7 +265,9 @@ class Keyed(nn.Module):
 
 @pytest.mark.parametrize("loss", [None, F.cross_entropy])
 def test_mapping_batches_and_the_loss_of_a_model(loss, recorded):
-    model = Keyed().double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # in one model of a hundred a search misses a value, as it says
+        model = Keyed().double()
     batches = [{"pixel_values": x, "labels": y} for x, y in make_batches((4, 4, 4))]
     objective = Objective(loss=loss)
     found = landscape.hessian_max_spectrum(model, batches, objective=objective, k=3, group=2)
