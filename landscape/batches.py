@@ -245,13 +245,13 @@ def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
         raise ValueError("`data` must yield at least one sample, got none; is it empty?")
 
 
-def rows_of(inputs: Inputs, size: int, rows: slice) -> Any:
+def rows_of(inputs: Inputs, size: int, rows: slice | Tensor) -> Any:
     """Return some samples of the inputs of a batch.
 
     Args:
         inputs: A tensor, or keyword arguments; what does not have a row a sample is left whole.
         size: Number of samples.
-        rows: Which of them.
+        rows: Which of them, a slice or indices.
     """
     if isinstance(inputs, Mapping):
         return {name: rows_of(value, size, rows) for name, value in inputs.items()}

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from landscape.batches import rows_of
+
 _SIDES = (224, 32, 64, 256, 384, 28)
 
 
@@ -73,10 +75,4 @@ def shape_key(inputs: Any) -> tuple[Any, ...]:
 def resized(inputs: Any, count: int) -> Any:
     """Return `count` samples of a batch, repeated where it has fewer."""
     size = num_samples(inputs)
-
-    def take(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
-            return value
-        return value[torch.arange(count, device=value.device) % size]
-
-    return {k: take(v) for k, v in inputs.items()} if isinstance(inputs, Mapping) else take(inputs)
+    return rows_of(inputs, size, torch.arange(count) % size)

@@ -464,4 +464,4 @@ _ORTHOGONAL = 1e-13  # a unit vector's component along the basis that does no ha
 _ORTHOGONAL_SINGLE = 1e-5  # ... to products in float32 (Simon, 1984: the root of ε would do)
 _OVERFLOWS = 1e100  # its square is a number, and so is what a product makes of it
 _SMALLER = 1e-60  # what is left, 1e40, has a square that is still beyond doubt
-_CHUNK = 1 << 18
+_CHUNK = 1 << 18  # entries of each vector that are worked on at a time
