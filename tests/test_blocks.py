@@ -184,6 +184,8 @@ def test_blocks_that_share_something_beside_their_sums(images):
     blocks = Blocks(model, example=images)
     assert blocks.names == ("stem", "convs.0", "convs.1", "head")
     assert blocks.kinds == ("stem", "conv", "conv", "head")
+    # What follows the first block needs the query besides its output.
+    assert [unit.is_cut for unit in blocks.traced(images).units] == [True, False, True, True]
     for index, name in enumerate(["convs.0", "convs.1"]):
         with torch.no_grad(), blocks.lesion(name):
             torch.testing.assert_close(model(images), model.forward(images, (index,)))
