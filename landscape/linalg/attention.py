@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from landscape.linalg.bilinear import apply
+from landscape.linalg.gpu import has_kernels
 
+LONGEST = 1 << 13  # row of keys that a kernel of a GPU holds
 CACHED = 1 << 18  # attention weights at a time, a heuristic: a few such tables stay in the cache
 
 
@@ -50,7 +52,11 @@ class _Attention(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, p, out = ctx.saved_tensors
         (g,) = grads
-        return (*apply(_AttentionBack, q, k, v, g, p, out, ctx.scale), None, None)
+        if torch.is_grad_enabled():
+            back = apply(_AttentionBack, q, k, v, g, p, out, ctx.scale)
+        else:
+            back = _derivatives(_scores_back(g, v, p, out), q, k, g, p, ctx.scale)
+        return (*back, None, None)
 
 
 class _AttentionBack(Function):
@@ -61,10 +67,9 @@ class _AttentionBack(Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, p: Tensor, out: Tensor, scale: float
     ) -> Any:
         centred = (g @ v.mT).sub_((g * out).sum(-1, keepdim=True))
-        d = centred * p
         ctx.save_for_backward(q, k, v, g, p, centred)
         ctx.scale = scale
-        return (d @ k).mul_(scale), (d.mT @ q).mul_(scale), p.mT @ g
+        return _derivatives(centred * p, q, k, g, p, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -73,6 +78,24 @@ class _AttentionBack(Function):
         for part in _parts([*grads, *ctx.saved_tensors, *outs]):
             _attention_curvature(ctx.scale, *part)
         return (*outs, None, None, None)
+
+
+def _scores_back(g: Tensor, v: Tensor, p: Tensor, out: Tensor) -> Tensor:
+    """Return D."""
+    a = g @ v.mT
+    if not _has_kernels(p):
+        return a.sub_((g * out).sum(-1, keepdim=True)).mul_(p)
+    from landscape.linalg.gpu.attention import centre
+
+    rows = _deep(a)
+    centre(rows, *map(_deep, (p, g, out)))
+    return rows.view(a.shape)
+
+
+def _derivatives(
+    d: Tensor, q: Tensor, k: Tensor, g: Tensor, p: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (d @ k).mul_(scale), (d.mT @ q).mul_(scale), p.mT @ g
 
 
 def _attention_curvature(
@@ -97,11 +120,8 @@ def _attention_curvature(
     is s P ∘ (T − m), with m the sums over a row of P ∘ T, and so is the derivative in A; the one in
     the scores is P ∘ (Y − r), with Y = s (A − c) ∘ (T − m) + g wᵀ and r the sums of P ∘ Y.
     """
-    d = p * centred
-    t = torch.bmm(x, k.mT).baddbmm_(q, y.mT).mul_(p)
-    tangent = t.addcmul_(p, t.sum(-1, keepdim=True), value=-1)
-    ds = torch.bmm(g, w.mT).mul_(p).addcmul_(centred, tangent, value=scale)
-    ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
+    tangent, ds = torch.bmm(x, k.mT).baddbmm_(q, y.mT), torch.bmm(g, w.mT)
+    d = _bend(tangent, ds, p, centred, scale)
     for out, a, b, c, e in (
         (dq, ds, k, d, y),
         (dk, ds.mT, q, d.mT, x),
@@ -111,6 +131,28 @@ def _attention_curvature(
     torch.bmm(p, w, out=dg)
     torch.baddbmm(dg, tangent, v, alpha=scale, out=dg)
     torch.baddbmm(dv, tangent.mT, g, beta=0, alpha=scale, out=dv)
+
+
+def _bend(t: Tensor, u: Tensor, p: Tensor, centred: Tensor, scale: float) -> Tensor:
+    """Make T into P ∘ (T − m) and g wᵀ into P ∘ (Y − r), and return D."""
+    if _has_kernels(p):
+        from landscape.linalg.gpu.attention import bend
+
+        return bend(t, u, p, centred, scale)
+    t.mul_(p)
+    t.addcmul_(p, t.sum(-1, keepdim=True), value=-1)
+    u.mul_(p).addcmul_(centred, t, value=scale)
+    u.addcmul_(p, u.sum(-1, keepdim=True), value=-1)
+    return p * centred
+
+
+def _has_kernels(p: Tensor) -> bool:
+    return has_kernels(p) and p.shape[-1] <= LONGEST
+
+
+def _deep(t: Tensor) -> Tensor:
+    """Return a tensor in one piece, with its leading dimensions as one."""
+    return t.reshape(-1, *t.shape[-2:]).contiguous()
 
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:

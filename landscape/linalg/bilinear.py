@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from landscape.linalg.gpu import has_kernels
+
 _convolution = torch.ops.aten.convolution
 _convolution_backward = torch.ops.aten.convolution_backward
 
@@ -18,6 +20,35 @@ _convolution_backward = torch.ops.aten.convolution_backward
 def apply(layer: Any, *args: Any) -> Any:
     """Call an autograd function; PyTorch does not annotate its `apply`."""
     return layer.apply(*args)
+
+
+def multiply(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    """Return a b + bias, the product of two matrices.
+
+    Args:
+        a: Shape `(m, k)`.
+        b: Shape `(k, n)`.
+        bias: Shape `(n,)`, or `None`.
+        out: Where it is written.
+        add: Add it to what `out` holds.
+    """
+    if has_kernels(a):
+        from landscape.linalg.gpu import matmul
+
+        if matmul.serves(a, b):
+            return matmul.multiply(a, b, bias, out=out, add=add)
+    if out is not None and add:
+        return out.addmm_(a, b) if bias is None else out.addmm_(a, b).add_(bias)
+    if bias is None:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(bias, a, b, out=out)
 
 
 def conv(
@@ -130,8 +161,8 @@ class _LinearBack(Function):
         ctx.save_for_backward(x, weight, g)
         ctx.set_materialize_grads(False)
         return (
-            g @ weight if needed[0] else None,
-            g.T @ x if needed[1] else None,
+            multiply(g, weight) if needed[0] else None,
+            multiply(g.T, x) if needed[1] else None,
             g.sum(0) if needed[2] else None,
         )
 
@@ -141,11 +172,11 @@ class _LinearBack(Function):
         x, weight, g = ctx.saved_tensors
         dx = dw = dg = None
         if v is not None:
-            dg = F.linear(v, weight, shift)
-            dw = g.T @ v if ctx.needs_input_grad[1] else None
+            dg = multiply(v, weight.T, shift)
+            dw = multiply(g.T, v) if ctx.needs_input_grad[1] else None
         if u is not None:
-            dg = F.linear(x, u, shift) if dg is None else dg.addmm_(x, u.T)
-            dx = g @ u if ctx.needs_input_grad[0] else None
+            dg = multiply(x, u.T, shift if dg is None else None, out=dg, add=dg is not None)
+            dx = multiply(g, u) if ctx.needs_input_grad[0] else None
         if dg is None and shift is not None:
             dg = shift.expand_as(g)
         return dx, dw, dg, None

@@ -20,7 +20,10 @@ up to rounding.
 | weight norm | PyTorch's second derivative (2.13, 2.14) is wrong |
 | `normalize` | PyTorch's second derivative is NaN at a vector of zeros, as in padded windows |
 
-* where these are fewer than the activations.
+* where these are fewer than the activations; of a layer norm on a CPU only.
+
+In float32 on a GPU, what lies between the matrix products of a layer is one kernel, and matrix
+products run on the tensor cores without loss of precision (`landscape.linalg.gpu`).
 
 `cheap_second_derivatives` puts them in the place of PyTorch's functions while a model runs. A call
 that they do not cover (other precisions, autocast, dropout, `torch.func`) is left as it is.
@@ -38,6 +41,8 @@ from torch.overrides import TorchFunctionMode
 
 from landscape.linalg.attention import attention
 from landscape.linalg.bilinear import conv, linear
+from landscape.linalg.gpu import has_kernels
+from landscape.linalg.layer_norm import layer_norm
 from landscape.linalg.mlp import mlp
 from landscape.linalg.pointwise import gelu, relu, standardise
 
@@ -167,6 +172,8 @@ class _Replacing(TorchFunctionMode):
     ) -> Tensor | None:
         if len(normalized_shape) != 1:
             return None
+        if weight is not None and has_kernels(x):
+            return layer_norm(x, weight, bias, eps)
         z = standardise(x, eps)
         # The layer keeps z; what is returned may be changed in place.
         out = z.clone() if weight is None else z * weight

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from landscape.linalg.bilinear import apply
+from landscape.linalg.bilinear import apply, multiply
+from landscape.linalg.gpu import has_kernels
 
 CACHED = 1 << 18
 """Entries of h at a time, a heuristic: a few such tables stay in the cache."""
@@ -76,10 +77,10 @@ class _Mlp(Function):
         if torch.is_grad_enabled():
             back = apply(_MlpBack, x, weight1, h, weight2, g, a, first, second, ctx.biased)
             return (*back[:3], None, *back[3:], None, None, None)
-        dh, dw = torch.empty_like(a), torch.zeros_like(weight2)
-        for g_, a_, first_, dh_ in _parts(g, a, first, dh):
-            torch.mm(g_, weight2, out=dh_).mul_(first_)
-            dw.addmm_(g_.T, a_)
+        dh, dw = torch.empty_like(a), torch.empty_like(weight2)
+        for turn, (g_, a_, first_, dh_) in enumerate(_parts(g, a, first, dh)):
+            multiply(g_, weight2, out=dh_).mul_(first_)
+            multiply(g_.T, a_, out=dw, add=turn > 0)
         return None, None, None, dh, dw, g.sum(0) if ctx.biased[1] else None, None, None, None
 
 
@@ -118,24 +119,31 @@ class _MlpBack(Function):
         v, to1, shift1, to2, shift2 = grads
         x, weight1, weight2, g, a, first, curved, e = ctx.saved_tensors
         dx, dh, dg = torch.empty_like(x), torch.empty_like(a), torch.empty_like(g)
-        dw1, dw2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
-        for v_, x_, g_, a_, first_, curved_, e_, dx_, dh_, dg_ in _parts(
-            v, x, g, a, first, curved, e, dx, dh, dg
+        dw1, dw2 = torch.empty_like(weight1), torch.empty_like(weight2)
+        for turn, (v_, x_, g_, a_, first_, curved_, e_, dx_, dh_, dg_) in enumerate(
+            _parts(v, x, g, a, first, curved, e, dx, dh, dg)
         ):
-            torch.mm(e_, to1, out=dx_)
-            dw1.addmm_(e_.T, v_)
-            t = _linear(v_, weight1, shift1).addmm_(x_, to1.T)
-            torch.mm(g_, to2, out=dh_).mul_(first_).addcmul_(t, curved_)
-            t.mul_(first_)
-            dw2.addmm_(g_.T, t)
-            _linear(t, weight2, shift2, dg_).addmm_(a_, to2.T)
+            multiply(e_, to1, out=dx_)
+            multiply(e_.T, v_, out=dw1, add=turn > 0)
+            t = multiply(v_, weight1.T, shift1)
+            multiply(x_, to1.T, out=t, add=True)
+            multiply(g_, to2, out=dh_)
+            _bend(dh_, t, first_, curved_)
+            multiply(g_.T, t, out=dw2, add=turn > 0)
+            multiply(t, weight2.T, shift2, out=dg_)
+            multiply(a_, to2.T, out=dg_, add=True)
         return dx, dw1, dh, dw2, dg, None, None, None, None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    if bias is None:
-        return torch.mm(x, weight.T, out=out)
-    return torch.addmm(bias, x, weight.T, out=out)
+def _bend(h: Tensor, t: Tensor, first: Tensor, curved: Tensor) -> None:
+    """Write h φ' + t c into `h` and t φ' into `t`, entry by entry."""
+    if has_kernels(h) and all(x.is_contiguous() for x in (h, t, first, curved)):
+        from landscape.linalg.gpu import pointwise
+
+        pointwise.bend(h, t, first, curved)
+    else:
+        h.mul_(first).addcmul_(t, curved)
+        t.mul_(first)
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -11,6 +11,7 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape import HessianOperator
+from landscape.linalg.layer_norm import layer_norm
 from landscape.linalg.layers import cheap_second_derivatives
 from tests.cases import make_batches, make_model
 
@@ -294,6 +295,20 @@ def test_rows_part_by_part_are_the_same(generator, monkeypatch):
         monkeypatch.setattr("landscape.linalg.mlp.CACHED", 1)
         _, parts = evaluate(function, tensors, tangents)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_layer_norm_as_on_a_gpu(biased, generator):
+    x, w, b = (torch.randn(s, generator=generator).double() for s in ((3, 5, 6), (6,), (6,)))
+    tensors = [t.requires_grad_() for t in ([x, w, b] if biased else [x, w])]
+
+    def norm(x, w, b=None):
+        return layer_norm(x.transpose(0, 1), w, b, 1e-3)
+
+    expected = F.layer_norm(x.transpose(0, 1), (6,), w, b if biased else None, 1e-3)
+    torch.testing.assert_close(norm(*tensors), expected)
+    assert torch.autograd.gradcheck(norm, tensors)
+    assert torch.autograd.gradgradcheck(norm, tensors)
 
 
 def test_autocast_and_half_precision_are_left_alone():

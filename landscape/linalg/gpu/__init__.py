@@ -1,0 +1,26 @@
+"""Kernels for a GPU, in Triton, which comes with PyTorch there.
+
+Between its matrix products a Hessian product is hundreds of small operations, each of which takes a
+GPU longer to begin than to do; and in float32 the products themselves leave the tensor cores idle.
+The modules here are imported where `has_kernels` says that they run.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether there are kernels for a tensor: of float32, on a GPU of NVIDIA's since 2020."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return False  # Triton works on the current device
+    return tensor.dtype == torch.float32 and _runs_kernels(tensor.device)
+
+
+@cache
+def _runs_kernels(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,127 @@
+"""Products through the kernels of a GPU, on one or in Triton's interpreter on a CPU.
+
+The interpreter has to be chosen before Triton is imported, so it has a process of its own:
+
+    TRITON_INTERPRET=1 python -m tests.linalg.kernels
+
+prints the errors of all cases, beside those of PyTorch in float32, and how often each kernel ran.
+"""
+
+import json
+from collections import Counter
+
+import torch
+from torch import nn
+
+from landscape import HessianOperator, Objective
+from landscape.linalg import gpu
+from landscape.models import create_model
+
+
+class Tokens(nn.Module):
+    """Layer norms that are short, long or without a shift, of what is not in one piece."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.LayerNorm(1100)
+        self.bare = nn.LayerNorm(20, bias=False)
+        self.head = nn.Linear(20, 3, bias=False)
+
+    def forward(self, x):
+        x = self.wide(x.flatten(1)[:, :1100].repeat(3, 1)).view(-1, 55, 20)
+        return self.head(self.bare(x.transpose(0, 1)).sin().mean(0)).view(3, -1, 3).sum(0)
+
+
+def rows():
+    """More rows than a product sums in one go, and widths that are no multiples of tiles."""
+    return nn.Sequential(
+        nn.Flatten(1),
+        nn.Unflatten(1, (96, 32)),
+        nn.Linear(32, 70, bias=False),
+        nn.LayerNorm(70),
+        nn.Linear(70, 33),
+        nn.GELU(),
+        nn.Linear(33, 40, bias=False),
+        nn.Tanh(),
+        nn.Flatten(1),
+        nn.Linear(96 * 40, 3),
+    )
+
+
+def wide():
+    """Sums so long that they go in parts."""
+    return nn.Sequential(
+        nn.Flatten(1), nn.Linear(3072, 600), nn.Tanh(), nn.Linear(600, 40), nn.Linear(40, 3)
+    )
+
+
+def vit(**sizes):
+    return create_model("vit_nano", dim=32, depth=2, heads=2, num_classes=3, **sizes)
+
+
+# name: (model, images, which parameters)
+CASES = {
+    "vit": (vit, 3, None),
+    "vit with windows": (lambda: vit(window=3, pool="gap"), 3, None),
+    "a block of a vit": (vit, 3, "blocks.1.*"),
+    "rows": (rows, 7, None),
+    "wide": (wide, 33, None),
+    "tokens": (Tokens, 4, None),
+}
+
+
+def errors(name, device):
+    """Return the relative errors of a product in float32 through the kernels, and without them."""
+    build, images, parameters = CASES[name]
+    torch.manual_seed(0)
+    model = build()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    x, y = torch.randn(images, 3, 32, 32), torch.arange(images) % 3
+    objective = Objective(parameters=parameters)
+
+    def product(dtype, kernels=False):
+        model.to(device, dtype)
+        data = [(x.to(device, dtype), y.to(device))]
+        before, gpu._runs_kernels = gpu._runs_kernels, lambda device: kernels
+        try:
+            operator = HessianOperator(model, data, objective)
+            v = torch.randn(operator.dim, generator=torch.Generator().manual_seed(1))
+            return operator.matvec(v.to(device, dtype)).double().cpu()
+        finally:
+            gpu._runs_kernels = before
+
+    plain, ours, exact = product(torch.float32), product(torch.float32, True), product(torch.double)
+    return [float((found - exact).norm() / exact.norm()) for found in (ours, plain)]
+
+
+def counting():
+    """Count the calls of every kernel from now on."""
+    from landscape.linalg.gpu import attention, matmul, pointwise
+
+    calls = Counter()
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, names in (
+        (attention, ("bend", "centre")),
+        (matmul, ("multiply",)),
+        (pointwise, ("bend", "norm_curvature")),
+    ):
+        for name in names:
+            full = f"{module.__name__.rpartition('.')[2]}.{name}"
+            setattr(module, name, counted(full, getattr(module, name)))
+    return calls
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    calls = counting()
+    found = {name: errors(name, "cpu") for name in CASES}
+    print(json.dumps({"errors": found, "calls": calls}))
