@@ -243,8 +243,8 @@ def gradients(model: nn.Module, batches: list[Batch]) -> None:
 def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
     """Return W5: seconds a mini-batch of each way, and how far its values are from exact ones.
 
-    In each of two turns one half of the mini-batches goes side by side, a few of them one by one, a
-    quarter of them in TF32, and one through PyHessian, in the second turn only if it was quick.
+    In each of two turns one half of the mini-batches goes side by side, a few of these one by one,
+    every second of them in TF32, and one through PyHessian, again only if that was quick.
     """
     model, device = subject.model, subject.device
     batches = subject.data(4 if quick else 64, 4 if quick else 16)
@@ -268,7 +268,7 @@ def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
             take("side_by_side", part, group=None if on_gpu else 2)
             take("one_by_one", few, group=1)
             if on_gpu:
-                take("tf32", part[: half // 4], precision="tf32")
+                take("tf32", part[::2], precision="tf32")
             if find_spec("pyhessian") is not None and turns.get("pyhessian", [0])[0] < PATIENCE:
                 _, taken = timed(partial(pyhessian, model, part[0], on_gpu), device)
                 turns.setdefault("pyhessian", []).append(taken)
@@ -382,13 +382,14 @@ def table(content: dict[str, Any]) -> str:
         "",
         "Milliseconds of a plain gradient as PyTorch makes it, of it as a CUDA graph, of a Hessian "
         "product in float32 (with its share of the peak) and in TF32; certified top 5 of one batch "
-        "(W1), in gradients and products; W5 in milliseconds a mini-batch of 16, and times as fast "
-        "as PyHessian; a point of a 9 x 9 surface, directions drawn, over a forward pass. "
+        "(W1), in gradients and products, and of four (W3), in their gradients; density of 80 "
+        "steps over 80 products (W4); W5 in milliseconds a mini-batch of 16, and times as fast as "
+        "PyHessian; a point of a 9 x 9 surface, directions drawn, over a forward pass. "
         "`benchmarks/gpu.py` says how each is measured. Empty: not measured.",
         "",
         "| model | images | gradient | as a graph | product | of the peak | in TF32 | W1 | products"
-        " | W5 | one by one | in TF32 | PyHessian | times | point |",
-        "|---|" + "---:|" * 14,
+        " | W3 | W4 | W5 | one by one | in TF32 | PyHessian | times | point |",
+        "|---|" + "---:|" * 16,
     ]
     for row in content["rows"]:
         w5 = {k: 1e3 * v for k, v in row.get("w5_seconds_a_mini_batch", {}).items()}
@@ -400,6 +401,8 @@ def table(content: dict[str, Any]) -> str:
             _cell(row.get("product_tf32_ms"), ".1f"),
             _cell(row.get("w1_gradients"), ".0f"),
             _cell(row.get("w1_products"), ".0f"),
+            _cell(row.get("w3_gradients"), ".0f"),
+            _cell(row.get("w4_over_products"), ".2f"),
             *(_cell(w5.get(n), ".0f") for n in ("side_by_side", "one_by_one", "tf32", "pyhessian")),
             _cell(row.get("w5_times_as_fast_as", {}).get("pyhessian"), ".1f"),
             _cell(row.get("surface_forwards_a_point"), ".2f"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,22 @@ def test_interpreted_kernels(name, interpreted):
 
 def test_every_kernel_is_interpreted(interpreted):
     assert set(interpreted["calls"]) == KERNELS
+
+
+def test_what_cannot_be_compiled_is_gone_without(monkeypatch):
+    broken = SimpleNamespace(bend=lambda *tensors: 1 / 0)
+    monkeypatch.setitem(sys.modules, "landscape.linalg.gpu.pointwise", broken)
+    monkeypatch.setattr(gpu, "pointwise", broken, raising=False)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: [None] * 4)
+    with pytest.warns(UserWarning, match="Triton fails here: ZeroDivisionError"):
+        assert not gpu._runs_kernels.__wrapped__(torch.device("cuda", 0))
+    broken.bend = lambda *tensors: None
+    assert gpu._runs_kernels.__wrapped__(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not gpu._runs_kernels.__wrapped__(torch.device("cuda", 0))
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ GPU longer to begin than to do; and in float32 the products themselves leave the
 The modules here are imported where `has_kernels` says that they run.
 """
 
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
@@ -23,4 +24,16 @@ def has_kernels(tensor: Tensor) -> bool:
 def _runs_kernels(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:  # Triton needs a C compiler, among others
+        from landscape.linalg.gpu import pointwise
+
+        pointwise.bend(*torch.zeros(4, 1, device=device))
+    except Exception as error:
+        warnings.warn(
+            f"Hessian products go without kernels of our own, as Triton fails here: {error!r}.",
+            stacklevel=2,
+        )
+        return False
+    return True
