@@ -244,7 +244,7 @@ def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
     """Return W5: seconds a mini-batch of each way, and how far its values are from exact ones.
 
     In each of two turns one half of the mini-batches goes side by side, a few of these one by one,
-    every second of them in TF32, and one through PyHessian, again only if that was quick.
+    the first half of it in TF32, and one through PyHessian, again only if that was quick.
     """
     model, device = subject.model, subject.device
     batches = subject.data(4 if quick else 64, 4 if quick else 16)
@@ -268,7 +268,7 @@ def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
             take("side_by_side", part, group=None if on_gpu else 2)
             take("one_by_one", few, group=1)
             if on_gpu:
-                take("tf32", part[::2], precision="tf32")
+                take("tf32", part[: half // 2], precision="tf32")
             if find_spec("pyhessian") is not None and turns.get("pyhessian", [0])[0] < PATIENCE:
                 _, taken = timed(partial(pyhessian, model, part[0], on_gpu), device)
                 turns.setdefault("pyhessian", []).append(taken)
