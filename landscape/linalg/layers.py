@@ -9,7 +9,7 @@ up to rounding.
 | layer | how its second derivative is made cheaper |
 |---|---|
 | convolution | derivatives in the weights by the kernel of the first derivative |
-| batch norm in evaluation mode, after a convolution | as a factor of that one's weights * |
+| batch norm in evaluation mode | factors of channels; after a convolution, of its weights * |
 | scale and shift of a layer norm, before a linear layer | as factors of that one's weights * |
 | linear | sums of products accumulate in place |
 | ReLU | known to be zero |
@@ -44,7 +44,7 @@ from landscape.linalg.bilinear import conv, linear
 from landscape.linalg.gpu import has_kernels
 from landscape.linalg.layer_norm import layer_norm
 from landscape.linalg.mlp import mlp
-from landscape.linalg.pointwise import gelu, relu, standardise
+from landscape.linalg.pointwise import gelu, normalise, relu, standardise
 
 _BY_POSITION = {"input", "query", "key", "value"}  # a call that names them is left as it is
 
@@ -108,8 +108,8 @@ class _Replacing(TorchFunctionMode):
         if x.dim() != 4 or isinstance(padding, str):
             return None
         if x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last)
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            form = torch.channels_last if x.numel() >= weight.numel() else torch.contiguous_format
+            x, weight = x.contiguous(memory_format=form), weight.contiguous(memory_format=form)
         settings = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
         out = conv(x, weight, bias, settings)
         self._convolved = _Made(out, x, weight, bias, settings)
@@ -127,16 +127,17 @@ class _Replacing(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor | None:
         last, self._convolved = self._convolved, None
-        if training or last is None or not last.is_still(x) or last.weight is None:
+        if training or running_mean is None or running_var is None or x.dim() < 2:
             return None
-        if running_mean is None or running_var is None or x.numel() < last.weight.numel():
-            return None  # passes over the weights would cost more than they spare
         scale = torch.rsqrt(running_var + eps)
+        kernels = None if last is None or not last.is_still(x) else last.weight
+        if last is None or kernels is None or x.numel() < kernels.numel():
+            return normalise(x, weight, bias, running_mean, scale)
         scale = scale if weight is None else scale * weight
         shift = -running_mean * scale if bias is None else bias - running_mean * scale
         if last.bias is not None:
             shift = shift + last.bias * scale
-        folded = last.weight * scale[:, None, None, None]
+        folded = kernels * scale[:, None, None, None]
         known = (x, scale, shift if last.bias is None else shift - last.bias * scale)
         return conv(last.x, folded, shift, last.more, tuple(t.detach() for t in known))
 

@@ -43,6 +43,22 @@ def standardise(x: Tensor, eps: float) -> Tensor:
     return out
 
 
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rho: Tensor
+) -> Tensor:
+    """Return γ ∘ ρ ∘ (x − μ) + β, channel by channel: a batch norm in evaluation mode.
+
+    Args:
+        x: Channels in the second dimension.
+        weight: γ, shape `(channels,)`, or `None`.
+        bias: β, or `None`.
+        mean: μ, a constant.
+        rho: ρ, a constant.
+    """
+    out: Tensor = apply(_Normalise, x, weight, bias, mean, rho)
+    return out
+
+
 class _Relu(Function):
     """y = max(x, 0), of which y'' = 0 is known, and so takes no pass over memory."""
 
@@ -102,6 +118,84 @@ class _GeluBack(Function):
         (v,) = grads
         curved, first = ctx.saved_tensors
         return v * curved, v * first, None, None
+
+
+class _Normalise(Function):
+    """y = s ∘ (x − μ) + β, s = γ ∘ ρ, channel by channel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rho: Tensor,
+    ) -> Tensor:
+        s = rho if weight is None else rho * weight
+        shift = -mean * s if bias is None else torch.addcmul(bias, mean, s, value=-1)
+        ctx.save_for_backward(x, weight, s, mean, rho)
+        return torch.addcmul(_along(shift, x), x, _along(s, x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, *known = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        return (*apply(_NormaliseBack, x, weight, grads[0], *known, needed), None, None)
+
+
+class _NormaliseBack(Function):
+    """b = (s ∘ g, ρ ∘ (Σ g ∘ x − μ Σ g), Σ g)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        g: Tensor,
+        s: Tensor,
+        mean: Tensor,
+        rho: Tensor,
+        needed: tuple[bool, ...],
+    ) -> Any:
+        ctx.save_for_backward(x, g, s, mean, rho)
+        ctx.set_materialize_grads(False)
+        of_x, of_weight, of_bias = needed
+        total = _total(g) if of_weight or of_bias else None
+        slope = None
+        if of_weight and total is not None:
+            slope = torch.addcmul(_total(g * x), mean, total, value=-1).mul_(rho)
+        return g * _along(s, g) if of_x else None, slope, total if of_bias else None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        # ⟨b, (v, u, w)⟩ = ⟨g, s ∘ v + ρ ∘ u ∘ (x − μ) + w⟩
+        v, u, shift = grads
+        x, g, s, mean, rho = ctx.saved_tensors
+        dx = dweight = dg = None
+        if u is not None:
+            slope = rho * u
+            offset = -slope * mean
+            dg = torch.addcmul(
+                _along(offset if shift is None else offset + shift, x), x, _along(slope, x)
+            )
+            dx = g * _along(slope, g) if ctx.needs_input_grad[0] else None
+        elif shift is not None:
+            dg = _along(shift, g).expand_as(g)
+        if v is not None:
+            dg = v * _along(s, v) if dg is None else torch.addcmul(dg, v, _along(s, v))
+            dweight = _total(g * v).mul_(rho) if ctx.needs_input_grad[1] else None
+        return dx, dweight, dg, None, None, None, None
+
+
+def _along(channels: Tensor, x: Tensor) -> Tensor:
+    """Return numbers of channels as factors of what has these in its second dimension."""
+    return channels.view(-1, *[1] * (x.dim() - 2))
+
+
+def _total(x: Tensor) -> Tensor:
+    """Return sums over all dimensions but the second."""
+    return x.sum([0, *range(2, x.dim())])
 
 
 class _Standardise(Function):

@@ -53,7 +53,7 @@ CASES = {
     "conv of more weights than activations, and norm": (
         lambda x, w, s, b: batch_norm(F.conv2d(x, w), s, b),
         [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)],
-        None,
+        "_Normalise",
     ),
     "conv with bias and bare norm": (
         lambda x, w, b: batch_norm(F.conv2d(x, w, b)),
@@ -65,8 +65,11 @@ CASES = {
         [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)],
         None,
     ),
-    "conv, changed, norm": (halved, [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)], None),
-    "norm alone": (batch_norm, [(2, 6, 5, 5), (6,), (6,)], None),
+    "conv, changed, norm": (halved, [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)], "_Normalise"),
+    "norm alone": (batch_norm, [(2, 6, 5, 5), (6,), (6,)], "_Normalise"),
+    "norm of rows": (batch_norm, [(4, 6), (6,), (6,)], "_Normalise"),
+    "norm, no shift": (batch_norm, [(2, 6, 3), (6,)], "_Normalise"),
+    "bare norm": (lambda x: batch_norm(x.sin()), [(2, 6, 5, 5)], "_Normalise"),
     "linear": (F.linear, [(4, 3, 5), (6, 5), (6,)], "_Linear"),
     "linear without bias": (F.linear, [(4, 5), (6, 5)], "_Linear"),
     "linear by keyword": (lambda x, w: F.linear(input=x, weight=w), [(4, 5), (6, 5)], None),
