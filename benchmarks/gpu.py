@@ -9,7 +9,7 @@
 | of the peak | floating-point operations of a product over its time, against the best `a @ b` |
 | W1, W3 | 5 eigenvalues largest by magnitude of one batch and of 4, certified, in gradients |
 | W4 | density of 80 steps over the time of 80 products |
-| W5 | mini-batches of 16: 64 of them side by side, one by one, in TF32, and a few by PyHessian |
+| W5 | 64 mini-batches of 16 side by side, also in TF32, and a few one by one and by PyHessian |
 | surface | a point of a 9 x 9 surface, directions drawn, over a forward pass at batch 128 |
 
 Models are untrained but for 20 steps on Fashion-MNIST, at 32 x 32 and, where the name says so, at
@@ -243,14 +243,13 @@ def gradients(model: nn.Module, batches: list[Batch]) -> None:
 def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
     """Return W5: seconds a mini-batch of each way, and how far its values are from exact ones.
 
-    In each of two turns one half of the mini-batches goes side by side, a few of these one by one,
-    the first half of it in TF32, and one through PyHessian, again only if that was quick.
+    In each of two turns all mini-batches go side by side, in float32 and in TF32, two of them one
+    by one, and one through PyHessian, again only if that was quick.
     """
     model, device = subject.model, subject.device
     batches = subject.data(4 if quick else 64, 4 if quick else 16)
     on_gpu = device.type == "cuda"
-    half = len(batches) // 2
-    halves = batches[:half], batches[half:]
+    few = batches[:2]
     turns: dict[str, list[float]] = {}
     found: dict[str, list[Any]] = {}
 
@@ -263,14 +262,13 @@ def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
 
     with warnings.catch_warnings():  # what has not converged is told in the row
         warnings.filterwarnings("ignore", ".*have not converged", UserWarning)
-        for part in halves:
-            few = part[: max(1, half // 32)]
-            take("side_by_side", part, group=None if on_gpu else 2)
+        for _ in range(min(subject.rounds, 2)):
+            take("side_by_side", batches, group=None if on_gpu else 2)
             take("one_by_one", few, group=1)
             if on_gpu:
-                take("tf32", part[: half // 2], precision="tf32")
+                take("tf32", batches, precision="tf32")
             if find_spec("pyhessian") is not None and turns.get("pyhessian", [0])[0] < PATIENCE:
-                _, taken = timed(partial(pyhessian, model, part[0], on_gpu), device)
+                _, taken = timed(partial(pyhessian, model, batches[0], on_gpu), device)
                 turns.setdefault("pyhessian", []).append(taken)
     tight = landscape.hessian_max_spectrum(model, few, group=1, tol=1e-5).eigenvalues
     seconds = {name: sum(values) / len(values) for name, values in turns.items()}

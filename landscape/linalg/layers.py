@@ -108,6 +108,7 @@ class _Replacing(TorchFunctionMode):
         if x.dim() != 4 or isinstance(padding, str):
             return None
         if x.device.type == "cpu":
+            # To rearrange more weights than activations, three times a product, costs more.
             form = torch.channels_last if x.numel() >= weight.numel() else torch.contiguous_format
             x, weight = x.contiguous(memory_format=form), weight.contiguous(memory_format=form)
         settings = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)

@@ -44,8 +44,8 @@ BASIS = 32
 15 to 25 products are made, and beyond it the search restarts."""
 
 MAX_GROUP = 8
-"""Most mini-batches side by side by default: with 8 a GPU (H200) makes 1.6 to 3.2 times as many
-products a second as with one, and of 4 to 8 it gains a twentieth to a third."""
+"""Most mini-batches side by side by default: with 8 a GPU (H200) makes 1.3 to 3.2 times as many
+products a second as with one, and of 4 to 8 it gains nothing (ViT-Ti) to a third (ResNet-20)."""
 
 FEWEST = 4
 """Mini-batches that each place should have by default, a heuristic: to record them takes the time

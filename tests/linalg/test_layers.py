@@ -65,7 +65,7 @@ CASES = {
         [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)],
         None,
     ),
-    "conv, changed, norm": (halved, [(2, 4, 5, 5), (6, 4, 3, 3), (6,), (6,)], "_Normalise"),
+    "conv, changed, norm": (halved, [(2, 4, 7, 7), (6, 4, 3, 3), (6,), (6,)], "_Normalise"),
     "norm alone": (batch_norm, [(2, 6, 5, 5), (6,), (6,)], "_Normalise"),
     "norm of rows": (batch_norm, [(4, 6), (6,), (6,)], "_Normalise"),
     "norm, no shift": (batch_norm, [(2, 6, 3), (6,)], "_Normalise"),
