@@ -44,9 +44,9 @@ from workloads import Batch
 
 import landscape
 from landscape import HessianOperator
-from landscape.linalg.gradient import rounding
 from landscape.linalg.recording import Recording, apart, side_stream
 from landscape.models import create_model
+from landscape.restore import rounding
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = {"image_size": 224, "patch_size": 16, "dim": 768, "heads": 12}

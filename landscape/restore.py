@@ -138,6 +138,27 @@ def eagerly() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def rounding(precision: str) -> Iterator[None]:
+    """Let matrix products and convolutions of a GPU round their factors to TF32, or not.
+
+    PyTorch's own default rounds those of convolutions.
+
+    Args:
+        precision: `"tf32"` to round; anything else not to.
+    """
+    cudnn: Any = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether any part of a model is compiled."""
     return any(

@@ -273,7 +273,7 @@ def test_corruptions(profile, tmp_path):
     assert_alike(Result.load(result.save(tmp_path / "result")), result, rtol=0, atol=0)
     found, expected = results[1], results[0]
     assert found.clean_nll == pytest.approx(expected.clean_nll, rel=1e-6)
-    np.testing.assert_allclose(found.nll, expected.nll, rtol=3e-3)
+    np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-3)
     np.testing.assert_allclose(found.error, expected.error, atol=1.01 / sum(SIZES))
 
 

@@ -18,6 +18,7 @@ from landscape.corruptions.severities import (
     Profile,
 )
 from landscape.corruptions.streams import Streams, mix64
+from landscape.restore import rounding
 
 MIN_SIZE = 32
 
@@ -107,7 +108,8 @@ def corrupt(
     values = _CHUNK.get(images.device.type, _CHUNK["cuda"])
     chunk = max(1, values // max(images[:1].numel(), 1))
     parts = []
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    uncast = torch.autocast(images.device.type, enabled=False)
+    with torch.no_grad(), uncast, rounding("full"):
         for first in range(0, len(images), chunk):
             part = images[first : first + chunk]
             streams = Streams(key, start + first, len(part))

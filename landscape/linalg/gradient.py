@@ -5,7 +5,7 @@ A Hessian product is v ↦ ∇⟨∇L, v⟩. The graph of ∇L does not depend o
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from landscape._checks import check_choice
 from landscape.linalg.layers import cheap_second_derivatives
 from landscape.parameters import ParameterSpace
-from landscape.restore import eagerly
+from landscape.restore import eagerly, rounding
 
 Precision = Literal["full", "tf32", "bf16"]
 
@@ -134,24 +134,6 @@ def twice_differentiable() -> Iterator[None]:
         )
     with sdpa_kernel(SDPBackend.MATH), eagerly(), rounding("full"):
         yield
-
-
-@contextmanager
-def rounding(precision: Precision) -> Iterator[None]:
-    """Let matrix products and convolutions of a GPU round their factors to TF32, or not.
-
-    PyTorch's own default rounds those of convolutions.
-    """
-    cudnn: Any = torch.backends.cudnn
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
 
 
 def check_precision(precision: str, space: ParameterSpace) -> None:

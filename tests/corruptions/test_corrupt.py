@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from landscape.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from landscape.corruptions import CORRUPTIONS, SEVERITIES, apply, corrupt
 from landscape.corruptions.severities import CIFAR, IMAGENET
+from landscape.restore import rounding
 from tests.corruptions.cases import pictures
 
 PROFILES = ("imagenet", "cifar")
@@ -193,3 +194,20 @@ def test_a_gpu_makes_the_same_images(name, profile):
         assert there.is_cuda
         difference = (there.cpu().int() - here).abs()
         assert difference.double().mean() < 0.02
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_products_are_not_rounded_because_the_user_lets_a_gpu(profile, monkeypatch):
+    """TF32 would move a blurred value by a tenth of a grey level, and another is rounded down."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    seen = []
+
+    def kernel(x, *rest):
+        seen.extend(backend.fp32_precision for backend in backends)
+        return x
+
+    monkeypatch.setitem(apply._PROFILES[profile][0], "glass_blur", kernel)
+    with rounding("tf32"):
+        corrupt(pictures(), "glass_blur", 3, profile=profile)
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "tf32"]
+    assert seen == ["ieee", "ieee"]
