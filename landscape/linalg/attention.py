@@ -66,7 +66,7 @@ class _AttentionBack(Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, p: Tensor, out: Tensor, scale: float
     ) -> Any:
-        centred = (g @ v.mT).sub_((g * out).sum(-1, keepdim=True))
+        centred = _centred(g, v, out)
         ctx.save_for_backward(q, k, v, g, p, centred)
         ctx.scale = scale
         return _derivatives(centred * p, q, k, g, p, scale)
@@ -80,13 +80,18 @@ class _AttentionBack(Function):
         return (*outs, None, None, None)
 
 
+def _centred(g: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """Return A − c."""
+    return (g @ v.mT).sub_((g * out).sum(-1, keepdim=True))
+
+
 def _scores_back(g: Tensor, v: Tensor, p: Tensor, out: Tensor) -> Tensor:
     """Return D."""
-    a = g @ v.mT
     if not _has_kernels(p):
-        return a.sub_((g * out).sum(-1, keepdim=True)).mul_(p)
+        return _centred(g, v, out).mul_(p)
     from landscape.linalg.gpu.attention import centre
 
+    a = g @ v.mT
     rows = _deep(a)
     centre(rows, *map(_deep, (p, g, out)))
     return rows.view(a.shape)

@@ -54,6 +54,7 @@ class _LayerNormBack(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, g: Tensor, mean: Tensor, rho: Tensor) -> Any:
         ctx.save_for_backward(x, weight, g, mean, rho)
+        # Of β it reads the shape alone, which is that of γ.
         return _layer_norm_backward(g, x, x.shape[-1:], mean, rho, weight, weight, [True] * 3)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""ReLU, GELU and the standardisation of a layer norm with a cheap second derivative.
+"""ReLU, GELU, batch norm and the core of a layer norm, each with a cheap second derivative.
 
 `landscape.linalg.layers` puts them in place.
 """

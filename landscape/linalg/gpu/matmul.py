@@ -32,15 +32,7 @@ def multiply(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """Return a b + bias.
-
-    Args:
-        a: Shape `(m, k)`, of any strides.
-        b: Shape `(k, n)`, of any strides.
-        bias: Shape `(n,)`, or `None`.
-        out: Where it is written.
-        add: Add it to what `out` holds.
-    """
+    """Return what `landscape.linalg.bilinear.multiply` does, of matrices of any strides."""
     (m, k), n = a.shape, b.shape[1]
     if out is None:
         out = torch.empty(m, n, dtype=a.dtype, device=a.device)
