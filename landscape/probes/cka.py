@@ -32,7 +32,7 @@ from landscape.blocks import Block, Blocks, blocks_of
 from landscape.probes.feature_maps import BlockTable, at_least_single, describe
 from landscape.probes.scores import stream
 from landscape.provenance import forward_provenance
-from landscape.restore import untouched
+from landscape.restore import rounding, untouched
 from landscape.results import Provenance, Result
 
 _FEWEST = 4  # samples in a batch: the estimate divides by n − 3
@@ -190,7 +190,8 @@ def _grams(blocks: Blocks, inputs: Any) -> Tensor:
 def _gram(feature: Tensor) -> Tensor:
     x = feature.flatten(1)
     x = x - x.mean(0)
-    gram = (x @ x.T).double().fill_diagonal_(0)
+    with rounding("full"):  # as the caller lets a GPU round are the features, not their products
+        gram = (x @ x.T).double().fill_diagonal_(0)
     n = len(gram)
     rows = gram.sum(1) / (n - 2)
     centred = gram - rows[:, None] - rows + rows.sum() / (n - 1)

@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape.blocks import Blocks
 from landscape.models import resnet20, vit_nano
 from landscape.probes.cka import CKA, cka
+from landscape.restore import rounding
 from tests.cases import assert_untouched, snapshot
 from tests.probes.filters import Cached, filters, images
 
@@ -166,6 +168,21 @@ def test_float32_is_accurate_far_from_the_origin():
         for j, b in enumerate(captured.values()):
             centred = [f.double() - f.double().mean(0) for f in (a, b)]
             assert result.values[i, j] == pytest.approx(by_hand(*centred, (16, 16)), abs=1e-5)
+
+
+def test_products_are_not_rounded_because_the_user_lets_a_gpu():
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default and args[0].shape[0] == args[1].shape[1] == 16:
+                seen.append(torch.backends.cuda.matmul.fp32_precision)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    model, blocks = filters(torch.float32, names=["white", "blur"])
+    with rounding("tf32"), Products():
+        cka(model, images((16, 16), dtype=torch.float32), blocks_a=blocks)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert seen == ["ieee"] * 4  # two blocks in two batches
 
 
 def test_one_batch_has_no_error():
