@@ -383,6 +383,31 @@ def test_an_error_of_the_model_says_what_it_was_called_with():
     ]
 
 
+class Counting(nn.Module):
+    """Counts its samples; may want all of them at once."""
+
+    def __init__(self, body, size=None):
+        super().__init__()
+        self.body, self.size, self.calls = body, size, []
+
+    def forward(self, x):
+        self.calls.append(len(x))
+        return self.body(x if self.size is None else x.view(self.size, *x.shape[1:]))
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "calls"),
+    [(40, None, [40, 16, 16]), (40, 40, [40, 16, 40]), (32, None, [32, 32])],
+)
+def test_some_samples_show_whether_a_model_repeats_itself(samples, size, calls):
+    batches = [(X[:1].repeat(samples, 1, 1, 1), Y[:1].repeat(samples))]
+    model = Counting(make_model("conv"), size)
+    Objective().freeze(model, batches)
+    assert model.calls == calls
+    with pytest.raises(ValueError, match="deterministic"):
+        Objective().freeze(Counting(Noisy(), size), batches)
+
+
 def test_bad_models_and_settings_are_refused():
     batches = make_batches((6,))
     frozen = make_model("conv").requires_grad_(False)
