@@ -233,8 +233,9 @@ class EigenSearch:
             ritz = RitzPairs(ritz.values.copy(), ritz.residuals.copy(), ritz.coordinates)
             ritz.values[chosen], ritz.residuals[chosen] = better, true
         values, residuals = ritz.values[chosen], ritz.residuals[chosen]
-        errors = error_estimates(ritz)[chosen]
-        converged = errors <= self._tolerances(values, self._tol)
+        estimates = error_estimates(ritz)[chosen]
+        converged = estimates <= self._tolerances(values, self._tol)
+        errors = np.maximum(estimates, 0.0 if self._rough else self.space.asymmetry)
         found = None
         if vectors:
             if name not in self._checked:
