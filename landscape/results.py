@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from landscape.summary import summarize
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -43,6 +45,11 @@ class Result:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Result._classes[cls.__name__] = cls
+        if "__repr__" not in vars(cls):  # a dataclass would write out all numbers of all arrays
+            cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return summarize(self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result to one `.npz` file, atomically, and return its path.
@@ -156,6 +163,13 @@ class Provenance(Result):
     num_hvps: float = 0.0
     num_forwards: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Return the most of it in one line."""
+        samples = f"{self.num_samples:,} samples" if self.num_samples else ""
+        where = f"{self.device} {self.dtype}".strip()
+        told = [self.model, f"{self.num_parameters:,} parameters", samples, where]
+        return ", ".join([part for part in told if part] + [f"{self.seconds:.3g} s"])
 
 
 def write_atomically(path: Path, content: bytes) -> None:

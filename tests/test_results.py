@@ -120,3 +120,66 @@ def test_results_hold_no_objects():
     bad = Nested(None, {"x": np.array([object()])}, (0.0, 1.0), None, 0.0, Provenance())
     with pytest.raises(TypeError, match="no object arrays"):
         bad.save("never.npz")
+
+
+@dataclass(frozen=True)
+class Everything(Result):
+    pairs: Eigenpairs
+    trace: float
+    trace_stderr: float
+    nep: float
+    nep_interval: tuple[float, float]
+    curve: np.ndarray
+    curve_stderr: np.ndarray
+    surface: np.ndarray
+    reached: np.ndarray
+    missing: np.ndarray
+    names: tuple[str, ...]
+    parts: tuple[np.ndarray, ...]
+    states: tuple[dict[str, np.ndarray], ...]
+    skipped: tuple[str, ...]
+    nothing: None
+    provenance: Provenance
+
+
+def test_a_result_prints_numbers_with_their_errors_and_long_arrays_in_short():
+    values, errors = np.array([232.93336, -147.58159]), np.array([2.9e-5, 0.00123])
+    pairs = Eigenpairs(values, 2 * errors, errors, np.array([True, False]), "LM", 52, miss=0.01)
+    surface = np.linspace(2, 3, 21 * 21).reshape(21, 21)
+    surface[0, :3] = np.nan, np.inf, 2.5
+    result = Everything(
+        pairs, 812.84, 916.12, 0.5333, (0.2, 0.8), np.array([1.5, 2.5]), np.array([0.123, 0.0456]),
+        surface, surface > 2.5, np.full(9, np.nan), tuple("abc"), (np.zeros(2), np.ones((3, 3))),
+        ({"w": surface},), (), None, Provenance(
+            model="Net", num_parameters=5_491_786, num_samples=48, device="cpu", dtype="float32",
+            seconds=42.8204, settings={"k": 5, "directions": ("a", "b"), "long": "x" * 200},
+        ),
+    )  # fmt: skip
+    assert str(result) == repr(result)
+    assert (
+        str(result)
+        == """Everything
+  pairs       Eigenpairs
+    values       232.9 ± 2.9e-05, -147.6 ± 0.0012
+    residuals    5.8e-05, 0.00246
+    converged    True, False
+    which        LM
+    num_matvecs  52
+    miss         0.01
+  trace       812.8 ± 916.1
+  nep         0.5333 [0.2, 0.8]
+  curve       1.5 ± 0.12, 2.5 ± 0.046
+  surface     (21, 21), 2.007 to 3, 2 not finite
+  reached     (21, 21), 221 true
+  missing     (9,), 9 not finite
+  names       a, b, c
+  parts       (0, 0), ((3, 3), 1 to 1)
+  states      1 entries
+  skipped     none
+  provenance  Net, 5,491,786 parameters, 48 samples, cpu float32, 42.8 s"""
+    )
+    assert "\n  objective\n" in repr(result.provenance)
+    settings = repr(result.provenance).splitlines()[-1]
+    assert settings.startswith("  settings        k=5, directions=(a, b), long=xxx")
+    assert settings.endswith("x…")
+    assert len(settings) == 100
