@@ -121,7 +121,9 @@ def test_later_figures_in_little(figure_1, number):
         assert table.strip() in drawn.stdout, drawn.stderr
 
 
-@pytest.mark.parametrize("script", ["any_model.py", "published_fig1a.py", "reproduce_fig1.py"])
+@pytest.mark.parametrize(
+    "script", ["any_loss.py", "any_model.py", "published_fig1a.py", "reproduce_fig1.py"]
+)
 def test_examples_have_help(script):
     done = run(str(ROOT / "examples" / script), "--help")
     assert done.returncode == 0

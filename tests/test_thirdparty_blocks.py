@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import landscape
 from landscape.blocks import Blocks
 from landscape.probes.lesion import lesion_study
 from tests.cases import assert_untouched, snapshot
@@ -219,3 +220,15 @@ def test_any_model_by_name(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "stages.3.downsample.1: pool" in done.stdout
     assert (tmp_path / "any_model.png").stat().st_size > 10_000
+
+
+def test_the_loss_of_any_model_by_name(tmp_path):
+    zoo("timm")
+    options = ("--points", "3", "--weight-decay", "0.1", "--out", "loss.png")
+    done = run(str(ROOT / "examples/any_loss.py"), "timm:test_vit", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "VisionTransformer, 371,240 parameters, 8 samples, cpu float32" in done.stdout
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    spectrum = landscape.HessianSpectrum.load(tmp_path / "loss_spectrum.npz")
+    assert str(spectrum) in done.stdout
+    assert "weight_decay=0.1" in spectrum.provenance.objective

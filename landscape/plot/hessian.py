@@ -4,9 +4,11 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties
 
 from landscape._checks import check_choice
 from landscape.plot import style
@@ -76,7 +78,8 @@ def hessian_max_spectrum(
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
     else:
         room_for_legend(ax)
-        ax.legend(loc="upper left" if half == "negative" else "upper right")
+        backed = {"frameon": True, "edgecolor": "none", "framealpha": 0.8} if half == "both" else {}
+        ax.legend(loc="upper left" if half == "negative" else "upper right", **backed)
     return ax
 
 
@@ -104,17 +107,20 @@ def limit_eigenvalues(
     ax.set_xlim(0 if half == "positive" else low, 0 if half == "negative" else high)
 
 
-def room_for_legend(ax: Axes, line_height: float = 0.07) -> None:
+def room_for_legend(ax: Axes, line_height: float | None = None) -> None:
     """Set the density axis from 0 to the largest density and the lines of the legend above it.
 
     Args:
         ax: The axes.
-        line_height: Room for one line of the legend, in units of the largest density.
+        line_height: Room for one line of the legend, in units of the largest density; by default
+            what it takes in axes of this size.
     """
     densities = [np.asarray(line.get_ydata()) for line in ax.lines if line.get_gid() == "density"]
     peak = max((density.max(initial=0.0) for density in densities), default=0.0)
     lines = sum(1 + label.count("\n") for label in ax.get_legend_handles_labels()[1])
-    ax.set_ylim(0, peak * (1.05 + line_height * lines) or 1.0)
+    share = _share_of_legend(ax, lines)
+    room = share / (1 - share) if line_height is None else line_height * lines
+    ax.set_ylim(0, peak * (1.05 + room) or 1.0)
     if peak == 0:
         ax.set(yticks=[], ylabel="")  # a rug has no scale
 
@@ -177,7 +183,7 @@ def spectral_density(result: "SpectralDensity", *, ax: Axes | None = None, **lin
     high = np.maximum(result.values + 2 * result.values_stderr, floor)
     ax.fill_between(result.grid, low, high, color=drawn.get_color(), alpha=0.25, lw=0)
     ax.set_yscale("log")
-    ax.set_ylim(floor, 10 * max(float(np.max(high)), floor))
+    ax.set_ylim(floor, 3 * max(float(np.max(high)), floor))
     ax.set(xlabel=LABEL, ylabel="Density (1/nats)")
     return ax
 
@@ -206,8 +212,19 @@ def hessian_spectrum(result: "HessianSpectrum", *, ax: Axes | None = None, **lin
     _draw_edge(ax, result.smallest, "smallest", "v", "#0072B2")
     trace = rf"trace {_number(result.trace)} $\pm$ {_number(result.trace_stderr)}"
     ax.plot([], [], " ", label=trace)
+    if result.density is not None:
+        low, high = ax.get_ylim()
+        share = _share_of_legend(ax, len(ax.get_legend_handles_labels()[1]))
+        ax.set_ylim(low, low * (high / low) ** (1 / (1 - share)))
     ax.legend(loc="upper right")
     return ax
+
+
+def _share_of_legend(ax: Axes, lines: int) -> float:
+    """Return the share of the height of axes that a legend takes, three fifths at the most."""
+    size = FontProperties(size=mpl.rcParams["legend.fontsize"]).get_size_in_points()
+    height = ax.get_window_extent().height * 72 / ax.figure.dpi
+    return min((1.5 * lines + 1) * size / height, 0.6)
 
 
 def _draw_edge(ax: Axes, pairs: "Eigenpairs", name: str, marker: str, color: str) -> None:

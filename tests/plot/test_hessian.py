@@ -1,3 +1,4 @@
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -5,6 +6,7 @@ from scipy.integrate import trapezoid
 from scipy.stats import gaussian_kde
 
 from landscape import plot
+from landscape.plot import style
 from landscape.plot.density import FEWEST, finite_eigenvalues
 from tests.plot.cases import density, full_spectrum, max_spectrum, random_spectrum
 
@@ -188,6 +190,23 @@ def test_edges_have_their_residuals_and_unconverged_ones_are_hollow(with_density
     assert drawn["1 smallest, not converged"].lines[0].get_markerfacecolor() == "none"
     assert r"trace 20 $\pm$ 1.5" in ax.get_legend_handles_labels()[1]
     ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("height", [2.2, 4.8])
+def test_a_legend_stands_above_the_densities(height):
+    with mpl.rc_context(style.rc()):
+        figure, axes = plt.subplots(1, 2, figsize=(6, height), layout="constrained")
+        plot.hessian_spectrum(full_spectrum(), ax=axes[0])
+        plot.hessian_max_spectrum(random_spectrum(negative=0.5), ax=axes[1])
+        figure.canvas.draw()
+    peaks = (
+        density().values.max(),
+        max(line.get_ydata().max() for line in by_gid(axes[1], "density")),
+    )
+    for ax, peak in zip(axes, peaks, strict=True):
+        top = ax.transData.transform((0, peak))[1]
+        bottom = ax.get_legend().get_window_extent().y0
+        assert top < bottom < top + 0.35 * ax.get_window_extent().height
 
 
 def test_results_draw_themselves():

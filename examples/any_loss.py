@@ -1,0 +1,75 @@
+"""How flat and how convex the loss of any vision model is: three panels in one figure, and numbers.
+
+    python examples/any_loss.py timm:convnext_atto
+    python examples/any_loss.py torchvision:resnet18 --weights resnet18.pth \
+        --images imagenet/train --weight-decay 1e-4
+
+(a) the loss around the weights, in a plane of two random directions; (b) the largest Hessian
+eigenvalues of each mini-batch, with NEP (non-convexity) and APE (sharpness); (c) the density and
+both edges of the Hessian over all images. Without `--weights` the model is a random one; without
+`--images` so are the images and labels: both run offline. Measure with the weight decay, and on the
+images, that the model was trained with.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from any_model import build
+from matplotlib.figure import Figure
+
+import landscape
+from landscape.plot import style
+from landscape.training import FolderImages
+
+
+def main() -> None:
+    """Build the model, measure, save, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="timm:NAME or torchvision:NAME")
+    parser.add_argument("--weights", help="file with a state dict")
+    parser.add_argument("--images", help="folder of images, one class a folder")
+    parser.add_argument("--max-images", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16, help="the paper's by default")
+    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--points", type=int, default=11, help="of the surface, along each axis")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("any_loss.png"))
+    args = parser.parse_args()
+
+    model, size = build(*args.model.split(":", 1))
+    if args.weights:
+        model.load_state_dict(torch.load(args.weights, weights_only=True))
+    model.to(args.device)
+    if args.images:
+        data = FolderImages(
+            args.images, size=size, batch_size=args.batch_size, max_images=args.max_images
+        )
+    else:
+        data = [(torch.randn(2, 3, size, size), torch.randint(10, (2,))) for _ in range(4)]
+    objective = landscape.Objective(weight_decay=args.weight_decay)
+    results = {
+        "surface": landscape.loss_surface(
+            model, data, objective=objective, points=args.points, progress=True
+        ),
+        "max_spectrum": landscape.hessian_max_spectrum(
+            model, data, objective=objective, progress=True
+        ),
+        "spectrum": landscape.hessian_spectrum(model, data, objective=objective, progress=True),
+    }
+    for kind, result in results.items():
+        result.save(args.out.with_name(f"{args.out.stem}_{kind}"))
+        print(result)
+    with mpl.rc_context(style.rc()):
+        figure = Figure((style.TEXT_WIDTH, 1.9), layout="constrained")
+        panels = figure.subplots(1, 3)
+        results["surface"].plot(ax=panels[0], kind="contour")
+        results["max_spectrum"].plot(ax=panels[1])
+        results["spectrum"].plot(ax=panels[2])
+        figure.savefig(args.out)
+    print(f"wrote {args.out}, {args.out.stem}_*.npz")
+
+
+if __name__ == "__main__":
+    main()
