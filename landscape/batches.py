@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -298,12 +299,18 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
         got = type(raw).__name__
         if isinstance(raw, Sequence):
             got += f" of {len(raw)} items"
-        raise TypeError(f"`data` must yield (x, y) or a mapping, got a {got} as batch {index}.")
+        raise TypeError(
+            f"`data` must yield (x, y) or a mapping, got a {got} as batch {index}; choose in a "
+            "`collate_fn` what model and loss take, or pass a list of such pairs."
+        )
     for value in [targets, *([inputs] if not isinstance(inputs, Mapping) else [])]:
         if value is not None and not isinstance(value, Tensor):
+            remedy = "pass several inputs as a mapping of the model's argument names"
+            if isinstance(value, np.ndarray):
+                remedy = "convert it with `torch.as_tensor`"
             raise TypeError(
-                f"`data` must yield tensors, got a {type(value).__name__} in batch {index}; pass "
-                "several inputs as a mapping of the model's argument names."
+                f"`data` must yield tensors, got a {type(value).__name__} in batch {index}; "
+                f"{remedy}."
             )
     if (
         isinstance(inputs, Tensor)

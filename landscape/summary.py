@@ -14,7 +14,7 @@ def summarize(result: Any) -> str:
     """Return a dataclass in words, fields that are `None` left out.
 
     A field is followed by its error where there is a field for that: `x_stderr`, `x_interval`, or
-    `errors` and `stderr` of `values`. What is longer than a line is cut there, with "…".
+    `errors` or `stderr` of `value` or `values`. What is longer than a line is cut there, with "…".
 
     Args:
         result: The dataclass; fields that are dataclasses themselves are set in below their name,
@@ -39,7 +39,7 @@ def summarize(result: Any) -> str:
 
 def _errors_of(name: str) -> list[str]:
     own = [f"{name}_stderr", f"{name}_interval"]
-    return [*own, "errors", "stderr"] if name == "values" else own
+    return [*own, "errors", "stderr"] if name in ("value", "values") else own
 
 
 def _fits(value: Any, error: Any) -> bool:

@@ -337,6 +337,12 @@ X, Y = make_batches((6,))[0]
         ([(X, Y + 3)], ValueError, "labels in 0 … 2"),
         ([(X, Y - 1)], ValueError, "labels in 0 … 2"),
         ([(X, "cat")], TypeError, "must yield tensors"),
+        (
+            [(X.numpy(), Y)],
+            TypeError,
+            "ndarray in batch 0; convert it with `torch.as_tensor`",
+        ),
+        ([(X, Y, Y)], TypeError, "got a tuple of 3 items as batch 0; choose in a `collate_fn`"),
         ([((X, X), Y)], TypeError, "tuple in batch 0; pass several inputs as a mapping"),
         ([(X[:0], Y[:0])], ValueError, "at least one sample"),
         ([(X, Y[:, None])], ValueError, r"targets of shape \(6,\) .*, got torch.int64 \(6, 1\)"),

@@ -4,8 +4,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+import landscape
 from landscape import Eigenpairs, Provenance, Result
 from landscape.results import write_atomically
+from tests.cases import make_batches, make_model
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ def test_a_result_prints_numbers_with_their_errors_and_long_arrays_in_short():
   provenance  Net, 5,491,786 parameters, 48 samples, cpu float32, 42.8 s"""
     )
     assert "\n  objective\n" in repr(result.provenance)
+    estimate = landscape.hessian_trace(make_model("conv"), make_batches((4,)), num_matvecs=9)
+    assert f"  value        {estimate.value:.4g} ± {estimate.stderr:.2g}\n" in str(estimate)
     settings = repr(result.provenance).splitlines()[-1]
     assert settings.startswith("  settings        k=5, directions=(a, b), long=xxx")
     assert settings.endswith("x…")
