@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Half = Literal["both", "negative", "positive"]
 
-_MOST_INSIDE = 4  # spectra whose legend has room inside of the axes
 _LONGEST = 30  # characters of a line of a name
 
 LABEL = r"Hessian eigenvalue $\lambda$ (nats)"
@@ -62,7 +61,7 @@ def hessian_max_spectrum(
     named = style.named(results)
     ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
     styles = style.line_styles(named)
-    crowded = len(named) > _MOST_INSIDE
+    crowded = style.is_crowded(named)
     for row, (name, result) in enumerate(named.items()):
         label = _legend_entry(name, result, half, brief=crowded)
         for sign in (-1, 1):
@@ -73,13 +72,9 @@ def hessian_max_spectrum(
         ax.axvline(0, color=style.MUTED, lw=0.6, zorder=0)
     limit_eigenvalues(ax, named.values(), half, log=log)
     ax.set(xlabel=MAX_LABEL, ylabel="Density per decade" if log else "Density (1/nats)")
-    if crowded:
-        room_for_legend(ax, line_height=0)
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
-    else:
-        room_for_legend(ax)
-        backed = {"frameon": True, "edgecolor": "none", "framealpha": 0.8} if half == "both" else {}
-        ax.legend(loc="upper left" if half == "negative" else "upper right", **backed)
+    room_for_legend(ax, line_height=0 if crowded else None)
+    backed = {"frameon": True, "edgecolor": "none", "framealpha": 0.8} if half == "both" else {}
+    style.place_legend(ax, named, "upper left" if half == "negative" else "upper right", **backed)
     return ax
 
 

@@ -48,7 +48,7 @@ def frequency_robustness(
         ValueError: If `results` is empty.
     """
     named = style.named(results)
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
     common, labels = legend_entries(named, clean_entry, noise_of)
     ax.axhline(0, color=style.MUTED, lw=0.6, zorder=0, gid="clean")
     for name, result in named.items():
@@ -57,9 +57,10 @@ def frequency_robustness(
         _draw_curve(ax, result.frequencies, change, error, look)
     ax.set(xlabel=FREQUENCY_LABEL, ylabel=DELTA_LABEL)
     low, high = ax.get_ylim()
-    ax.set_ylim(low, max(high, 0) + 0.12 * len(named) * (high - low))  # room for the legend
+    inside = 0 if style.is_crowded(named) else len(named)
+    ax.set_ylim(low, max(high, 0) + 0.12 * inside * (high - low))  # room for the legend
     _note(ax, [result.delta_accuracy for result in named.values()], common)
-    ax.legend(loc="upper right")
+    style.place_legend(ax, named, "upper right")
     return ax
 
 
@@ -87,7 +88,7 @@ def adversarial_robustness(
     """
     named = style.named(results)
     norm = common_norm(named)
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
     common, labels = legend_entries(named, clean_entry, attack_of)
     for name, result in named.items():
         look = {**style.line_styles(named)[name], "label": labels[name], **line}
@@ -95,7 +96,7 @@ def adversarial_robustness(
         _draw_curve(ax, 255 * radii, 100 * accuracy, 200 * error, look)
     ax.set(xlabel=RADIUS_LABELS[norm], ylabel="Accuracy (%)", xlim=(0, None), ylim=(0, None))
     _note(ax, [result.accuracy for result in named.values()], common)
-    ax.legend(loc="upper right")
+    style.place_legend(ax, named, "upper right")
     return ax
 
 
@@ -121,7 +122,7 @@ def reliability_diagram(
         ValueError: If `results` is empty.
     """
     named = style.named(results)
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
     common, labels = legend_entries(named, ece_entry, lambda result: f"n = {result.num_samples}")
     ax.plot([0, 1], [0, 1], color=style.MUTED, lw=0.6, ls="--", zorder=0, gid="diagonal")
     for name, result in named.items():
@@ -135,11 +136,12 @@ def reliability_diagram(
         low, high = wilson_interval(y, result.bin_count)
         bars = np.clip([y - low, high - y], 0, None)
         ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
-    ax.set(xlim=(0, 1), ylim=(0, 1.04 + 0.11 * len(named)), yticks=np.linspace(0, 1, 6))
+    inside = 0 if style.is_crowded(named) else len(named)
+    ax.set(xlim=(0, 1), ylim=(0, 1.04 + 0.11 * inside), yticks=np.linspace(0, 1, 6))
     ax.set(xlabel=CONFIDENCE_LABEL, ylabel=RELIABILITY_LABEL)
     setting = "noise: the ECE of a calibrated model" + (f", {common}" if common else "")
     _note(ax, [], setting)
-    ax.legend(loc="upper left")
+    style.place_legend(ax, named, "upper left")
     return ax
 
 

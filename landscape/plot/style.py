@@ -9,7 +9,9 @@ Colours are those of Okabe and Ito, told apart under every common colour blindne
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
 
 TEXT_WIDTH = 5.5
 """Width of the text of an ICLR page, in inches."""
@@ -30,7 +32,11 @@ _FAMILIES = {  # prefixes of the name in lower case without separators -> colour
     ("pit",): "#E69F00",
 }
 _OTHERS = ("#333333", "#56B4E9", "#999999")
-_LINES = ("-", "--", ":", "-.")
+_LINES: tuple[Any, ...] = (
+    "-", "--", ":", "-.",
+    (0, (6, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 3)), (0, (1, 3)),
+)  # fmt: skip
+_MOST_INSIDE = 4  # entries of a legend that has room inside of the axes
 
 
 def rc() -> dict[Any, Any]:
@@ -104,11 +110,12 @@ def family_color(name: str) -> str | None:
     return None
 
 
-def line_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return `color` and `linestyle` of each name, no two names alike.
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return `color` and `linestyle` of each name.
 
     A family keeps its colour whatever else is drawn; its second, third and fourth members are
-    dashed, dotted and dash-dotted. Unknown names take the colours left over, in their order.
+    dashed, dotted and dash-dotted. Unknown names take the colours left over, in their order. No two
+    are alike of up to eight names of a family and 24 others.
 
     Args:
         names: Names of models, or any labels.
@@ -127,6 +134,31 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, str]]:
         styles[name] = {"color": color, "linestyle": _LINES[seen.get(color, 0) % len(_LINES)]}
         seen[color] = seen.get(color, 0) + 1
     return styles
+
+
+def is_crowded(named: Mapping[str, Any]) -> bool:
+    """Whether a legend of so many results stands beside the axes."""
+    return len(named) > _MOST_INSIDE
+
+
+def place_legend(
+    ax: Axes,
+    named: Mapping[str, Any],
+    loc: Literal["upper left", "upper right"],
+    **inside: Any,
+) -> None:
+    """Add a legend inside of the axes, or beside them where it is crowded.
+
+    Args:
+        ax: The axes, in a figure whose layout makes room for what is outside of them.
+        named: The results that are drawn.
+        loc: Corner inside of the axes.
+        **inside: More settings of a legend inside.
+    """
+    if is_crowded(named):
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
+    else:
+        ax.legend(loc=loc, **inside)
 
 
 def named(results: Any) -> dict[str, Any]:

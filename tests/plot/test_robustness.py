@@ -437,3 +437,24 @@ def test_interactive_corruptions_are_side_by_side_on_one_scale():
     assert figure.layout.yaxis.autorange == "reversed"
     alone = interactive.corruption_robustness(result)
     assert alone.layout.annotations[0].text == "Mean corruption error 45.7 ± 0.5 %, clean 8.3 %"
+
+
+@pytest.mark.parametrize(
+    ("draw", "result"),
+    [
+        (frequency_robustness, curve()),
+        (adversarial_robustness, attacked()),
+        (reliability_diagram, evaluation()),
+    ],
+)
+def test_a_legend_of_a_zoo_stands_beside_the_axes(draw, result):
+    ax = draw({f"model {i}": result for i in range(20)})
+    ax.figure.canvas.draw()
+    legend = ax.get_legend().get_window_extent()
+    assert ax.bbox.x1 < legend.x0
+    assert legend.x1 <= ax.figure.bbox.x1
+    few = draw({f"model {i}": result for i in range(4)})
+    few.figure.canvas.draw()
+    assert few.get_legend().get_window_extent().x1 <= few.bbox.x1
+    heights = [np.ptp(each.get_ylim()) for each in (ax, few)]
+    assert heights[0] <= heights[1]  # no room is left for what stands elsewhere

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from landscape.plot import style
+from landscape.plot.interactive.look import plotly_line
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,15 @@ def test_members_of_a_family_differ_by_line_and_unknown_names_by_colour():
     assert styles["ResNet-18"]["color"] == styles["ResNet-50"]["color"]
     known = {style.family_color(name) for name in ("ResNet", "ViT", "AlterNet", "Swin", "PiT")}
     assert not known & {styles[name]["color"] for name in ("MLP", "GRU", "Mamba")}
+
+
+def test_a_whole_zoo_is_told_apart():
+    names = [f"{family}-{i}" for family in ("ResNet", "ViT") for i in range(8)]
+    names += [f"model {i}" for i in range(24)]
+    styles = style.line_styles(names)
+    assert len({tuple(look.items()) for look in styles.values()}) == len(names)
+    dashes = {tuple(plotly_line(look).items()) for look in styles.values()}
+    assert len(dashes) == len(names)
 
 
 # Machado, Oliveira & Fernandes (2009), severity 1, on linear RGB; every row sums to 1.

@@ -12,7 +12,9 @@ LOOK: dict[str, Any] = {
 """Layout of every figure."""
 
 
-def plotly_line(line: dict[str, str]) -> dict[str, str]:
+def plotly_line(line: dict[str, Any]) -> dict[str, str]:
     """Return the colour and dashes of a line of `style.line_styles` in plotly's terms."""
-    dashes = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
-    return {"color": line["color"], "dash": dashes[line["linestyle"]]}
+    drawn, named = line["linestyle"], {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+    own = isinstance(drawn, tuple)  # matplotlib's (offset, lengths)
+    dash = ",".join(f"{2 * length}px" for length in drawn[1]) if own else named[drawn]
+    return {"color": line["color"], "dash": dash}
