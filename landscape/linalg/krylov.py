@@ -453,9 +453,13 @@ def _norm(v: Tensor) -> Tensor:
     return _dot(v, v).sqrt() if _is_long(v) else v.norm()
 
 
+def are_long(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether sums over vectors want care, and passes over them go through memory."""
+    return device.type == "cpu" and dtype == torch.float32 and dim > _CHUNK
+
+
 def _is_long(v: Tensor) -> bool:
-    """Whether sums over a vector want care, and passes over it go through memory."""
-    return v.device.type == "cpu" and v.dtype == torch.float32 and len(v) > _CHUNK
+    return are_long(len(v), v.dtype, v.device)
 
 
 _CANCELLED = 1e-3  # of the scale of A

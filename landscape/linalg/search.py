@@ -9,13 +9,15 @@ import torch
 from landscape._checks import check_at_least, check_choice
 from landscape.linalg.certificate import OWN, chances, check_certify, watched
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, rank, select
-from landscape.linalg.krylov import KrylovSpace, RitzPairs
+from landscape.linalg.krylov import KrylovSpace, RitzPairs, are_long
 from landscape.linalg.operators import VectorSpace, generator_on
 
 Products = Generator[torch.Tensor, torch.Tensor, None]
 """Yields each vector whose product is wanted, and is sent the product."""
 
 BASIS_BYTES = 4 << 30
+SINGLE_TOL = 1e-4
+"""Tolerance from which a basis in float32 does as well, a heuristic: it shows at 1e-6 of ‖A‖."""
 READS = 2
 """Products on a GPU between two looks at convergence, a heuristic: a look waits for the device."""
 
@@ -58,7 +60,8 @@ class EigenSearch:
             max_basis: Largest number of basis vectors, or `None` for what fits 4 GiB, but at least
                 twice the wanted pairs and 10.
             generator: Source of the random start vectors.
-            basis_dtype: Precision of the basis, float64 or float32, or `None` for what fits.
+            basis_dtype: Precision of the basis, float64 or float32, or `None` for what `tol` wants
+                and what fits.
             basis_device: Device of the basis, or `None` for the operator's.
             reads: Number of products between two looks at convergence; 1 on a CPU by default, and
                 `READS` on a GPU.
@@ -77,6 +80,9 @@ class EigenSearch:
         if not tol > 0:
             raise ValueError(f"`tol` must be positive, got {tol}.")
         check_choice("basis_dtype", basis_dtype, (None, torch.float64, torch.float32))
+        long = are_long(vectors.dim, vectors.dtype, vectors.device)
+        if basis_dtype is None and long and tol >= SINGLE_TOL:
+            basis_dtype = torch.float32
         capacity, dtype = _basis_size(
             vectors.dim, max(max_iter, total + 2), 2 * total + 10, max_basis, basis_dtype
         )
