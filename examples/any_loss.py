@@ -43,9 +43,8 @@ def main() -> None:
         model.load_state_dict(torch.load(args.weights, weights_only=True))
     model.to(args.device)
     if args.images:
-        data = FolderImages(
-            args.images, size=size, batch_size=args.batch_size, max_images=args.max_images
-        )
+        folder = FolderImages(args.images, size=size, max_images=args.max_images)
+        data = mixed(folder, args.batch_size)
     else:
         data = [(torch.randn(2, 3, size, size), torch.randint(10, (2,))) for _ in range(4)]
     objective = landscape.Objective(weight_decay=args.weight_decay)
@@ -69,6 +68,13 @@ def main() -> None:
         results["spectrum"].plot(ax=panels[2])
         figure.savefig(args.out)
     print(f"wrote {args.out}, {args.out.stem}_*.npz")
+
+
+def mixed(images: FolderImages, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return mini-batches of all classes, where a folder has one class after the other."""
+    x, y = (torch.cat(parts) for parts in zip(*images, strict=True))
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    return list(zip(x[order].split(batch_size), y[order].split(batch_size), strict=True))
 
 
 if __name__ == "__main__":
