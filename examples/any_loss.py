@@ -11,12 +11,9 @@ both edges of the Hessian over all images. Without `--weights` the model is a ra
 images, that the model was trained with.
 """
 
-import argparse
-from pathlib import Path
-
 import matplotlib as mpl
 import torch
-from any_model import build
+from any_model import load, parser
 from matplotlib.figure import Figure
 
 import landscape
@@ -26,21 +23,14 @@ from landscape.training import FolderImages
 
 def main() -> None:
     """Build the model, measure, save, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="timm:NAME or torchvision:NAME")
-    parser.add_argument("--weights", help="file with a state dict")
-    parser.add_argument("--images", help="folder of images, one class a folder")
-    parser.add_argument("--max-images", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16, help="the paper's by default")
-    parser.add_argument("--weight-decay", type=float, default=0.0)
-    parser.add_argument("--points", type=int, default=11, help="of the surface, along each axis")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("any_loss.png"))
-    args = parser.parse_args()
+    options = parser(__doc__.split("\n")[0], max_images=64, out="any_loss.png")
+    options.add_argument("--batch-size", type=int, default=16, help="the paper's by default")
+    options.add_argument("--weight-decay", type=float, default=0.0)
+    options.add_argument("--points", type=int, default=11, help="of the surface, along each axis")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = options.parse_args()
 
-    model, size = build(*args.model.split(":", 1))
-    if args.weights:
-        model.load_state_dict(torch.load(args.weights, weights_only=True))
+    model, size = load(args)
     model.to(args.device)
     if args.images:
         folder = FolderImages(args.images, size=size, max_images=args.max_images)

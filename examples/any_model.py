@@ -8,6 +8,7 @@ mean nothing): both run offline.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -18,17 +19,8 @@ from landscape.training import FolderImages
 
 def main() -> None:
     """Build the model, measure, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="timm:NAME or torchvision:NAME")
-    parser.add_argument("--weights", help="file with a state dict")
-    parser.add_argument("--images", help="folder of images, one class a folder")
-    parser.add_argument("--max-images", type=int, default=200)
-    parser.add_argument("--out", default="any_model.png")
-    args = parser.parse_args()
-
-    model, size = build(*args.model.split(":", 1))
-    if args.weights:
-        model.load_state_dict(torch.load(args.weights, weights_only=True))
+    args = parser(__doc__.split("\n")[0], max_images=200, out="any_model.png").parse_args()
+    model, size = load(args)
     if args.images:
         data = FolderImages(args.images, size=size, batch_size=25, max_images=args.max_images)
     else:
@@ -42,6 +34,25 @@ def main() -> None:
     }
     plot.panels(panels).savefig(args.out)
     print(f"wrote {args.out}")
+
+
+def parser(description: str, *, max_images: int, out: str) -> argparse.ArgumentParser:
+    """Return a parser of which model, which images, and where the figure goes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("model", help="timm:NAME or torchvision:NAME")
+    parser.add_argument("--weights", help="file with a state dict")
+    parser.add_argument("--images", help="folder of images, one class a folder")
+    parser.add_argument("--max-images", type=int, default=max_images)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def load(args: argparse.Namespace) -> tuple[torch.nn.Module, int]:
+    """Return the model that was asked for and the side of its images."""
+    model, size = build(*args.model.split(":", 1))
+    if args.weights:
+        model.load_state_dict(torch.load(args.weights, weights_only=True))
+    return model, size
 
 
 def build(package: str, name: str) -> tuple[torch.nn.Module, int]:

@@ -61,7 +61,7 @@ def hessian_max_spectrum(
     named = style.named(results)
     ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
     styles = style.line_styles(named)
-    crowded = style.is_crowded(named)
+    crowded = not style.entries_inside(named)
     for row, (name, result) in enumerate(named.items()):
         label = _legend_entry(name, result, half, brief=crowded)
         for sign in (-1, 1):

@@ -57,8 +57,8 @@ def frequency_robustness(
         _draw_curve(ax, result.frequencies, change, error, look)
     ax.set(xlabel=FREQUENCY_LABEL, ylabel=DELTA_LABEL)
     low, high = ax.get_ylim()
-    inside = 0 if style.is_crowded(named) else len(named)
-    ax.set_ylim(low, max(high, 0) + 0.12 * inside * (high - low))  # room for the legend
+    room = 0.12 * style.entries_inside(named)  # for the legend
+    ax.set_ylim(low, max(high, 0) + room * (high - low))
     _note(ax, [result.delta_accuracy for result in named.values()], common)
     style.place_legend(ax, named, "upper right")
     return ax
@@ -136,8 +136,11 @@ def reliability_diagram(
         low, high = wilson_interval(y, result.bin_count)
         bars = np.clip([y - low, high - y], 0, None)
         ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
-    inside = 0 if style.is_crowded(named) else len(named)
-    ax.set(xlim=(0, 1), ylim=(0, 1.04 + 0.11 * inside), yticks=np.linspace(0, 1, 6))
+    ax.set(
+        xlim=(0, 1),
+        ylim=(0, 1.04 + 0.11 * style.entries_inside(named)),
+        yticks=np.linspace(0, 1, 6),
+    )
     ax.set(xlabel=CONFIDENCE_LABEL, ylabel=RELIABILITY_LABEL)
     setting = "noise: the ECE of a calibrated model" + (f", {common}" if common else "")
     _note(ax, [], setting)

@@ -136,9 +136,9 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def is_crowded(named: Mapping[str, Any]) -> bool:
-    """Whether a legend of so many results stands beside the axes."""
-    return len(named) > _MOST_INSIDE
+def entries_inside(named: Mapping[str, Any]) -> int:
+    """Return how many entries of a legend stand inside of the axes: 0 where it is beside them."""
+    return len(named) if len(named) <= _MOST_INSIDE else 0
 
 
 def place_legend(
@@ -147,7 +147,7 @@ def place_legend(
     loc: Literal["upper left", "upper right"],
     **inside: Any,
 ) -> None:
-    """Add a legend inside of the axes, or beside them where it is crowded.
+    """Add a legend inside of the axes, or beside them where there are too many results.
 
     Args:
         ax: The axes, in a figure whose layout makes room for what is outside of them.
@@ -155,10 +155,10 @@ def place_legend(
         loc: Corner inside of the axes.
         **inside: More settings of a legend inside.
     """
-    if is_crowded(named):
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
-    else:
+    if entries_inside(named):
         ax.legend(loc=loc, **inside)
+    else:
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
 
 
 def named(results: Any) -> dict[str, Any]:
