@@ -1,12 +1,14 @@
 """What a result prints: a line a field, numbers with their errors, long arrays by their range."""
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 _WIDTH = 100
+_NUMBERS = 76  # of these, for numbers with their errors, which go on in the next line
 _FEW = 8  # entries of an array that are shown one by one
 
 
@@ -14,7 +16,7 @@ def summarize(result: Any) -> str:
     """Return a dataclass in words, fields that are `None` left out.
 
     A field is followed by its error where there is a field for that: `x_stderr`, `x_interval`, or
-    `errors` or `stderr` of `value` or `values`. What is longer than a line is cut there, with "…".
+    `errors` or `stderr` of `value` or `values`. Other text is cut at the end of a line, with "…".
 
     Args:
         result: The dataclass; fields that are dataclasses themselves are set in below their name,
@@ -32,6 +34,8 @@ def summarize(result: Any) -> str:
     for name in own:
         value, error = fields[name], errors[name]
         text = _words(value) if error is None else _with_error(value, fields[error])
+        if error is not None:
+            text = text.replace("\n", f"\n{'':<{width}}  ")
         first, *nested = text.splitlines() or [""]
         lines += [f"  {line}".rstrip() for line in (f"{name:<{width}}  {first}", *nested)]
     return "\n".join(map(_cut, lines))
@@ -55,7 +59,8 @@ def _with_error(value: Any, error: Any) -> str:
     if np.shape(value) != np.shape(error):
         return f"{_words(value)} [{', '.join(map(_words, error))}]"
     pairs = zip(np.ravel(value), np.ravel(error), strict=True)
-    return ", ".join(f"{_words(v)} ± {e:.{2 if e < 100 else 4}g}" for v, e in pairs)
+    spelt = ", ".join(f"{_words(v)}\xa0±\xa0{e:.{2 if e < 100 else 4}g}" for v, e in pairs)
+    return textwrap.fill(spelt, _NUMBERS).replace("\xa0", " ")
 
 
 def _words(value: Any) -> str:

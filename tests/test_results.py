@@ -180,6 +180,12 @@ def test_a_result_prints_numbers_with_their_errors_and_long_arrays_in_short():
   skipped     none
   provenance  Net, 5,491,786 parameters, 48 samples, cpu float32, 42.8 s"""
     )
+    five = -np.arange(1, 6) / 7
+    told = str(Eigenpairs(five, -five, -five / 3e7, five < 0, "LM", 52)).splitlines()[1:3]
+    assert told[0] == (
+        "  values       -0.1429 ± 4.8e-09, -0.2857 ± 9.5e-09, -0.4286 ± 1.4e-08, -0.5714 ± 1.9e-08,"
+    )
+    assert told[1] == "               -0.7143 ± 2.4e-08"
     assert "\n  objective\n" in repr(result.provenance)
     estimate = landscape.hessian_trace(make_model("conv"), make_batches((4,)), num_matvecs=9)
     assert f"  value        {estimate.value:.4g} ± {estimate.stderr:.2g}\n" in str(estimate)
