@@ -19,7 +19,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PEERS = ("hessian", "surface", "correctness", "memory")
-SCRIPTS = (*PEERS, "warm_start", "scale", "corruptions", "augmentation", "training")
+SCRIPTS = (*PEERS, "warm_start", "precision", "scale", "corruptions", "augmentation", "training")
 MODELS = {"resnet20": "ResNet-20", "vit_micro": "ViT (dim 96, depth 6)"}
 
 
