@@ -3,13 +3,13 @@
 from landscape.blocks import Block, Blocks
 from landscape.linalg.eigen import top_eigenpairs
 from landscape.linalg.eigenpairs import Eigenpairs
-from landscape.linalg.hessian import (
+from landscape.linalg.hessian import HessianOperator
+from landscape.linalg.operators import MatrixOperator, SymmetricOperator
+from landscape.linalg.output_curvature import (
     EmpiricalFisherOperator,
     FisherOperator,
     GaussNewtonOperator,
-    HessianOperator,
 )
-from landscape.linalg.operators import MatrixOperator, SymmetricOperator
 from landscape.linalg.quadrature import SpectralDensity
 from landscape.linalg.trace import TraceEstimate
 from landscape.objective import Objective

@@ -7,6 +7,7 @@ counts, not by the number of samples; the mean over all data must divide by the 
 import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,6 +43,16 @@ def is_elementwise(loss: Any) -> bool:
     return loss in _ELEMENTWISE or isinstance(loss, _ELEMENTWISE_MODULES)
 
 
+def compares_entries(loss: Any) -> bool:
+    """Whether `loss` makes no softmax of the outputs, as regression and binary losses."""
+    loss = _bare(loss)
+    return (
+        is_elementwise(loss)
+        or loss in (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+        or isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss)
+    )
+
+
 def for_loss(loss: Any, outputs: Tensor) -> Tensor:
     """Return outputs of half precision in float32, which `loss` then takes its mean in.
 
@@ -62,11 +73,23 @@ def _bare(loss: Any) -> Any:
 
 def amount_averaged(loss: Any, targets: Tensor | None, size: int) -> Tensor | float:
     """Return the denominator of the mean that `loss` takes over a batch."""
-    if targets is None or targets.is_floating_point() or not is_classification(loss):
+    if targets is None or not counts_labels(loss, targets):
         return float(size)
+    return sample_weights(loss, targets).sum()
+
+
+def sample_weights(loss: Any, targets: Tensor) -> Tensor:
+    """Return the weight `(n,)` of each sample in the mean that `loss` takes, in float64."""
+    if not counts_labels(loss, targets):
+        return torch.ones(len(targets), dtype=torch.float64, device=targets.device)
     weight, ignore, _ = loss_settings(loss)
-    counted = targets != ignore
-    if weight is None:
-        return counted.sum().double()
-    known = targets.clamp(0, len(weight) - 1)
-    return (weight.to(targets.device)[known].double() * counted).sum()
+    counted = (targets != ignore).double()
+    if weight is not None:
+        known = targets.clamp(0, len(weight) - 1)
+        counted = counted * weight.to(targets.device)[known].double()
+    return counted.flatten(1).sum(1) if counted.dim() > 1 else counted
+
+
+def counts_labels(loss: Any, targets: Tensor) -> bool:
+    """Whether the mean that `loss` takes is over class labels, and not over samples."""
+    return is_classification(loss) and not targets.is_floating_point()

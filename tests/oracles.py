@@ -48,12 +48,26 @@ def _flat_functions(model, names):
     return torch.cat([p.reshape(-1) for p in chosen.values()]), outputs
 
 
-def dense(model, batches, *, kind="hessian", loss=F.cross_entropy, weight_decay=0.0, names=None):
-    """Dense curvature matrix over all samples at once, by torch.func in the model's precision."""
+def dense(
+    model,
+    batches,
+    *,
+    kind="hessian",
+    loss=F.cross_entropy,
+    weight_decay=0.0,
+    names=None,
+    weights=None,
+):
+    """Dense curvature matrix over all samples at once, by torch.func in the model's precision.
+
+    `weights` are those of the samples in the mean that the loss takes, where they are not equal.
+    """
     was_training = model.training
     model.eval()
     x = torch.cat([b[0] for b in batches])
     y = torch.cat([b[1] for b in batches])
+    shares = torch.ones(len(x), dtype=x.dtype) if weights is None else weights
+    shares = shares / shares.sum()
     theta, outputs = _flat_functions(model, names)
     with sdpa_kernel(SDPBackend.MATH):
         if kind == "hessian":
@@ -67,14 +81,15 @@ def dense(model, batches, *, kind="hessian", loss=F.cross_entropy, weight_decay=
             elif kind == "fisher":
                 p = logits.softmax(1)
                 curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-                matrix = torch.einsum("nci,ncd,ndj->ij", jacobian, curvature, jacobian) / len(x)
+                curvature = curvature * shares[:, None, None]
+                matrix = torch.einsum("nci,ncd,ndj->ij", jacobian, curvature, jacobian)
             else:
                 slopes = torch.stack(
                     [
                         jacrev(lambda v, i=i: loss(outputs(v, x[i : i + 1]), y[i : i + 1]))(theta)
-                        for i in range(len(x))
+                        for i in shares.nonzero().flatten().tolist()
                     ]
                 )
-                matrix = slopes.T @ slopes / len(x)
+                matrix = slopes.T @ (slopes * shares[shares > 0, None])
     model.train(was_training)
     return matrix.detach() + weight_decay * torch.eye(len(theta), dtype=theta.dtype)

@@ -1,18 +1,11 @@
-"""Curvature matrices of a frozen objective: Hessian, Gauss-Newton and Fisher.
+"""Curvature matrices of a frozen objective, and the Hessian among them.
 
-With per-sample loss ℓ_n(f(x_n; θ)), J_n = ∂f(x_n; θ)/∂θ and the objective of `landscape.objective`:
-
-    Hessian         H = (1/N) Σ_n ∂²ℓ_n/∂θ²                 + λI
-    Gauss-Newton    G = (1/N) Σ_n J_nᵀ (∂²ℓ_n/∂f²) J_n      + λI
-    Fisher          F = (1/N) Σ_n J_nᵀ (diag p_n − p_n p_nᵀ) J_n + λI,   p_n = softmax f(x_n; θ)
-    empirical       E = (1/N) Σ_n ∇ℓ_n ∇ℓ_nᵀ                + λI
-
-Attention runs under the math kernel, the only one with a second derivative.
+For the objective of `landscape.objective`, H = ∂²L/∂θ² = (1/N) Σ_n ∂²ℓ_n/∂θ² + λI. Attention runs
+under the math kernel, the only one with a second derivative.
 """
 
 import copy
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +14,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from landscape._checks import check_at_least
 from landscape.batches import PreparedBatch
@@ -184,7 +176,7 @@ class HessianOperator(CurvatureOperator):
                     continue
                 graph = self._graph(batch, measure=not self.bytes_per_sample)
                 if not losses and not graph.depends:
-                    _warn_independent()
+                    warn_independent()
                 losses.append(graph.loss)
                 self.bytes_per_sample = self.bytes_per_sample or graph.num_bytes / batch.size
                 if self.bytes_per_sample * batch.size <= budget:
@@ -276,121 +268,8 @@ def _product_of_all(
     return out
 
 
-class _OutputCurvature(CurvatureOperator):
-    """J_nᵀ C_n J_n with a small matrix C_n on the outputs of each sample.
-
-    J v is taken by reverse mode twice: Jᵀu is linear in u, and its derivative along v is J v. So
-    every model that has a Hessian has these matrices, whatever its forward-mode support.
-    """
-
-    def _matmat(self, vectors: Tensor) -> Tensor:
-        out = self._weight_decay * vectors  # the Hessian of (λ/2)‖θ‖² is λI
-        with twice_differentiable():
-            for batch in self.frozen.batches:
-                for column in range(vectors.shape[1]):
-                    product = self._batch_product(batch, vectors[:, column])
-                    out[:, column].add_(product, alpha=batch.weight)
-        return out
-
-    def _batch_product(self, batch: PreparedBatch, v: Tensor) -> Tensor:
-        space = self.frozen.space
-        leaves = {n: t.detach().requires_grad_() for n, t in space.values.items()}
-        parameters = list(leaves.values())
-        with torch.enable_grad():
-            outputs = self._outputs(leaves, batch)
-            if not outputs.requires_grad:
-                _warn_independent()
-                return torch.zeros_like(v)
-            dual = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(
-                outputs, parameters, dual, create_graph=True, materialize_grads=True
-            )
-        pairs = [
-            (g, t)
-            for g, t in zip(pulled, space.unflatten(v).values(), strict=True)
-            if g.requires_grad
-        ]
-        (tangent,) = torch.autograd.grad(
-            [g for g, _ in pairs], dual, [t for _, t in pairs], retain_graph=True
-        )
-        curved = self._output_product(batch, outputs.detach(), tangent)
-        return space.flatten(
-            torch.autograd.grad(outputs, parameters, curved, materialize_grads=True)
-        )
-
-    def _outputs(self, leaves: dict[str, Tensor], batch: PreparedBatch) -> Tensor:
-        """Return what C_n acts on: the logits, one row a sample."""
-        return self.frozen.logits(leaves, batch.inputs)
-
-    @abstractmethod
-    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
-        """Return the curvature of the batch's mean loss in the outputs, times `tangent`."""
-
-
-class GaussNewtonOperator(_OutputCurvature):
-    """The generalised Gauss-Newton matrix; a product costs about 3 gradients.
-
-    It equals the Hessian of the objective with the network linearised at θ, and is positive
-    semi-definite where the loss is convex in the outputs (Schraudolph, 2002).
-    """
-
-    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
-        logits = outputs.requires_grad_()
-        with torch.enable_grad():
-            loss = self.frozen.loss(logits, batch)
-            (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-            if not gradient.requires_grad:
-                return torch.zeros_like(logits)
-            (product,) = torch.autograd.grad(gradient, logits, tangent, materialize_grads=True)
-        return product
-
-
-class FisherOperator(_OutputCurvature):
-    """The true Fisher information of the softmax model, by exact expectation over the classes.
-
-    E_{y∼p}[∇log p(y) ∇log p(y)ᵀ] = Jᵀ (diag p − p pᵀ) J: labels are not used, nothing is sampled
-    (Martens, 2020, sec. 9). Outputs are logits of shape `(n, classes)`.
-    """
-
-    def _setup(self) -> None:
-        batch = next(iter(self.frozen.batches))
-        with torch.no_grad():
-            logits = self.frozen.logits(self.frozen.space.values, batch.inputs)
-        if logits.dim() != 2:
-            raise ValueError(
-                f"`model` must return logits of shape (n, classes) for a Fisher matrix, got "
-                f"{tuple(logits.shape)}."
-            )
-        super()._setup()
-
-    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
-        p = outputs.softmax(-1)
-        return p * (tangent - (p * tangent).sum(-1, keepdim=True)) / batch.size
-
-
-class EmpiricalFisherOperator(_OutputCurvature):
-    """Second moment of the per-sample gradients at the labels given.
-
-    Not the Fisher information: it uses the labels of the data, and differs from the Hessian even
-    at a minimum of a misspecified model (Kunstner et al., 2019).
-    """
-
-    def _outputs(self, leaves: dict[str, Tensor], batch: PreparedBatch) -> Tensor:
-        loss, targets = self.frozen.objective.loss, batch.targets
-        if loss is None or targets is None:
-            raise ValueError("`loss` must be given, and `data` must hold targets, got neither.")
-
-        def one(logits: Tensor, target: Tensor) -> Tensor:
-            return loss(logits[None], target[None])
-
-        each: Tensor = vmap(one)(super()._outputs(leaves, batch), targets)
-        return each
-
-    def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
-        return tangent / batch.size
-
-
-def _warn_independent() -> None:
+def warn_independent() -> None:
+    """Warn of a loss in which none of the chosen parameters appears."""
     warnings.warn(
         "The loss depends on none of the chosen parameters, so its curvature is zero. If it "
         "should, take `no_grad`, `inference_mode` and `detach` out of the model.",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape.batches import PreparedBatch
-from landscape.losses import for_loss, is_classification, loss_settings
+from landscape.losses import counts_labels, for_loss, loss_settings, sample_weights
 
 NUM_BINS = 15
 """Bins of the expected calibration error, as in Guo et al. (2017)."""
@@ -41,7 +41,7 @@ class LossError:
         a = sample_weights(self._loss, batch.targets)
         c = losses.detach().double().reshape(batch.size, -1)
         # Where weights are counts of labels (segmentation) they belong to a sum, else to a mean.
-        c = c.sum(1) if _counts_labels(self._loss, batch.targets) else c.mean(1)
+        c = c.sum(1) if counts_labels(self._loss, batch.targets) else c.mean(1)
         counted = (a > 0).sum()
         self._sums += torch.stack([counted, c.sum(), a.sum(), c @ c, c @ a, a @ a])
 
@@ -144,19 +144,3 @@ def unreduced(loss: Any) -> Any:
     except (TypeError, ValueError):
         return None
     return functools.partial(loss, reduction="none") if has_reduction else None
-
-
-def sample_weights(loss: Any, targets: Tensor) -> Tensor:
-    """Return the weight `(n,)` of each sample in the mean that `loss` takes, in float64."""
-    if not _counts_labels(loss, targets):
-        return torch.ones(len(targets), dtype=torch.float64, device=targets.device)
-    weight, ignore, _ = loss_settings(loss)
-    counted = (targets != ignore).double()
-    if weight is not None:
-        known = targets.clamp(0, len(weight) - 1)
-        counted = counted * weight.to(targets.device)[known].double()
-    return counted.reshape(len(targets), -1).sum(1)
-
-
-def _counts_labels(loss: Any, targets: Tensor) -> bool:
-    return is_classification(loss) and not targets.is_floating_point()

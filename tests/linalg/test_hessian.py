@@ -27,7 +27,6 @@ KINDS = {
     "empirical-fisher": EmpiricalFisherOperator,
 }
 PART = 9_000  # bytes: the graph of one batch of four and no more
-WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.0]).double())
 
 
 def times_ones(operator):
@@ -107,19 +106,67 @@ def test_gradient_is_that_of_the_objective():
     assert operator.gradient()[5].item() == pytest.approx((high - low) / 2e-5, rel=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(10,), (7, 2, 1), (1, 4, 5)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_weights_and_ignored_labels_however_batched(kind, sizes):
+    model = make_model("attention")
+    x, y = (torch.cat(parts) for parts in zip(*make_batches((7, 3)), strict=True))
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    class_weights = torch.tensor([0.2, 1.0, 5.0]).double()
+    for loss, weights in (
+        (nn.CrossEntropyLoss(weight=class_weights), class_weights[y]),
+        (nn.CrossEntropyLoss(ignore_index=1), (y != 1).double()),
+    ):
+        operator = KINDS[kind](model, batches, Objective(loss=loss))
+        expected = oracles.dense(model, batches, kind=kind, loss=loss, weights=weights)
+        torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["hessian", "gauss-newton", "empirical-fisher"])
-def test_class_weights_soft_targets_and_a_subset(kind):
+def test_soft_targets_and_a_subset(kind):
     model = make_model("attention")
     batches = make_batches((7, 2, 1))
     subset = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
-    if kind == "hessian":
-        operator = HessianOperator(model, batches, Objective(loss=WEIGHTED))
-        expected = oracles.dense(model, batches, loss=WEIGHTED)
-        torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
     soft = [(x, F.one_hot(y, 3).double() * 0.7 + 0.1) for x, y in batches]
     operator = KINDS[kind](model, soft, Objective(parameters=["norm*", "head.*"]))
     expected = oracles.dense(model, soft, kind=kind, names=subset)
     torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
+class WithLoss(nn.Module):
+    """Brings its own loss, as Hugging Face's models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 3, dtype=torch.float64)
+
+    def forward(self, x, labels):
+        logits = self.head(x.flatten(1))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("kind", ["gauss-newton", "empirical-fisher"])
+def test_a_loss_that_the_model_brings_is_refused_where_its_outputs_are_needed(kind):
+    data = [{"x": x, "labels": y} for x, y in make_batches((7,))]
+    with pytest.raises(ValueError, match=r"`loss` must be a function of .* got None; pass the"):
+        KINDS[kind](WithLoss(), data, Objective(loss=None))
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, nn.BCEWithLogitsLoss()], ids=["mse", "bce"])
+def test_a_fisher_matrix_is_that_of_a_softmax(loss):
+    data = [(x, torch.rand(len(x), 3).double()) for x, _ in make_batches((7,))]
+    with pytest.raises(ValueError, match="must be that of a softmax"):
+        FisherOperator(make_model("conv"), data, Objective(loss=loss))
+
+
+def test_many_vectors_share_one_forward_pass():
+    model, batches = make_model("conv"), make_batches((7, 3))
+    operator = GaussNewtonOperator(model, batches)
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    matrix_of(operator)
+    handle.remove()
+    assert len(calls) == len(batches)
 
 
 def test_frozen_parameters_take_no_part():
