@@ -65,6 +65,21 @@ def check_generator(generator: Any) -> torch.Generator:
     return generator
 
 
+def check_materialised(model: torch.nn.Module) -> None:
+    """Refuse a model whose weights are not there yet.
+
+    Raises:
+        ValueError: If a parameter is lazy or on the meta device.
+    """
+    for name, p in model.named_parameters():
+        if isinstance(p, torch.nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"`model` has the lazy parameter {name!r}; run one forward pass first."
+            )
+        if p.is_meta:
+            raise ValueError(f"`model` has {name!r} on the meta device; load its weights first.")
+
+
 def check_python(model: torch.nn.Module) -> None:
     """Refuse a model with a part in TorchScript, which hides the calls that it makes.
 

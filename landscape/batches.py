@@ -7,6 +7,7 @@ shuffling loader).
 """
 
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,51 @@ class PreparedBatch:
     targets: Tensor | None
     size: int
     weight: float
+
+
+def one_pass(data: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of one pass over the data, whatever the global random streams.
+
+    A DataLoader takes a seed from PyTorch's stream at every pass, shuffled or not, and a data set
+    may draw from that, from NumPy's or from Python's. Data see these streams (the CPU's) from the
+    same seed on at every pass, and the caller finds them as they were.
+
+    Args:
+        data: Any iterable.
+    """
+    outside = _streams()
+    torch.default_generator.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002, the global stream is what data draw from
+    random.seed(0)
+    try:
+        batches = iter(data)
+        while True:
+            try:
+                raw = next(batches)
+            except StopIteration:
+                return
+            inside = _streams()
+            _set_streams(outside)
+            try:
+                yield raw
+            finally:
+                outside = _streams()
+            _set_streams(inside)
+    finally:
+        _set_streams(outside)
+
+
+_Streams = tuple[Tensor, Any, Any]
+
+
+def _streams() -> _Streams:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+
+def _set_streams(states: _Streams) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    random.setstate(states[2])
 
 
 class FrozenBatches:
@@ -119,7 +165,7 @@ class FrozenBatches:
         amounts: list[Tensor | float] = []
         extremes: list[Tensor] = []
         held = 0
-        for index, raw in enumerate(self._data):
+        for index, raw in enumerate(one_pass(self._data)):
             drawn = self._prepare(raw, index)
             targets = drawn[1]
             sizes.append(drawn[2])
@@ -149,11 +195,12 @@ class FrozenBatches:
 
     def _redraw(self) -> Iterator["_Drawn"]:
         count = 0
-        for index, raw in enumerate(self._data):
+        for index, raw in enumerate(one_pass(self._data)):
             drawn = self._prepare(raw, index)
             count += 1
-            if index >= len(self._prints) or not torch.equal(
-                _fingerprint(drawn), self._prints[index]
+            known = self._prints[index : index + 1]
+            if not known or not torch.allclose(
+                _fingerprint(drawn), known[0], rtol=0, atol=0, equal_nan=True
             ):
                 raise ValueError(_CHANGED.format(index))
             yield drawn
@@ -234,7 +281,7 @@ def stream_batches(model: nn.Module, data: Iterable[Any]) -> "Iterator[_Drawn]":
 
 def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
     total = 0
-    for index, raw in enumerate(data):
+    for index, raw in enumerate(one_pass(data)):
         inputs, targets = (placement.place(part) for part in split_batch(raw, index))
         size = _size(inputs, targets)
         total += size
@@ -354,7 +401,8 @@ def _fingerprint(drawn: _Drawn) -> Tensor:
     """Return numbers that change when a sample of the batch changes or moves."""
     sums = []
     for t in _tensors(drawn):
-        rows = t.detach().double().reshape(len(t), -1).sum(1) if t.dim() else t.double()[None]
+        rows = t.detach().double()
+        rows = rows.flatten(1).sum(1) if rows.dim() > 1 else rows.reshape(-1)
         ramp = torch.arange(1, len(rows) + 1, device=t.device, dtype=torch.float64)
         sums.append(torch.stack([rows.sum(), (rows * ramp).sum(), rows.new_tensor(t.numel())]))
     return torch.stack(sums)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from landscape._checks import nearest
+from landscape._checks import check_materialised, nearest
 
 Choice = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -156,13 +156,7 @@ def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:
 
 
 def _check_placement(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
-    for name, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                f"`model` has the lazy parameter {name!r}; run one forward pass first."
-            )
-        if p.is_meta:
-            raise ValueError(f"`model` has {name!r} on the meta device; load its weights first.")
+    check_materialised(model)
     devices = {str(p.device) for p in model.parameters()}
     if len(devices) > 1:
         raise ValueError(f"`model` must be on one device, got {sorted(devices)}.")

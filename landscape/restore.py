@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from landscape._checks import check_materialised
+
 Cache = tuple[nn.Module, str]
 """A module, and the name of an attribute of it."""
 
@@ -168,13 +170,34 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 @contextmanager
+def own_randomness(model: nn.Module) -> Iterator[None]:
+    """Let a model that is random in evaluation mode draw from a fixed seed.
+
+    Functional dropout is, for example. The global streams of the CPU and of the model's devices are
+    put back afterwards.
+    """
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed other devices too
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluate a model in this context: its modes and buffers are put back afterwards."""
+    """Evaluate a model in this context: modes, buffers and random streams are put back.
+
+    Raises:
+        ValueError: If its weights are not there yet.
+    """
+    check_materialised(model)
     modules = list(model.modules())
     buffers = [dict(module._buffers) for module in modules]
     values = [(b, b.clone()) for each in buffers for b in each.values() if b is not None]
     try:
-        with eval_mode(model):
+        with eval_mode(model), own_randomness(model):
             yield
     finally:
         with torch.no_grad():

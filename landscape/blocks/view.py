@@ -214,7 +214,7 @@ class Blocks:
     def _record(self, inputs: Any) -> Trace:
         placement = Placement.of(self.model)
         example = resized(placement.place(inputs), _TRACED)
-        with untouched(self.model), eagerly(), _own_randomness(placement.device), torch.no_grad():
+        with untouched(self.model), eagerly(), torch.no_grad():
             predict(self.model, example)  # what a model caches at its first pass is there by now
             return record(self.model, example)
 
@@ -340,10 +340,3 @@ def _changed(name: str, got: torch.Size, traced: tuple[int, ...]) -> ValueError:
         f"`model` must make the same calls for every batch, got {tuple(got)} at block {name!r} "
         f"instead of {traced} but for the batch size; does its control flow depend on the data?"
     )
-
-
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Leave the global random state as it is."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield

@@ -1,0 +1,156 @@
+"""Probes neither move the global random streams nor depend on them."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import landscape
+from landscape import Objective
+from landscape.batches import one_pass
+from tests.cases import assert_untouched, snapshot
+
+PROBES = {
+    "hessian_spectrum": lambda m, d: landscape.hessian_spectrum(m, d, k=1).largest.values,
+    "hessian_max_spectrum": lambda m, d: landscape.hessian_max_spectrum(m, d, k=1).eigenvalues,
+    "hessian_trace": lambda m, d: landscape.hessian_trace(m, d, num_matvecs=12).value,
+    "loss_line": lambda m, d: landscape.loss_line(m, d, points=3).loss,
+    "evaluate": lambda m, d: landscape.evaluate(m, d).nll,
+    "feature_variance": lambda m, d: landscape.feature_variance(m, d).variance,
+    "cka": lambda m, d: landscape.cka(m, d).values,
+    "frequency_robustness": lambda m, d: (
+        landscape.frequency_robustness(m, d, norm=0.1, frequencies=[0.75], width=0.5).accuracy
+    ),
+    "lesion_study": lambda m, d: landscape.lesion_study(m, d).delta_nll,
+}
+
+
+def global_numbers():
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
+
+
+def seed_all(seed):
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _streams_put_back():
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+class Augmented(Dataset):
+    """Draws from all three global streams, as data sets with random crops do."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.rand(3, 4, 4) * np.random.rand() * random.random(), index % 3
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((x + self.conv(F.gelu(x))).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", PROBES)
+def test_no_probe_moves_them_or_depends_on_them(name):
+    seed_all(0)
+    model = Residual()
+    loader = DataLoader(Augmented(), batch_size=4, shuffle=True)
+    found = []
+    for seed in (1, 2):
+        seed_all(seed)
+        before = snapshot(model)
+        found.append(np.asarray(PROBES[name](model, loader)))
+        assert_untouched(model, before)
+        numbers = global_numbers()
+        seed_all(seed)
+        assert numbers == global_numbers()
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_pass_lets_the_caller_draw_between_batches():
+    loader = DataLoader(Augmented(), batch_size=4, shuffle=True)
+    seed_all(5)
+    expected = [global_numbers() for _ in range(4)]
+    seed_all(5)
+    between, first = [], []
+    for x, _ in one_pass(loader):
+        first.append(x)
+        between.append(global_numbers())
+    assert [*between, global_numbers()] == expected
+    for x, (again, _) in zip(first, one_pass(loader), strict=True):
+        assert torch.equal(x, again)
+        break  # a pass that is not finished leaves the streams as they are, too
+    seed_all(5)
+    for _ in one_pass(loader):
+        break
+    assert global_numbers() == expected[0]
+
+
+def test_an_exception_in_the_data_leaves_them():
+    def failing():
+        yield torch.rand(2)
+        raise RuntimeError("unreadable file")
+
+    seed_all(3)
+    expected = global_numbers()
+    seed_all(3)
+    with pytest.raises(RuntimeError, match="unreadable"):
+        list(one_pass(failing()))
+    assert global_numbers() == expected
+
+
+def test_a_shuffling_loader_can_be_redrawn():
+    data = TensorDataset(torch.randn(12, 4), torch.arange(12) % 3)
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    kept, redrawn = (Objective().freeze(nn.Linear(4, 3), loader, keep_bytes=b) for b in (None, 0))
+    for a, b in zip(kept.batches, redrawn.batches, strict=True):
+        assert torch.equal(a.inputs, b.inputs)
+
+
+class Dropping(nn.Module):
+    """Random in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(48, 3)
+
+    def forward(self, x):
+        return self.head(F.dropout(x.flatten(1), 0.5))
+
+
+def test_a_model_that_is_random_in_evaluation_mode_draws_from_a_stream_of_its_own():
+    model, data = Dropping(), [(torch.rand(8, 3, 4, 4), torch.arange(8) % 3)]
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(landscape.evaluate(model, data).nll)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1]
+
+
+def test_lazy_models_are_refused_by_forward_probes():
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="lazy parameter '1.weight'"):
+        landscape.evaluate(model, [(torch.rand(8, 3, 4, 4), torch.arange(8) % 3)])
+    assert isinstance(model[1], nn.LazyLinear)
