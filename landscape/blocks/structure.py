@@ -115,7 +115,7 @@ def named_units(trace: Trace, paths: list[str]) -> list[Unit]:
                     if trace.steps[s].follows
                 )  # fmt: skip
                 known = graph.unit_with_output(value)
-                unit = Unit(path, graph.kind(steps), value) if known is None else known
+                unit = known or Unit(path, graph.kind(steps), value, branch=steps)
                 found.append(replace(unit, name=path, is_cut=graph.is_cut(value)))
     return _uniquely_named(sorted(found, key=lambda unit: unit.value))
 

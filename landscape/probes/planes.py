@@ -158,11 +158,13 @@ def between(model: nn.Module, *states: Source, parameters: Choice = None) -> Dir
         One direction a state.
 
     Raises:
-        ValueError: If no state is given, or one lacks a parameter or equals the model.
+        ValueError: If no state is given, or one lacks a parameter, equals the model, or is not
+            reached because parameters without `requires_grad` differ.
     """
     check_at_least("states", len(states), 1)
     started = time.perf_counter()
-    values = ParameterSpace(model, parameters).values
+    space = ParameterSpace(model, parameters)
+    values = space.values
     vectors: list[dict[str, np.ndarray]] = []
     for index, source in enumerate(states):
         state: State = read_state(source)[0]
@@ -172,10 +174,20 @@ def between(model: nn.Module, *states: Source, parameters: Choice = None) -> Dir
                 got = tuple(state[name].shape) if name in state else "none"
                 raise ValueError(
                     f"`states` must be of this model, got shape {got} for {name!r} in state "
-                    f"{index} and {tuple(value.shape)} in the model."
+                    f"{index} and {tuple(value.shape)} in the model; names begin with "
+                    f"{next(iter(state))!r} there and {next(iter(values))!r} here, so what wraps "
+                    "one of them, such as `torch.compile`, may have to be taken off."
                 )
             there, here = state[name].to("cpu", torch.float64), value.to("cpu", torch.float64)
             vector[name] = to_array(there - here, value.dtype)
+        if parameters is None:
+            for name, value in space.fixed.items():
+                if name in state and not torch.equal(state[name].to(value), value):
+                    raise ValueError(
+                        "`states` must differ from the model in parameters with `requires_grad`, "
+                        f"got another {name!r} in state {index}; call "
+                        "`model.requires_grad_(True)`, or choose what moves with `parameters`."
+                    )
         if not any(array.any() for array in vector.values()):
             raise ValueError(f"`states` must differ from the model, got the same in {index}.")
         vectors.append(vector)

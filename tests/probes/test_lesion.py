@@ -81,6 +81,27 @@ def test_equals_models_changed_by_hand(model):
     assert np.abs(study.delta_nll).max() > 1e-3
 
 
+def test_named_blocks_have_their_convolutions_and_heads():
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+    data = images((8,))
+    study = lesion_study(plain, data, blocks=Blocks(plain, ["0", "1"], example=data[0][0]))
+    without = copy.deepcopy(plain)
+    without[1][0] = nn.Identity()
+    assert (study.names, study.parts) == (("1",), ("conv",))
+    assert study.nll[0] == pytest.approx(evaluate(without, data).nll, rel=1e-5)
+    assert "0" in study.skipped
+    vit = build("vit")
+    found = lesion_study(vit, data, units="head")
+    named = Blocks(vit, ["blocks.*.attention"], example=data[0][0])
+    np.testing.assert_allclose(lesion_study(vit, data, blocks=named, units="head").nll, found.nll)
+
+
 def test_units_of_the_paper():
     resnet = lesion_study(build("resnet"), images((8,)))
     assert set(resnet.parts) == {"conv"}

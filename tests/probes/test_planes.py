@@ -128,6 +128,19 @@ def test_between_a_subset_leaves_the_rest():
     assert line.nll[0] == pytest.approx(expected, rel=1e-12)
 
 
+def test_between_refuses_weights_that_it_would_not_reach():
+    model, other = make_model("attention"), make_model("attention", seed=1)
+    model.qkv.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"got another 'qkv.weight' in state 0; call `model.req"):
+        between(model, other)
+    between(model, other, parameters="head.*")
+    other.qkv.load_state_dict(model.qkv.state_dict())
+    between(model, other)
+    wrapped = {f"module.{name}": tensor for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'module.norm.weight' there .* here, so what wraps"):
+        between(model, wrapped)
+
+
 def test_between_refuses_itself_and_strangers():
     model = make_model("attention")
     with pytest.raises(ValueError, match="`states` must differ from the model"):
