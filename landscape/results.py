@@ -45,11 +45,20 @@ class Result:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Result._classes[cls.__name__] = cls
-        if "__repr__" not in vars(cls):  # a dataclass would write out all numbers of all arrays
-            cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
+        # A dataclass would write out all numbers, and cannot compare or hash arrays.
+        for name in ("__repr__", "__eq__", "__hash__"):
+            if name not in vars(cls):
+                setattr(cls, name, vars(Result)[name])
 
     def __repr__(self) -> str:
         return summarize(self)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another result is of the same class and holds the same, NaN for NaN."""
+        return type(self) is type(other) and _same(vars(self), vars(other))
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(self)))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result to one `.npz` file, atomically, and return its path.
@@ -184,6 +193,20 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _same(a: Any, b: Any) -> bool:
+    a, b = (x.item() if isinstance(x, np.generic) else x for x in (a, b))
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        numbers = np.issubdtype(a.dtype, np.inexact) and np.issubdtype(b.dtype, np.inexact)
+        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=numbers)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, float) and isinstance(b, float) and np.isnan([a, b]).all():
+        return True
+    return not isinstance(a, np.ndarray) and not isinstance(b, np.ndarray) and bool(a == b)
 
 
 def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:

@@ -1,4 +1,5 @@
 import json
+import pickle
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -47,6 +48,22 @@ def test_save_and_load_return_the_same_result(tmp_path):
         assert np.isnan(loaded.interval[1])
         assert loaded.number == float("inf")
         assert loaded.provenance == result.provenance
+
+
+def test_results_compare_and_hash_by_what_they_hold(tmp_path):
+    result = make_result()
+    again = Nested.load(result.save(tmp_path / "a.npz"))
+    assert again == result == pickle.loads(pickle.dumps(result))
+    assert len({result, again}) == 1
+    others = (
+        replace(result, number=1.0),
+        replace(result, interval=(0.5, 0.0)),
+        replace(result, maps={**result.maps, "c": np.ones((1, 2), dtype=np.float32)}),
+        replace(result, pairs=replace(result.pairs, values=np.array([2.0, 1.0, np.inf]))),
+        result.pairs,
+    )
+    for other in others:
+        assert other != result
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):

@@ -11,6 +11,7 @@ An eigenvalue that is known exactly need not be sampled: it weighs 1/n, and v is
 rest of the spectrum alone. Outliers carry most of the variance, so this is where the error goes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -104,8 +105,7 @@ def spectral_density(
     low, high = float(known.min()), float(known.max())
     if sigma is None:
         sigma = (high - low) / 100 or abs(high) / 100 or 1.0
-    if not sigma > 0:
-        raise ValueError(f"`sigma` must be positive, got {sigma}.")
+    check_density(1, 1, sigma)
     # 8 standard deviations of margin and at most half of one between points: integral 1 to 1e-12.
     margin = 8 * sigma
     points = max(points, int(np.ceil(2 * (high - low + 2 * margin) / sigma)) + 1)
@@ -124,6 +124,7 @@ def lanczos_quadrature(
     start: torch.Tensor,
     num_steps: int,
     basis_bytes: int = BASIS_BYTES,
+    tick: Callable[[], object] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gauss quadrature of vᵀ f(A) v by Lanczos.
 
@@ -135,6 +136,7 @@ def lanczos_quadrature(
         start: Unit vector v, shape `(dim,)`.
         num_steps: Number of products.
         basis_bytes: Memory for past vectors.
+        tick: Called after each product.
 
     Returns:
         Nodes and masses, each of shape `(m,)` with `m ≤ num_steps`; the masses sum to 1.
@@ -153,6 +155,7 @@ def lanczos_quadrature(
     for step in range(num_steps):
         basis[step % window] = q
         w = operator.matvec(q.to(operator.dtype)).double()
+        tick()
         diagonal.append(q @ w)
         w, _ = orthogonalise(w, basis[: step + 1], every > 1)
         off.append(w.norm())
@@ -180,6 +183,7 @@ def density_of(
     num_probes: int = 1,
     sigma: float | None = None,
     generator: torch.Generator,
+    tick: Callable[[], object] = lambda: None,
 ) -> SpectralDensity:
     """Eigen-density of any symmetric operator.
 
@@ -189,6 +193,7 @@ def density_of(
         num_probes: Number of random probes.
         sigma: Kernel width; by default a hundredth of the range of the spectrum.
         generator: Source of the probes.
+        tick: Called after each product.
 
     Returns:
         The density, after `num_steps · num_probes` products.
@@ -196,16 +201,27 @@ def density_of(
     Raises:
         ValueError: If an argument is out of range or a product is not finite.
     """
-    check_at_least("num_steps", num_steps, 1)
-    check_at_least("num_probes", num_probes, 1)
+    check_density(num_steps, num_probes, sigma)
     rules = [
-        lanczos_quadrature(operator, random_unit_vector(operator, generator), num_steps)
+        lanczos_quadrature(operator, random_unit_vector(operator, generator), num_steps, tick=tick)
         for _ in range(num_probes)
     ]
     longest = max(len(values) for values, _ in rules)
     nodes = np.stack([np.pad(v, (0, longest - len(v)), mode="edge") for v, _ in rules])
     weights = np.stack([np.pad(w, (0, longest - len(w))) for _, w in rules])
     return spectral_density(nodes, weights, operator.dim, sigma=sigma)
+
+
+def check_density(num_steps: int, num_probes: int, sigma: float | None) -> None:
+    """Refuse bad arguments of a density.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    check_at_least("num_steps", num_steps, 1)
+    check_at_least("num_probes", num_probes, 1)
+    if sigma is not None and not sigma > 0:
+        raise ValueError(f"`sigma` must be positive, got {sigma}.")
 
 
 def _expectation(

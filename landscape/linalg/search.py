@@ -77,8 +77,7 @@ class EigenSearch:
             if k > vectors.dim:
                 raise ValueError(f"`k` must be at most the dimension {vectors.dim}, got {k}.")
         check_at_least("max_iter", max_iter, min(total, vectors.dim))
-        if not tol > 0:
-            raise ValueError(f"`tol` must be positive, got {tol}.")
+        check_tol(tol)
         check_choice("basis_dtype", basis_dtype, (None, torch.float64, torch.float32))
         long = are_long(vectors.dim, vectors.dtype, vectors.device)
         if basis_dtype is None and long and tol >= SINGLE_TOL:
@@ -344,6 +343,16 @@ class EigenSearch:
         chosen = [select(self._ritz.values, k, which) for k, which in self._wanted.values()]
         values: np.ndarray = self._ritz.values[np.concatenate(chosen)]
         return values
+
+
+def check_tol(tol: float) -> None:
+    """Refuse a tolerance that is not positive.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not tol > 0:
+        raise ValueError(f"`tol` must be positive, got {tol}.")
 
 
 def multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor]) -> None:

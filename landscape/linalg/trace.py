@@ -1,5 +1,6 @@
 """Trace of a symmetric operator by Hutch++ (Meyer, Musco, Musco & Woodruff, 2021, algorithm 1)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,9 @@ from torch import Tensor
 from landscape._checks import check_at_least
 from landscape.linalg.operators import SymmetricOperator, generator_on
 from landscape.results import Provenance, Result
+
+FEWEST = 6
+"""Products of which each third still has a spread."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,11 @@ class TraceEstimate(Result):
 
 
 def hutch_plus_plus(
-    operator: SymmetricOperator, *, num_matvecs: int = 60, generator: torch.Generator
+    operator: SymmetricOperator,
+    *,
+    num_matvecs: int = 60,
+    generator: torch.Generator,
+    tick: Callable[[int], object] = lambda count: None,
 ) -> TraceEstimate:
     """Estimate a trace: exact on a sketched subspace Q, random on its complement.
 
@@ -43,6 +51,7 @@ def hutch_plus_plus(
         operator: Any symmetric operator.
         num_matvecs: Products to spend, a third each for the sketch, its trace and the rest.
         generator: Source of the signs.
+        tick: Called with their number after some products.
 
     Returns:
         The estimate; its relative error falls as 1 / `num_matvecs` for a decaying spectrum.
@@ -50,11 +59,13 @@ def hutch_plus_plus(
     Raises:
         ValueError: If `num_matvecs` is below 6, or a product is not finite.
     """
-    check_at_least("num_matvecs", num_matvecs, 6)
+    check_at_least("num_matvecs", num_matvecs, FEWEST)
     size = min(num_matvecs // 3, operator.dim)
     sketch = operator @ _signs(operator, size, generator)
+    tick(size)
     basis = torch.linalg.qr(sketch.double())[0]
     captured = float((basis * (operator @ basis.to(operator.dtype)).double()).sum())
+    tick(size)
     spent = 2 * size
     samples = np.zeros(0)
     if size < operator.dim:
@@ -62,6 +73,7 @@ def hutch_plus_plus(
         probes -= basis @ (basis.T @ probes)
         products = (operator @ probes.to(operator.dtype)).double()
         samples = (probes * products).sum(0).cpu().numpy()
+        tick(size)
         spent += size
     rest = float(samples.mean()) if len(samples) else 0.0
     stderr = float(samples.std(ddof=1) / np.sqrt(len(samples))) if len(samples) else 0.0

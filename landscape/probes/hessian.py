@@ -14,13 +14,14 @@ from torch import nn
 
 from landscape._checks import check_at_least, check_choice, check_generator
 from landscape._progress import count
+from landscape.linalg.certificate import check_certify
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.gradient import Precision
 from landscape.linalg.hessian import HessianOperator, Memory
 from landscape.linalg.krylov import RitzPairs
-from landscape.linalg.quadrature import SpectralDensity, density_of, spectral_density
-from landscape.linalg.search import EigenSearch, multiply
-from landscape.linalg.trace import TraceEstimate, hutch_plus_plus
+from landscape.linalg.quadrature import SpectralDensity, check_density, density_of, spectral_density
+from landscape.linalg.search import EigenSearch, check_tol, multiply
+from landscape.linalg.trace import FEWEST, TraceEstimate, hutch_plus_plus
 from landscape.objective import Objective
 from landscape.provenance import provenance
 from landscape.results import Provenance, Result
@@ -65,7 +66,7 @@ def hessian_spectrum(
     k: int = 5,
     density: bool = True,
     tol: float = 1e-3,
-    max_iter: int = 200,
+    max_iter: int | None = None,
     num_probes: int = 1,
     max_basis: int | None = None,
     basis_dtype: torch.dtype | None = None,
@@ -90,9 +91,10 @@ def hessian_spectrum(
         data: Re-iterable of batches; the mean is over all samples, however batched.
         objective: Whose Hessian.
         k: Number of eigenvalues at each edge.
-        density: Also return the density; at least 40 products a probe are then made.
+        density: Also return the density; at least 40 products a probe are then made, or as many
+            as `max_iter` allows.
         tol: Relative error of the eigenvalues.
-        max_iter: Largest number of products.
+        max_iter: Largest number of products; by default 200, or 80 a probe where that is more.
         num_probes: Random start vectors; more of them narrow trace and density, each at about as
             many products again.
         max_basis: Largest number of basis vectors; by default as many as fit 4 GiB, but at least
@@ -112,7 +114,7 @@ def hessian_spectrum(
             by the square of that. Density and trace are those of the cheap products.
         generator: Source of the start vectors; seed 0 by default.
         engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion
-            (`landscape.probes.pyhessian_engine` says what it can do).
+            (`landscape.probes.pyhessian_engine` says what it can do); it shows no progress.
         progress: Show a bar.
 
     Returns:
@@ -124,16 +126,24 @@ def hessian_spectrum(
     """
     began = time.perf_counter()
     check_at_least("num_probes", num_probes, 1)
-    generator = check_arguments(k, engine, start, precision, generator)
+    generator = check_arguments(k, engine, tol, certify, start, precision, generator)
+    if max_iter is None:
+        max_iter = max(200, 80 * num_probes)
+    for name, value in (
+        ("max_basis", max_basis), ("basis_dtype", basis_dtype), ("basis_device", basis_device)
+    ):  # fmt: skip
+        if value is not None and engine != "native":
+            raise ValueError(f"`{name}` needs engine='native', got {engine!r}.")
     first = start_vectors(start)
     if first is not None and density:
         raise ValueError("`start` needs `density=False`, got `density=True`.")
     seed = generator.initial_seed()
     frozen = objective.freeze(model, data)
-    operator = HessianOperator.of(frozen, memory=memory, precision=precision)
-    k = min(k, operator.dim)
+    k = min(k, frozen.space.dim)
     if engine == "pyhessian":
         from landscape.probes import pyhessian_engine
+
+        operator = HessianOperator.of(frozen, memory=memory, precision=precision)
 
         return pyhessian_engine.spectrum(
             operator,
@@ -147,7 +157,7 @@ def hessian_spectrum(
             began=began,
         )
     search = EigenSearch(
-        operator,
+        frozen.space,
         {"largest": (k, "LA"), "smallest": (k, "SA")},
         tol=tol,
         max_iter=max_iter,
@@ -157,6 +167,7 @@ def hessian_spectrum(
         generator=generator,
         rough=precision != "full",
     )
+    operator = HessianOperator.of(frozen, memory=memory, precision=precision)
     with count("Hessian spectrum", progress, max_iter) as bar:
         search.run(
             operator.matvec,
@@ -205,6 +216,7 @@ def hessian_density(
     sigma: float | None = None,
     memory: Memory = "auto",
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> SpectralDensity:
     """Eigen-density of the Hessian over all of the data, by stochastic Lanczos quadrature.
 
@@ -217,6 +229,7 @@ def hessian_density(
         sigma: Width of the smoothing; by default a hundredth of the range of the spectrum.
         memory: What the operator may keep between products (`HessianOperator`).
         generator: Source of the probes; seed 0 by default.
+        progress: Show a bar.
 
     Returns:
         The density, after `num_steps · num_probes` products (Ghorbani et al., 2019).
@@ -226,13 +239,20 @@ def hessian_density(
         TypeError: If `data` is not a re-iterable of batches.
     """
     began = time.perf_counter()
+    check_density(num_steps, num_probes, sigma)
     generator = check_generator(generator)
     seed = generator.initial_seed()
     operator = HessianOperator(model, data, objective, memory=memory)
-    found = density_of(
-        operator, num_steps=num_steps, num_probes=num_probes, sigma=sigma, generator=generator
-    )
-    settings = {"num_steps": num_steps, "num_probes": num_probes}
+    with count("Hessian density", progress, num_steps * num_probes) as bar:
+        found = density_of(
+            operator,
+            num_steps=num_steps,
+            num_probes=num_probes,
+            sigma=sigma,
+            generator=generator,
+            tick=bar.update,
+        )
+    settings = {"num_steps": num_steps, "num_probes": num_probes, "sigma": found.sigma}
     return replace(found, provenance=_provenance(operator, seed, began, settings))
 
 
@@ -244,6 +264,7 @@ def hessian_trace(
     num_matvecs: int = 60,
     memory: Memory = "auto",
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> TraceEstimate:
     """Trace of the Hessian over all of the data, by Hutch++.
 
@@ -254,6 +275,7 @@ def hessian_trace(
         num_matvecs: Products to spend.
         memory: What the operator may keep between products (`HessianOperator`).
         generator: Source of the random signs; seed 0 by default.
+        progress: Show a bar.
 
     Returns:
         The trace with its standard error.
@@ -263,11 +285,16 @@ def hessian_trace(
         TypeError: If `data` is not a re-iterable of batches.
     """
     began = time.perf_counter()
+    check_at_least("num_matvecs", num_matvecs, FEWEST)
     generator = check_generator(generator)
     seed = generator.initial_seed()
     operator = HessianOperator(model, data, objective, memory=memory)
-    found = hutch_plus_plus(operator, num_matvecs=num_matvecs, generator=generator)
-    return replace(found, provenance=_provenance(operator, seed, began, {}))
+    with count("Hessian trace", progress, num_matvecs) as bar:
+        found = hutch_plus_plus(
+            operator, num_matvecs=num_matvecs, generator=generator, tick=bar.update
+        )
+    settings = {"num_matvecs": num_matvecs}
+    return replace(found, provenance=_provenance(operator, seed, began, settings))
 
 
 def _provenance(
@@ -314,10 +341,18 @@ def remedy(precision: Precision) -> str:
 
 
 def check_arguments(
-    k: int, engine: str, start: object, precision: str, generator: torch.Generator | None
+    k: int,
+    engine: str,
+    tol: float,
+    certify: bool | float,
+    start: object,
+    precision: str,
+    generator: torch.Generator | None,
 ) -> torch.Generator:
     """Refuse bad arguments of a spectrum, and return the generator to use."""
     check_at_least("k", k, 1)
+    check_tol(tol)
+    check_certify(certify)
     check_choice("engine", engine, ("native", "pyhessian"))
     if start is not None and engine != "native":
         raise ValueError(f"`start` needs engine='native', got {engine!r}.")

@@ -66,6 +66,9 @@ class HessianMaxSpectrum(Result):
         ape_interval: 95 % bootstrap interval of `ape` over mini-batches, (low, high).
         num_hvps: Mini-batch Hessian-vector products in all.
         provenance: Where it came from.
+        errors: Estimates of the eigenvalues' errors (`Eigenpairs`), shape `(batches, k)`.
+        miss: Bound on the probability that a value of a mini-batch is missing (`Eigenpairs`), shape
+            `(batches,)`.
     """
 
     eigenvalues: np.ndarray
@@ -77,6 +80,8 @@ class HessianMaxSpectrum(Result):
     ape_interval: tuple[float, float]
     num_hvps: int
     provenance: Provenance
+    errors: np.ndarray | None = None
+    miss: np.ndarray | None = None
 
     _plot: ClassVar[str | None] = "hessian_max_spectrum"
 
@@ -136,7 +141,9 @@ def hessian_max_spectrum(
         TypeError: If `data` is not a re-iterable of batches.
     """
     began = time.perf_counter()
-    generator = check_arguments(k, engine, start, precision, generator)
+    generator = check_arguments(k, engine, tol, certify, start, precision, generator)
+    check_at_least("max_iter", max_iter, k if engine == "native" else 1)
+    check_at_least("num_bootstrap", num_bootstrap, 1)
     if group is not None:
         check_at_least("group", group, 1)
     if group is not None and engine != "native":
@@ -168,7 +175,7 @@ def hessian_max_spectrum(
                 frozen, k, tol, max_iter, certify, memory, generator, group, first, precision
             )
             rows = solver.run(bar.update)
-            settings = {"kept_batches": solver.kept, "group": solver.size}
+            settings = {"certify": certify, "kept_batches": solver.kept, "group": solver.size}
     eigenvalues = np.stack([row.values for row in rows])
     converged = np.stack([row.converged for row in rows])
     num_hvps = sum(row.num_matvecs for row in rows)
@@ -186,12 +193,14 @@ def hessian_max_spectrum(
         ape=_ape(eigenvalues),
         ape_interval=ape_interval,
         num_hvps=num_hvps,
+        errors=np.stack([row.errors for row in rows]),
+        miss=np.array([row.miss for row in rows]),
         provenance=provenance(
             frozen,
             seed=seed,
             seconds=time.perf_counter() - began,
             num_hvps=num_hvps / total,
-            settings={"k": k, "tol": tol, "engine": engine, "certify": certify}
+            settings={"k": k, "tol": tol, "engine": engine}
             | {"precision": precision, "num_batches": total}
             | settings,
         ),
@@ -353,7 +362,6 @@ def _bootstrap(
     eigenvalues: np.ndarray, count: int, generator: torch.Generator
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return the 95 % percentile intervals of NEP and APE over resampled mini-batches."""
-    check_at_least("num_bootstrap", count, 1)
     batches = len(eigenvalues)
     draws = torch.randint(
         batches, (count, batches), generator=generator, device=generator.device

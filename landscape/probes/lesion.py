@@ -134,6 +134,7 @@ def lesion_study(
         provenance=forward_provenance(
             model,
             num_samples=paired.count,
+            num_forwards=1 + len(plan.lesions),
             seconds=time.perf_counter() - began,
             settings={"units": units, "shared_prefix": shares},
         ),

@@ -422,6 +422,10 @@ def test_a_bar_is_shown_on_request_only(capsys):
     assert "Hessian spectrum" in capsys.readouterr().err
     landscape.hessian_max_spectrum(model, batches, progress=True)
     assert "Hessian max spectrum" in capsys.readouterr().err
+    landscape.hessian_density(model, batches, num_steps=7, num_probes=2, progress=True)
+    assert "Hessian density" in capsys.readouterr().err
+    landscape.hessian_trace(model, batches, num_matvecs=12, progress=True)
+    assert "Hessian trace" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("probe", [landscape.hessian_spectrum, landscape.hessian_max_spectrum])
@@ -445,6 +449,49 @@ def test_bad_input_is_refused_before_work(probe):
         probe(model, batches, max_iter=0)
     with pytest.warns(UserWarning, match="raise `max_iter`"):
         probe(model, batches, max_iter=11)
+
+
+class NeverCalled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        raise AssertionError("work has begun")
+
+
+@pytest.mark.parametrize(
+    ("probe", "arguments", "match"),
+    [
+        ("hessian_spectrum", {"tol": 0}, "`tol` must be positive, got 0"),
+        ("hessian_spectrum", {"certify": 1.5}, "`certify` must be a bool or a probability"),
+        ("hessian_spectrum", {"num_probes": 0}, "`num_probes` must be at least 1"),
+        (
+            "hessian_spectrum",
+            {"engine": "pyhessian", "max_basis": 9},
+            "`max_basis` needs engine='native', got 'pyhessian'",
+        ),
+        ("hessian_max_spectrum", {"tol": -1}, "`tol` must be positive, got -1"),
+        ("hessian_max_spectrum", {"certify": 2.0}, "`certify` must be a bool or a probability"),
+        ("hessian_max_spectrum", {"num_bootstrap": 0}, "`num_bootstrap` must be at least 1"),
+        ("hessian_max_spectrum", {"max_iter": 4}, "`max_iter` must be at least 5"),
+        ("hessian_density", {"num_steps": 0}, "`num_steps` must be at least 1"),
+        ("hessian_density", {"sigma": -1}, "`sigma` must be positive, got -1"),
+        ("hessian_trace", {"num_matvecs": 5}, "`num_matvecs` must be at least 6"),
+    ],
+)
+def test_arguments_are_checked_before_the_model_is_called(probe, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        getattr(landscape, probe)(NeverCalled(), make_batches((7,)), **arguments)
+
+
+def test_many_probes_have_their_products_each():
+    model, batches = make_model("conv"), make_batches((7, 3))
+    result = landscape.hessian_spectrum(model, batches, k=1, num_probes=3, certify=False)
+    assert result.num_hvps >= min(3 * 40, result.dim)
+    with pytest.warns(UserWarning, match="raise `max_iter`"):
+        few = landscape.hessian_spectrum(model, batches, num_probes=3, max_iter=30)
+    assert few.num_hvps == 30
 
 
 class Scale(nn.Module):
