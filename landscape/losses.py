@@ -19,12 +19,12 @@ def loss_settings(loss: Any) -> tuple[Tensor | None, int, str]:
     """Return (class weights, ignored label, reduction) of the losses whose mean is weighted."""
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
         return loss.weight, loss.ignore_index, loss.reduction
-    if isinstance(loss, functools.partial) and loss.func in (F.cross_entropy, F.nll_loss):
-        keywords = loss.keywords
+    if isinstance(loss, functools.partial):
+        keywords, known = loss.keywords, loss.func in (F.cross_entropy, F.nll_loss)
         return (
-            keywords.get("weight"),
-            keywords.get("ignore_index", -100),
-            keywords.get("reduction", "mean"),
+            keywords.get("weight") if known else None,
+            keywords.get("ignore_index", -100) if known else -100,
+            keywords.get("reduction", getattr(loss.func, "reduction", "mean")),
         )
     return None, -100, str(getattr(loss, "reduction", "mean"))
 

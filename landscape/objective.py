@@ -34,6 +34,7 @@ from landscape.batches import (
 )
 from landscape.losses import (
     amount_averaged,
+    compares_entries,
     for_loss,
     is_classification,
     is_elementwise,
@@ -76,7 +77,7 @@ class Objective:
     def __post_init__(self) -> None:
         check_at_least("weight_decay", self.weight_decay, 0.0)
         reduction = loss_settings(self.loss)[2]
-        if reduction != "mean":
+        if reduction not in ("mean", "batchmean"):
             raise ValueError(
                 f"`loss` must reduce by 'mean' over samples, got reduction={reduction!r}."
             )
@@ -289,6 +290,12 @@ class FrozenObjective:
     def _check_targets(self, logits: Tensor, targets: Tensor | None) -> None:
         if targets is None:
             return
+        binary = compares_entries(self.objective.loss) and not is_elementwise(self.objective.loss)
+        if binary and not targets.is_floating_point():
+            raise ValueError(
+                f"`data` must have floating targets for this loss, got {targets.dtype}; convert "
+                "them with `.float()`."
+            )
         expected = logits.shape
         if is_classification(self.objective.loss) and not targets.is_floating_point():
             expected = logits.shape[:1] + logits.shape[2:]

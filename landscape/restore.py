@@ -1,9 +1,11 @@
 """Contexts that leave a model as it was found."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +22,29 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Tensors that are plain attributes are put back too: the weight that pruning or the older
     `torch.nn.utils.weight_norm` computes from its parameters before each call, a kept feature.
+    Meanwhile other threads that want the same wait.
     """
-    modes = [(module, module.training, _plain_tensors(module)) for module in model.modules()]
-    try:
-        for module, _, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training, tensors in modes:
-            module.training = training
-            vars(module).update(tensors)
+    with _lock_of(model):
+        modes = [(module, module.training, _plain_tensors(module)) for module in model.modules()]
+        try:
+            for module, _, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training, tensors in modes:
+                module.training = training
+                vars(module).update(tensors)
+
+
+_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
+_of_locks = threading.Lock()
+
+
+def _lock_of(model: nn.Module) -> "threading.RLock":
+    """Return the lock of a model, the same one for what `torch.compile` has made of it."""
+    model = getattr(model, "_orig_mod", model)
+    with _of_locks:
+        return _locks.setdefault(model, threading.RLock())
 
 
 def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -7,7 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from landscape import HessianOperator, Objective, loss_line, random_directions
+from landscape import (
+    HessianOperator,
+    Objective,
+    hessian_trace,
+    loss_line,
+    random_directions,
+)
 from tests.cases import assert_untouched, make_batches, make_model, snapshot
 
 
@@ -119,6 +126,42 @@ def test_transform_is_drawn_once(keep_bytes):
     assert frozen.value() == kept.value()
     other = Objective(transform=jitter, seed=4).freeze(model, batches)
     assert frozen.value() != other.value()
+
+
+def test_redrawn_data_may_hold_nan_and_empty_batches():
+    model, (first, second) = make_model("conv"), make_batches((8, 3))
+    empty = (first[0][:0], first[1][:0])
+    frozen = Objective().freeze(model, [first, empty, second], keep_bytes=0)
+    assert frozen.value() == Objective().freeze(model, [first, second]).value()
+    spoilt = (second[0].clone(), second[1])
+    spoilt[0][0] = float("nan")
+    assert np.isnan(Objective().freeze(model, [first, spoilt], keep_bytes=0).value())
+
+
+def test_reductions_that_are_means_are_taken():
+    Objective(loss=nn.KLDivLoss(reduction="batchmean"))
+    for function in (F.mse_loss, F.binary_cross_entropy_with_logits):
+        with pytest.raises(ValueError, match="must reduce by 'mean'"):
+            Objective(loss=functools.partial(function, reduction="sum"))
+
+
+def test_binary_targets_must_be_floating():
+    model, data = nn.Linear(4, 3), [(torch.randn(6, 4), torch.randint(2, (6, 3)))]
+    with pytest.raises(ValueError, match=r"floating targets .* got torch.int64; convert them with"):
+        Objective(loss=nn.BCEWithLogitsLoss()).freeze(model, data)
+
+
+def test_threads_that_probe_one_model_wait_for_each_other():
+    model, batches = make_model("conv"), make_batches((9, 4))
+    expected = hessian_trace(model, batches).value, loss_line(model, batches, points=5).nll
+    before = snapshot(model)
+    with ThreadPoolExecutor(4) as pool:
+        traces = [pool.submit(hessian_trace, model, batches) for _ in range(6)]
+        lines = [pool.submit(loss_line, model, batches, points=5) for _ in range(6)]
+        for trace, line in zip(traces, lines, strict=True):
+            assert trace.result().value == pytest.approx(expected[0])
+            np.testing.assert_allclose(line.result().nll, expected[1])
+    assert_untouched(model, before)
 
 
 def test_a_shuffling_loader_is_frozen_when_kept_and_refused_when_redrawn():

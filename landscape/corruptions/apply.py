@@ -129,16 +129,23 @@ def check_corruption(name: str, severity: int, profile: str) -> None:
     check_choice("profile", profile, PROFILES)
 
 
-def check_images(images: Tensor) -> None:
+def check_images(images: Tensor, name: str = "images") -> None:
     """Refuse what cannot be corrupted.
+
+    Args:
+        images: Anything.
+        name: What the caller's argument is called.
 
     Raises:
         ValueError: If the images are not bytes with 1 or 3 channels and at least 32×32 pixels.
     """
-    good = images.dtype == torch.uint8 and images.dim() == 4
-    if not good or images.shape[1] not in (1, 3) or min(images.shape[2:]) < MIN_SIZE:
+    if images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(
-            f"`images` must be bytes (n, c, h, w) with 1 or 3 channels and at least {MIN_SIZE} "
-            f"pixels a side, got {images.dtype} of shape {tuple(images.shape)}; pad smaller "
-            "images, and scale floats to 0 … 255 and round them."
+            f"`{name}` must be bytes (n, c, h, w), got {images.dtype} of shape "
+            f"{tuple(images.shape)}; scale floats to 0 … 255 and round them."
+        )
+    if images.shape[1] not in (1, 3) or min(images.shape[2:]) < MIN_SIZE:
+        raise ValueError(
+            f"`{name}` must hold images of 1 or 3 channels and at least {MIN_SIZE} pixels a side, "
+            f"got shape {tuple(images.shape)}; pad smaller images."
         )

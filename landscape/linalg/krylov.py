@@ -21,9 +21,9 @@ with every product: `landscape.linalg.certificate` concludes which g an eigenvec
 shown itself can still have.
 
 Orthogonality is kept by Gram-Schmidt against the whole basis, with a second pass where the first
-cancels too much (Parlett, 1998, sec. 6.9). When the basis is full it is compressed to chosen Ritz
-vectors (thick restart, Wu & Simon, 2000). Basis and recurrence are float64 by default, whatever the
-precision of the products.
+is seen to leave something along it (Parlett, 1998, sec. 6.9). When the basis is full it is
+compressed to chosen Ritz vectors (thick restart, Wu & Simon, 2000). Basis and recurrence are
+float64 by default, whatever the precision of the products.
 
 The space does not multiply: `next` gives the vector to multiply, `take` takes the product. V and R
 are on the device and T, E on the host, where the coefficients arrive at every `reads`-th product:
@@ -196,7 +196,12 @@ class KrylovSpace:
         """
         self.read()
         chains = len(self._rows) // len(self.marks)
-        inverse = np.linalg.pinv(self._gram(), rcond=1e-12, hermitian=True)
+        gram = self._gram()
+        inverse = np.linalg.pinv(gram, rcond=1e-12, hermitian=True)
+        # Of a chain that has ended nothing is left but rounding: what lies along that is seen.
+        ended = gram.diagonal() == 0
+        scale = np.abs(self._projection[: self.size, : self.size]).max(initial=0.0)
+        inverse[ended, ended] = 1 / max((10 * self._precision * scale) ** 2, _TINY)
         z = self._marked[:, : self.size].reshape(chains, len(self.marks), -1)
         w = self._marked_frontier.reshape(chains, len(self.marks), -1)
         squares: np.ndarray = np.einsum("cai,dai->acd", z, z)
@@ -258,6 +263,8 @@ class KrylovSpace:
         if not steps:
             return
         numbers = torch.cat([step.coefficients for step in steps]).double().cpu().numpy()
+        if not np.isfinite(numbers).all():
+            raise ValueError("`operator` must give finite products, got NaN or infinity.")
         for index, step in enumerate(steps):
             part, numbers = np.split(numbers, [len(step.coefficients)])
             self._note(step, *np.split(part, [len(step.shares), len(part) - 1]))
@@ -364,11 +371,14 @@ class KrylovSpace:
 
     def _gram(self) -> np.ndarray:
         """Return RᵀR."""
-        count = len(self._frontier)
+        r, count = self._frontier, len(self._frontier)
         upper = np.triu_indices(count)
-        products = [_dot(self._frontier[i], self._frontier[j]) for i, j in zip(*upper, strict=True)]
+        products = [
+            _norm(r[i]).double().square() if i == j else _dot(r[i], r[j]).double()
+            for i, j in zip(*upper, strict=True)
+        ]
         gram = np.zeros((count, count))
-        gram[upper] = torch.stack(products).double().cpu().numpy()
+        gram[upper] = torch.stack(products).cpu().numpy()
         gram.T[upper] = gram[upper]
         return gram
 
@@ -410,12 +420,13 @@ def orthogonalise(
         return _orthogonalise_in_parts(w, basis, torch.empty_like(w) if out is None else out)
     total = basis @ w
     rest = torch.addmv(w, basis.T, total, alpha=-1, out=out)
-    # One pass leaves ε |total| along the basis: enough unless that much was cancelled.
-    bound = torch.finfo(w.dtype).eps / _ORTHOGONAL
-    if always_twice or not float(rest.norm()) > bound * float(total.norm()):
-        part = basis @ rest
-        rest.addmv_(basis.T, part, alpha=-1)
-        total += part
+    # One pass leaves what the basis itself lacks of orthogonality times |total|, which is more than
+    # |rest| for a spectrum that is not centred on 0: it would grow from step to step.
+    left = basis @ rest
+    limit = _ORTHOGONAL if w.dtype == torch.float64 else _ORTHOGONAL_SINGLE
+    if always_twice or not left.norm() <= limit * rest.norm():
+        rest.addmv_(basis.T, left, alpha=-1)
+        total += left
     return rest, total
 
 
@@ -450,7 +461,14 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(v: Tensor) -> Tensor:
-    return _dot(v, v).sqrt() if _is_long(v) else v.norm()
+    if v.is_cuda or v.dtype == torch.float64:
+        plain: Tensor = v.norm()
+        return plain
+    square = _dot(v, v)
+    if _SQUARES[0] < square < _SQUARES[1]:
+        return square.double().sqrt()
+    exact: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64)
+    return exact
 
 
 def are_long(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -462,6 +480,8 @@ def _is_long(v: Tensor) -> bool:
     return are_long(len(v), v.dtype, v.device)
 
 
+_TINY = 1e-200
+_SQUARES = 1e-25, 1e35  # what a sum of squares in float32 tells without under- or overflow
 _CANCELLED = 1e-3  # of the scale of A
 _NEGLIGIBLE = 1e-10  # of a unit start vector: it lies in the space already
 _ORTHOGONAL = 1e-13  # a unit vector's component along the basis that does no harm ...

@@ -180,7 +180,12 @@ class EmpiricalFisherOperator(_OutputCurvature):
 
         counted = self._shares(batch) > 0  # of an ignored label alone there is no mean
         logits = super()._outputs(leaves, batch)
-        each: Tensor = vmap(one)(logits[counted], targets[counted])
+        pairs = logits[counted], targets[counted]
+        each: Tensor
+        try:
+            each = vmap(one)(*pairs)
+        except RuntimeError:  # a loss that selects by its targets, for example
+            each = torch.stack(list(map(one, *pairs)))
         return each
 
     def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:

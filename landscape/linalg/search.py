@@ -177,8 +177,6 @@ class EigenSearch:
             if space.behind and self.num_matvecs < self._max_iter:
                 continue
             self._ritz = space.ritz(rounding=not self._rough)
-            if not np.isfinite(self._ritz.values).all():
-                raise ValueError("`operator` must give finite products, got NaN or infinity.")
             if found is None and self._all_within(0.1):
                 found = max(self.num_matvecs, 2)
             waiting = bool(space.alive) and self.num_matvecs < target
@@ -192,7 +190,7 @@ class EigenSearch:
                 space.resume()
                 continue
             values = self._wanted_values()
-            if not admitted or space.size == space.dim or _same(values, known, 2 * self._tol):
+            if not admitted or space.size == space.dim or self._agree(values, known):
                 break
             # First convergence, or the last chain found something: look once more.
             known = values
@@ -302,6 +300,8 @@ class EigenSearch:
         # Below the rounding of the products nothing can be told: relative to ‖A‖, no absolute ε.
         eps = torch.finfo(self._vectors.dtype).eps
         floor = 10 * eps * np.abs(self._ritz.values).max(initial=0.0)
+        if not self._rough:
+            floor = max(floor, 2 * self.space.asymmetry)
         bounds: np.ndarray = np.maximum(tol * np.abs(values), floor)
         return bounds
 
@@ -338,6 +338,13 @@ class EigenSearch:
             reached = bounds[rank(space.marks, which) > beyond]
             worst = max(worst, float(reached.max(initial=0.0)))
         return worst
+
+    def _agree(self, values: np.ndarray, known: np.ndarray | None) -> bool:
+        """Whether the wanted values are those that were known before."""
+        if known is None:
+            return False
+        larger = np.maximum(np.abs(values), np.abs(known))
+        return bool(np.all(np.abs(values - known) <= 2 * self._tolerances(larger, self._tol)))
 
     def _wanted_values(self) -> np.ndarray:
         chosen = [select(self._ritz.values, k, which) for k, which in self._wanted.values()]
@@ -404,9 +411,3 @@ def _check_start(start: torch.Tensor, dim: int) -> None:
         )
     if not start.any():
         raise ValueError("`start` must not be zero.")
-
-
-def _same(values: np.ndarray, known: np.ndarray | None, tol: float) -> bool:
-    if known is None:
-        return False
-    return bool(np.all(np.abs(values - known) <= tol * np.maximum(np.abs(values), np.abs(known))))

@@ -32,6 +32,7 @@ def recalibrated_buffers(
 
     Raises:
         TypeError: If a part of the model is in TorchScript.
+        ValueError: If a batch has one value a channel, which has no variance.
     """
     check_python(frozen.model)
     model, space = frozen.model, frozen.space
@@ -72,6 +73,11 @@ def recalibrated_buffers(
 def _summer(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:
     def add(module: nn.Module, args: Any) -> None:
         x = args[0].detach().double().transpose(0, 1).flatten(1)  # (channels, samples and places)
+        if x.shape[1] == 1:
+            raise ValueError(
+                "`batch_norm='recalibrate'` needs at least 2 values a channel in every batch, got "
+                f"1 in {name!r}; choose a batch size that leaves no single sample over."
+            )
         count = torch.full_like(x[:, 0], x.shape[1])
         batch = torch.stack([count, x.sum(1), x.square().sum(1)])
         sums[name] = sums[name] + batch if name in sums else batch

@@ -189,7 +189,9 @@ def _grams(blocks: Blocks, inputs: Any) -> Tensor:
 
 def _gram(feature: Tensor) -> Tensor:
     x = feature.flatten(1)
+    rounded = 4 * torch.finfo(x.dtype).eps * x.norm()  # what may be left of equal rows
     x = x - x.mean(0)
+    x = torch.where(x.norm() > rounded, x, torch.zeros_like(x))
     with rounding("full"):  # as the caller lets a GPU round are the features, not their products
         gram = (x @ x.T).double().fill_diagonal_(0)
     n = len(gram)

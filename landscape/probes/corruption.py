@@ -242,7 +242,7 @@ class _Maker:
         self._generator = torch.Generator()
 
     def check(self, pixels: Tensor) -> None:
-        check_images(pixels)
+        check_images(pixels, "data")
 
     def take(self, name: str, severity: int, start: int, pixels: Tensor, labels: Tensor) -> Tensor:
         generator = self._generator.manual_seed(self._seed)

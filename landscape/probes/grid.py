@@ -1,6 +1,7 @@
 """Coordinates of the points of a line or a surface."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,11 +70,15 @@ def axes(
 
     Args:
         span: As in `spans`.
-        points: As in `axis`, for both axes; a tuple of two is one entry for each.
+        points: As in `axis`, for both axes; two of these, in a tuple or as lists, for each.
 
     Raises:
         ValueError: If an argument is out of range.
     """
     x_span, y_span = spans(span, 2)
-    x_points, y_points = points if isinstance(points, tuple) and len(points) == 2 else (points,) * 2
-    return axis(x_span, x_points), axis(y_span, y_points)
+    each: Any = (points, points)
+    if isinstance(points, tuple) and len(points) == 2:
+        each = points
+    elif isinstance(points, list) and len(points) == 2 and np.ndim(points[0]):
+        each = points  # two lists; two numbers are one axis
+    return axis(x_span, each[0]), axis(y_span, each[1])

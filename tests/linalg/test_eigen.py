@@ -278,6 +278,73 @@ class Faulty(SymmetricOperator):
         return vectors * self.value
 
 
+SHIFTED = {
+    "evenly": np.linspace(1, 3, 300),
+    "tight": np.linspace(0.9, 1.1, 300),
+    "semi-definite": np.random.RandomState(1).gamma(0.5, 1.0, 300),
+    "negative": np.linspace(-3, -1, 300),
+}
+
+
+@pytest.mark.parametrize("which", ["LA", "SA"])
+@pytest.mark.parametrize("name", SHIFTED)
+def test_a_spectrum_that_is_not_centred_on_zero_keeps_its_basis_orthogonal(name, which):
+    operator = planted(SHIFTED[name])
+    space = KrylovSpace(operator, 120)
+    space.start(torch.randn(300, generator=torch.Generator().manual_seed(0)).double())
+    while not space.full:
+        space.take(operator.matvec(space.next(0)))
+    gram = space._basis @ space._basis.T
+    torch.testing.assert_close(gram, torch.eye(120).double(), rtol=0, atol=1e-12)
+    pairs = top_eigenpairs(operator, 3, which, tol=1e-6)
+    assert pairs.converged.all()
+    np.testing.assert_allclose(pairs.values, wanted(SHIFTED[name], 3, which), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("which", "k"), [("SA", 3), ("LA", 5)])
+def test_zeros_of_a_low_rank_operator_converge_to_the_rounding_of_products(which, k):
+    pairs = top_eigenpairs(planted([3.0, 2.0, 2.0, 1.0] + [0.0] * 296), k, which)
+    expected = {"SA": [0.0] * 3, "LA": [3.0, 2.0, 2.0, 1.0, 0.0]}[which]
+    np.testing.assert_allclose(pairs.values, expected, atol=1e-12)
+    assert pairs.converged.all()
+    assert pairs.num_matvecs < 30
+
+
+def test_nothing_is_missing_where_every_chain_has_ended():
+    for spectrum, k in (([1.0] * 50, 3), ([0.0] * 30, 2), ([5, 4, 3, 2, 1] + [0] * 95, 5)):
+        pairs = top_eigenpairs(planted(spectrum), k)
+        np.testing.assert_allclose(pairs.values, sorted(spectrum)[::-1][:k], atol=1e-12)
+        assert pairs.miss <= 0.01
+
+
+class Diagonal(SymmetricOperator):
+    def __init__(self, values, broken=None):
+        super().__init__(len(values), values.dtype, values.device)
+        self.values, self.broken = values, broken
+
+    def _matmat(self, vectors):
+        product = self.values[:, None] * vectors
+        if self.num_matvecs == self.broken:
+            product[3] = float("nan")
+        return product
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e18, 1e20])
+@pytest.mark.parametrize("dim", [203, 300_000])
+def test_a_basis_in_single_precision_neither_under_nor_overflows(dim, scale):
+    values = torch.linspace(0, 1, dim)
+    values[:3] = torch.tensor([5.0, 4.0, 3.0])
+    pairs = top_eigenpairs(Diagonal(values * scale), 3, basis_dtype=torch.float32)
+    assert pairs.converged.all()
+    np.testing.assert_allclose(pairs.values / scale, [5, 4, 3], rtol=1e-3)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 10])
+def test_a_product_that_is_not_finite_is_refused_at_any_step(step):
+    with pytest.raises(ValueError, match="finite products"):
+        top_eigenpairs(Diagonal(torch.linspace(-1, 1, 203).double(), broken=step), 3)
+
+
 def test_bad_input_is_refused():
     operator = planted([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):

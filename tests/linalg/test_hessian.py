@@ -122,6 +122,18 @@ def test_class_weights_and_ignored_labels_however_batched(kind, sizes):
         torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
 
 
+def test_a_loss_that_vmap_cannot_take():
+    model, batches = make_model("conv"), make_batches((7, 3))
+    y = torch.cat([y for _, y in batches])
+    class_weights = torch.tensor([0.2, 1.0, 5.0]).double()
+    loss = nn.CrossEntropyLoss(weight=class_weights, label_smoothing=0.1)
+    operator = EmpiricalFisherOperator(model, batches, Objective(loss=loss))
+    expected = oracles.dense(
+        model, batches, kind="empirical-fisher", loss=loss, weights=class_weights[y]
+    )
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["hessian", "gauss-newton", "empirical-fisher"])
 def test_soft_targets_and_a_subset(kind):
     model = make_model("attention")

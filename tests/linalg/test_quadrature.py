@@ -95,6 +95,18 @@ def test_known_outliers_take_their_variance_with_them():
     assert 0.7 < scores.std() < 1.3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_nodes_stay_within_a_spectrum_that_is_not_centred_on_zero(dtype):
+    spectrum = 0.1 + np.random.RandomState(2).gamma(0.5, 1.0, 400)
+    density = density_of(planted(spectrum, dtype=dtype), generator=seeded(0))
+    slack = 1e-6 * spectrum.max()
+    assert density.nodes.min() >= spectrum.min() - slack
+    assert density.nodes.max() <= spectrum.max() + slack
+    assert abs(density.trace - spectrum.sum()) < 4 * density.trace_stderr
+    spread = np.sqrt(2 * 400 * spectrum.var())  # of tr(A) by one probe on the sphere, about
+    assert density.trace_stderr == pytest.approx(spread, rel=0.3)
+
+
 def test_degenerate_spectra_have_a_density():
     for spectrum in (np.zeros(50), np.full(50, 3.0)):
         density = density_of(planted(spectrum), generator=seeded(0))
@@ -122,8 +134,8 @@ def test_hutch_plus_plus_is_calibrated_and_exact_on_low_rank():
 
 def test_bad_input_is_refused():
     operator = planted(SPECTRUM)
-    with pytest.raises(ValueError, match="`num_steps` must be at least 1"):
-        density_of(operator, num_steps=0, generator=seeded(0))
+    with pytest.raises(ValueError, match="`num_steps` must be at least 2"):
+        density_of(operator, num_steps=1, generator=seeded(0))
     with pytest.raises(ValueError, match="`sigma` must be positive"):
         density_of(operator, sigma=-1.0, generator=seeded(0))
     with pytest.raises(ValueError, match="`num_matvecs` must be at least 6"):

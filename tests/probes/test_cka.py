@@ -199,6 +199,15 @@ def test_constant_features_have_no_similarity():
     assert result.values[1, 1] == pytest.approx(1)
 
 
+def test_features_that_are_equal_but_for_rounding_have_no_similarity():
+    model, blocks = branches(zero=torch.zeros(3, 6), one=torch.eye(6))
+    model.zero.register_forward_hook(lambda module, args, out: out + torch.tensor([0.1, 0.7, 1.3]))
+    blocks = Blocks(model, ["zero", "one"], example=torch.zeros(3, 6))
+    result = cka(model, vectors((19, 37), dtype=torch.float32), blocks_a=blocks)
+    assert np.isnan(result.values[0]).all()
+    assert result.values[1, 1] == pytest.approx(1)
+
+
 def test_a_small_last_batch_is_left_out_with_a_warning_and_counted():
     model, blocks = filters()
     whole = images((10, 10, 3))

@@ -475,7 +475,7 @@ class NeverCalled(nn.Module):
         ("hessian_max_spectrum", {"certify": 2.0}, "`certify` must be a bool or a probability"),
         ("hessian_max_spectrum", {"num_bootstrap": 0}, "`num_bootstrap` must be at least 1"),
         ("hessian_max_spectrum", {"max_iter": 4}, "`max_iter` must be at least 5"),
-        ("hessian_density", {"num_steps": 0}, "`num_steps` must be at least 1"),
+        ("hessian_density", {"num_steps": 1}, "`num_steps` must be at least 2"),
         ("hessian_density", {"sigma": -1}, "`sigma` must be positive, got -1"),
         ("hessian_trace", {"num_matvecs": 5}, "`num_matvecs` must be at least 6"),
     ],

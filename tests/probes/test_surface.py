@@ -478,6 +478,19 @@ def test_fixed_statistics_stay_and_recalibrated_ones_are_those_of_training():
     assert again.provenance.num_forwards == 18
 
 
+def test_recalibration_needs_two_values_a_channel():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"got 1 in '2'; choose a batch size that leaves no"):
+        loss_line(model.double(), make_batches((5, 1)), points=3, batch_norm="recalibrate")
+
+
+def test_two_lists_are_the_points_of_two_axes():
+    model, batches = make_model("conv"), make_batches((5,))
+    surface = loss_surface(model, batches, points=[[-1.0, 0.0, 1.0], [0.0]])
+    assert surface.nll.shape == (3, 1)
+    assert loss_surface(model, batches, points=[0.0, 1.0]).nll.shape == (2, 2)
+
+
 def test_recalibration_of_one_layer_does_not_depend_on_batches_and_needs_a_batch_norm():
     model = make_model("conv")
     a, b = (
