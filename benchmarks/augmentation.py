@@ -7,7 +7,7 @@ written here as lean as it can be; where torchvision and timm are installed, the
 paper's code uses, is measured as well (bilinear, too). One thread, no worker processes. Timed in
 turn A B A B …, medians.
 
-    python benchmarks/augmentation.py [--rounds 7] [--output benchmarks/results/augmentation.json]
+    python benchmarks/augmentation.py [--rounds 7]
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from landscape.training import (
     load_images,
 )
 
+OUTPUT = Path(__file__).parent / "results" / "augmentation.json"
 BATCH_SIZE = 128
 FILL = (73, 73, 73)
 
@@ -174,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=4096)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)
@@ -206,10 +207,9 @@ def main() -> None:
             f"{name:20s} {row['batched_images_per_second']:15,d} "
             f"{row['pil_images_per_second']:12,d} {row['ratio']:7.1f}  {row['ratio_of_each_round']}"
         )
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"images": data.num_samples, "batch_size": BATCH_SIZE, **machine(), "chains": rows}
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    result = {"images": data.num_samples, "batch_size": BATCH_SIZE, **machine(), "chains": rows}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
