@@ -7,15 +7,13 @@ written here as lean as it can be; where torchvision and timm are installed, the
 paper's code uses, is measured as well (bilinear, too). One thread, no worker processes. Timed in
 turn A B A B …, medians.
 
-    python benchmarks/augmentation.py [--rounds 7] [--output benchmarks/results/augmentation.json]
+    python benchmarks/augmentation.py [--rounds 7]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import time
 from collections.abc import Callable
@@ -23,8 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import machine
 import numpy as np
-import PIL
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
@@ -39,6 +37,7 @@ from landscape.training import (
     load_images,
 )
 
+OUTPUT = Path(__file__).parent / "results" / "augmentation.json"
 BATCH_SIZE = 128
 FILL = (73, 73, 73)
 
@@ -154,27 +153,12 @@ def measure(a: Any, b: Any, rounds: int) -> tuple[list[float], list[float]]:
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
-def machine() -> dict[str, Any]:
-    """Return what the numbers depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pillow": PIL.__version__,
-        "numpy": np.__version__,
-    }
-
-
 def main() -> None:
     """Measure both chains, with and without RandAugment; print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=4096)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)
@@ -206,10 +190,10 @@ def main() -> None:
             f"{name:20s} {row['batched_images_per_second']:15,d} "
             f"{row['pil_images_per_second']:12,d} {row['ratio']:7.1f}  {row['ratio_of_each_round']}"
         )
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"images": data.num_samples, "batch_size": BATCH_SIZE, **machine(), "chains": rows}
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    where = machine.flat(("torch", "pillow", "numpy"), ("cpu", "cores", "threads", "python"))
+    result = {"images": data.num_samples, "batch_size": BATCH_SIZE, **where, "chains": rows}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

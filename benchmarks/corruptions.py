@@ -5,7 +5,7 @@ that does the same (frost excepted: its textures are photographs, ours procedura
 on 32×32 RGB images. One thread for PyTorch and OpenCV, same process, timed in turn A B A B …,
 medians over the rounds.
 
-    python benchmarks/corruptions.py [--quick] [--output benchmarks/results/corruptions.json]
+    python benchmarks/corruptions.py [--quick]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 from landscape.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from landscape.training import load_images
 
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     "torch",
     "numpy",
@@ -153,6 +154,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON; Markdown beside it")
     arguments = parser.parse_args()
     count, rounds = (20, 1) if arguments.quick else (arguments.images, arguments.rounds)
+    folder = "quick" if arguments.quick else ""
+    output = arguments.output or RESULTS / folder / "corruptions.json"
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     np.random.seed(0)  # noqa: NPY002 (the package draws from the global state)
@@ -167,10 +170,9 @@ def main() -> None:
     result["all"] = overall(rows, CORRUPTIONS)
     result["all but frost"] = overall(rows, tuple(n for n in CORRUPTIONS if n != "frost"))
     print(markdown(result))
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-        arguments.output.with_suffix(".md").write_text(markdown(result))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    output.with_suffix(".md").write_text(markdown(result))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,13 @@ def describe(packages: tuple[str, ...]) -> dict[str, object]:
     }
 
 
+def flat(packages: tuple[str, ...], keys: tuple[str, ...]) -> dict[str, object]:
+    """Return some of `describe`, and beside it the versions of the packages installed."""
+    described = describe(packages)
+    versions = {name: found for name in packages if (found := _version(name))}
+    return {key: described[key] for key in keys} | versions
+
+
 def now() -> str:
     """Return the time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

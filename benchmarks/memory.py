@@ -89,7 +89,7 @@ def leaks(calls: int) -> dict[str, Any]:
                 before = resident()
             call()
         grown[name] = (resident() - before) / 1e6
-    graph = landscape.HessianOperator(model, data)._graphs[0].num_bytes / 1e6
+    graph = landscape.HessianOperator(model, data).bytes_per_sample * len(data[0][1]) / 1e6
     return {"calls": calls, "grown": grown, "graph_of_one_call": graph}
 
 

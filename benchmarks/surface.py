@@ -17,10 +17,9 @@ model, relative, and as a share of the range of the surface.
 
 import argparse
 import copy
-import importlib.metadata
+import importlib.util
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,10 +27,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import machine
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from workloads import train
 
 from landscape import loss_surface, random_directions
 from landscape.models import resnet20, vit_micro
@@ -42,17 +43,6 @@ Batches = list[tuple[Tensor, Tensor]]
 
 OUTPUT = Path(__file__).parent / "results" / "surface.json"
 BATCH_SIZE = 128
-
-
-def trained(model: nn.Module, steps: int) -> nn.Module:
-    """Return the model after some steps of AdamW at a batch size of 64."""
-    data = load_images("fashion_mnist_mini", size=32, channels=3, batch_size=64, shuffle=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _, (x, y) in zip(range(steps), data, strict=False):
-        optimizer.zero_grad()
-        F.cross_entropy(model.train()(x), y).backward()
-        optimizer.step()
-    return model.eval()
 
 
 def shifted(model: nn.Module, directions: Directions, a: float, b: float) -> nn.Module:
@@ -140,7 +130,7 @@ def compare(model: nn.Module, batches: Batches, steps: int, rounds: int) -> dict
         "landscape": lambda: ours(steps),
         "one point": lambda: ours(1),
     }
-    if "loss-landscapes" in installed():
+    if importlib.util.find_spec("loss_landscapes"):
         ways["loss-landscapes"] = lambda: loss_landscapes_surface(model, directions, batches, steps)
     with all_cores():
         exact = plain_loop(model, directions, batches, coordinates)
@@ -180,31 +170,6 @@ def compare(model: nn.Module, batches: Batches, steps: int, rounds: int) -> dict
     }
 
 
-def installed() -> dict[str, str]:
-    """Return the versions of the packages that the numbers depend on."""
-    versions = {}
-    for name in ("torch", "numpy", "loss-landscapes"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def machine() -> dict[str, Any]:
-    """Return the machine, with its load before the start."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        **installed(),
-    }
-
-
 def main() -> None:
     """Measure both models, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -217,13 +182,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    where = machine()
+    where = machine.flat(
+        ("torch", "numpy", "loss-landscapes"), ("cpu", "cores", "threads", "load", "python")
+    )
     images = load_images("fashion_mnist_mini", size=32, channels=3, batch_size=BATCH_SIZE)
     batches = list(images.subset(arguments.images))
     models = {"ResNet-20": resnet20(num_classes=10), "ViT": vit_micro(num_classes=10)}
     with all_cores():
         for model in models.values():
-            trained(model, arguments.steps)
+            train(model, images.with_(batch_size=64, shuffle=True), arguments.steps)
     results = {
         name: compare(model, batches, arguments.points, arguments.rounds)
         for name, model in models.items()

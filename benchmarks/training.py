@@ -8,7 +8,7 @@ this is the time that the process computed, which other processes disturb little
 and an idle machine it is the wall time. CUDA devices are measured, by wall time, where there is
 one.
 
-    python benchmarks/training.py [--rounds 2] [--output benchmarks/results/training.json]
+    python benchmarks/training.py [--rounds 2]
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from landscape.training import (
 )
 from landscape.training.ensemble import fit_ensemble
 
+OUTPUT = Path(__file__).parent / "results" / "training.json"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT, dim 24, depth 3": ("vit_nano", {"dim": 24, "depth": 3, "patch_size": 8}),
     "ViT, dim 48, depth 4": ("vit_nano", {"drop_path": 0.1}),
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     random.seed(0)
@@ -140,9 +141,8 @@ def main() -> None:
         result["cuda_device"] = torch.cuda.get_device_name()
         result["ensemble"]["cuda"] = ensembles(data, "cuda", arguments.rounds)
     result["load_at_end"] = round(os.getloadavg()[0], 2)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -164,6 +164,16 @@ def test_threads_that_probe_one_model_wait_for_each_other():
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("keep_bytes", [None, 0], ids=["kept", "redrawn"])
+def test_equal_batches_have_draws_of_their_own(keep_bytes):
+    batches = make_batches((8,)) * 2
+    objective = Objective(transform=jitter)
+    frozen = objective.freeze(make_model("conv"), batches, keep_bytes=keep_bytes).batches
+    first, again = ([b.inputs.clone() for b in frozen] for _ in range(2))
+    assert not torch.equal(*first)
+    assert all(map(torch.equal, first, again))
+
+
 def test_a_shuffling_loader_is_frozen_when_kept_and_refused_when_redrawn():
     samples = list(zip(*make_batches((12,))[0], strict=True))
     loader = torch.utils.data.DataLoader(

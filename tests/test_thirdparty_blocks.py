@@ -224,10 +224,10 @@ def test_any_model_by_name(tmp_path):
 
 def test_the_loss_of_any_model_by_name(tmp_path):
     zoo("timm")
-    options = ("--points", "3", "--weight-decay", "0.1", "--out", "loss.png")
+    options = ("--points", "3", "--batch-size", "3", "--weight-decay", "0.1", "--out", "loss.png")
     done = run(str(ROOT / "examples/any_loss.py"), "timm:test_vit", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "VisionTransformer, 371,240 parameters, 8 samples, cpu float32" in done.stdout
+    assert "VisionTransformer, 371,240 parameters, 12 samples, cpu float32" in done.stdout
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     spectrum = landscape.HessianSpectrum.load(tmp_path / "loss_spectrum.npz")
     assert str(spectrum) in done.stdout

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from landscape import MatrixOperator, SymmetricOperator, top_eigenpairs
 from landscape.linalg import krylov
 from landscape.linalg.certificate import chances
+from landscape.linalg.eigenpairs import error_estimates
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
 from landscape.linalg.search import EigenSearch
 from tests.oracles import planted
@@ -267,6 +268,15 @@ def test_a_pair_that_could_still_displace_a_wanted_one_holds_the_stop(which, val
         residuals[hidden] = (12.0 if which == "LM" else 3.0) * residual
         search._ritz = RitzPairs(values, residuals, np.eye(len(values)))
         assert search._all_within(1e-3) is done
+
+
+def test_a_gap_ends_where_the_residual_of_a_neighbour_begins():
+    """Of r and r² / gap the smaller; gaps are 1 − 0.2, 1.2 − 0.5 (not 1 − 0.1) and 1.2 − 0.2."""
+    values, r = np.array([0, 1, 2.2]), np.array([0.1, 0.2, 0.5])
+    found = error_estimates(RitzPairs(values, r, np.eye(3)))
+    np.testing.assert_allclose(found, r**2 / [0.8, 0.7, 1.0])
+    found = error_estimates(RitzPairs(values / 10, r, np.eye(3)))  # within a residual there is none
+    np.testing.assert_allclose(found, r)
 
 
 class Faulty(SymmetricOperator):

@@ -39,11 +39,13 @@ def test_area_is_exact_beside_zero_and_with_heavy_tails():
         assert area(grid, values) == pytest.approx(share, rel=1e-3)
 
 
-def test_density_equals_scipy_with_the_bandwidth_of_silverman():
-    result = random_spectrum(negative=0)
+@pytest.mark.parametrize(("power", "heavy_tail"), [(1, False), (3, True)])
+def test_density_equals_scipy_with_the_bandwidth_of_silverman(power, heavy_tail):
+    result = max_spectrum(random_spectrum(negative=0).eigenvalues ** power)
     grid, values, h = plot.half_density(result, 1)
     data = result.eigenvalues.ravel()
     q75, q25 = np.percentile(data, [75, 25])
+    assert heavy_tail == ((q75 - q25) / 1.34 < data.std(ddof=1))
     assert h == pytest.approx(0.9 * min(data.std(ddof=1), (q75 - q25) / 1.34) * data.size**-0.2)
     kde = gaussian_kde(data, bw_method=h / data.std(ddof=1))
     expected = kde(grid) + kde(-grid)

@@ -132,6 +132,15 @@ def test_independent_features_have_none_within_the_error():
     assert 0 < result.stderr[0, 1] < 0.03
 
 
+def test_error_is_the_jackknife_over_batches():
+    model, blocks = filters()
+    data = images((13, 12, 7))
+    left = [cka(model, data[:i] + data[i + 1 :], blocks_a=blocks).values for i in range(3)]
+    expected = np.sqrt((3 - 1) / 3 * np.square(left - np.mean(left, axis=0)).sum(0))
+    found = cka(model, data, blocks_a=blocks).stderr
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-12)
+
+
 def test_error_is_the_spread_over_repeated_draws():
     weight = random_weight(4, 6, seed=8)
     model, blocks = branches(a=torch.eye(6).double(), b=weight)
