@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from landscape.batches import Placement
 from landscape.blocks import Block, Blocks, blocks_of
-from landscape.probes.feature_maps import BlockTable, at_least_single, describe
-from landscape.probes.scores import stream
+from landscape.probes.feature_maps import BlockTable, at_least_single, table_fields
+from landscape.probes.scores import tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import rounding, untouched
 from landscape.results import Provenance, Result
@@ -115,7 +115,7 @@ def cka(
     own: list[tuple[Tensor, Tensor]] = []
     sizes: list[int] = []
     num_skipped = 0
-    batches = stream(model_a, data, "CKA", progress)
+    batches = tracked_batches(model_a, data, "CKA", progress)
     # Not inference_mode: a model that caches what it computes could not train on.
     with (
         untouched(model_a),
@@ -146,12 +146,12 @@ def cka(
     pairs = torch.stack(hsic).cpu().numpy()
     own_a, own_b = (torch.stack(each).cpu().numpy() for each in zip(*own, strict=True))
     values, stderr = _ratio(pairs, own_a, own_b, np.array(sizes))
-    table = BlockTable(**describe(blocks_a or ()))
+    table = BlockTable(**table_fields(blocks_a or ()))
     return CKA(
         values=values,
         stderr=stderr,
         blocks_a=table,
-        blocks_b=table if blocks_b is None else BlockTable(**describe(blocks_b)),
+        blocks_b=table if blocks_b is None else BlockTable(**table_fields(blocks_b)),
         hsic=pairs,
         hsic_a=own_a,
         hsic_b=own_b,

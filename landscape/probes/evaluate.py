@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from landscape._checks import check_at_least
 from landscape.objective import predict
 from landscape.probes.metrics import NUM_BINS
-from landscape.probes.scores import Moments, Truth, Truths, stream
+from landscape.probes.scores import Moments, Truth, Truths, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
 from landscape.results import Provenance, Result
@@ -118,7 +118,7 @@ def evaluate(
     """
     check_at_least("num_bins", num_bins, 1)
     start = time.perf_counter()
-    batches = stream(model, data, "Evaluation", progress)
+    batches = tracked_batches(model, data, "Evaluation", progress)
     truths, moments, bins = Truths(), Moments(), _Bins(num_bins)
     with untouched(model), torch.no_grad():
         for inputs, targets, _ in batches:

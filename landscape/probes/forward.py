@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from landscape.batches import Inputs, rows_of
 from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
-from landscape.probes.folding import Pair, folded, watched
+from landscape.probes.folding import Pair, calls_of, folded
 from landscape.restore import eagerly, is_compiled
 
 PART = 16
@@ -71,7 +71,7 @@ class Forward:
             return 0, False
         size = min(batch.size, 2 * PART)
         inputs = rows_of(batch.inputs, batch.size, slice(0, size))
-        with eagerly(), _largest_output(frozen.model) as largest, watched(frozen.model) as calls:
+        with eagerly(), _largest_output(frozen.model) as largest, calls_of(frozen.model) as calls:
             expected = frozen.logits(frozen.space.values, inputs)
         part = min(max(CACHE * size // max(largest), PART), 4 * PART)
         convolves = any(isinstance(module, nn.Conv2d) for module in frozen.model.modules())
