@@ -90,11 +90,6 @@ class FrozenBatches:
         self._prints: list[Tensor] = []
         self._first_pass(amount, ignore, keep_bytes)
 
-    @property
-    def kept(self) -> bool:
-        """Whether the prepared batches are kept on the device."""
-        return self._kept is not None
-
     def __len__(self) -> int:
         return self.num_batches
 
