@@ -185,15 +185,21 @@ class FrozenObjective:
     def data_term(self, parameters: Mapping[str, Tensor], batch: PreparedBatch) -> Tensor:
         """Return the mean loss of one batch, without weight decay."""
         if self.objective.loss is None:
-            outputs = self.outputs(parameters, _with_labels(batch))
-            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
-            if not isinstance(loss, Tensor):
-                raise ValueError(
-                    "`loss=None` needs a model that returns its own `.loss`, got None; "
-                    "give the batch its labels."
-                )
-            return loss
+            return self.own_loss(parameters, batch)[0]
         return self.loss(self.logits(parameters, batch.inputs), batch)
+
+    def own_loss(
+        self, parameters: Mapping[str, Tensor], batch: PreparedBatch
+    ) -> tuple[Tensor, Any]:
+        """Return the mean loss of one batch that the model itself gives, and its raw output."""
+        outputs = self.outputs(parameters, _with_labels(batch))
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                "`loss=None` needs a model that returns its own `.loss`, got None; "
+                "give the batch its labels."
+            )
+        return loss, outputs
 
     def loss(self, logits: Tensor, batch: PreparedBatch) -> Tensor:
         """Return the mean loss of one batch from its logits."""
