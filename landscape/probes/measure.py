@@ -150,7 +150,7 @@ class _Sums:
         loss, device = frozen.objective.loss, frozen.space.device
         self._nll = torch.zeros((), dtype=torch.float64, device=device)
         self._error = LossError(loss, device)
-        self._meters = [_METERS[name](loss, device) for name in metrics]
+        self._meters = [_METERS[name](loss) for name in metrics]
 
     def add(self, mean: Tensor, logits: Tensor | None, batch: PreparedBatch) -> None:
         self._nll += batch.weight * mean.double()
