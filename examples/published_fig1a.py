@@ -15,8 +15,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from landscape import plot
-from landscape.probes.published import load_published_surface
+from landscape import load_published_surface, plot
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

@@ -16,9 +16,8 @@ import torch
 from outputs import save_figure
 from torch import nn
 
+from landscape import Architecture, architecture, plot
 from landscape.models import alternate, alternet50, create_model
-from landscape.plot.diagram import figure11
-from landscape.probes.architecture import Architecture, architecture
 
 MSAS = (0, 1, 3, 2)  # MSAs per stage of Alter-ResNet-50
 
@@ -65,7 +64,8 @@ def main() -> None:
     paths = sorted(folder.glob("*_*.npz"))
     if not paths:
         parser.error(f"{folder} holds no results (INDEX_MODEL.npz).")
-    figure = figure11({path.stem.split("_", 1)[1]: Architecture.load(path) for path in paths})
+    results = {path.stem.split("_", 1)[1]: Architecture.load(path) for path in paths}
+    figure = plot.figure11(results)
     save_figure(figure, out / "fig11")
     seconds = time.perf_counter() - began
     print(f"wrote {out}/fig11.png, .pdf, fig11/*.npz in {seconds:.0f} s")

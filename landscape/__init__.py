@@ -39,6 +39,7 @@ from landscape.probes.published_corruptions import (
     PublishedCorruptions,
     load_published_corruptions,
 )
+from landscape.probes.published_surface import load_published_surface
 from landscape.probes.surface import LossLine, LossSurface, loss_line, loss_surface
 from landscape.probes.trajectory import (
     PolarTrajectory,
@@ -68,6 +69,7 @@ __all__ = [
     # surfaces and trajectories
     "between",
     "eigen_directions",
+    "load_published_surface",
     "loss_line",
     "loss_surface",
     "pca_directions",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_data
+from landscape.restore import global_streams
 
 Inputs = Tensor | Mapping[str, Any]
 Transform = Callable[[Any, Any, torch.Generator], tuple[Any, Any]]
@@ -56,26 +57,27 @@ def one_pass(data: Iterable[Any]) -> Iterator[Any]:
     Args:
         data: Any iterable.
     """
-    outside = _streams()
-    torch.default_generator.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002, the global stream is what data draw from
-    random.seed(0)
-    try:
-        batches = iter(data)
-        while True:
+    with global_streams:
+        outside = _streams()
+        torch.default_generator.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002, the global stream is what data draw from
+        random.seed(0)
+        inside = _streams()
+        _set_streams(outside)
+    batches: Iterator[Any] | None = None
+    while True:
+        with global_streams:
+            outside = _streams()
+            _set_streams(inside)
             try:
+                batches = iter(data) if batches is None else batches
                 raw = next(batches)
             except StopIteration:
                 return
-            inside = _streams()
-            _set_streams(outside)
-            try:
-                yield raw
             finally:
-                outside = _streams()
-            _set_streams(inside)
-    finally:
-        _set_streams(outside)
+                inside = _streams()
+                _set_streams(outside)
+        yield raw
 
 
 _Streams = tuple[Tensor, Any, Any]
@@ -135,11 +137,6 @@ class FrozenBatches:
         self._kept: list[_Drawn] | None = []
         self._prints: list[Tensor] = []
         self._first_pass(amount, ignore, keep_bytes)
-
-    @property
-    def kept(self) -> bool:
-        """Whether the prepared batches are kept on the device."""
-        return self._kept is not None
 
     def __len__(self) -> int:
         return self.num_batches

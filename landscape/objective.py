@@ -42,7 +42,7 @@ from landscape.losses import (
 )
 from landscape.memory import free_memory
 from landscape.parameters import Choice, ParameterSpace, call_with
-from landscape.restore import Cache, emptied, eval_mode, learned_caches, own_randomness
+from landscape.restore import Cache, emptied, eval_mode, exclusive, learned_caches, own_randomness
 
 _HOOKED = "saved tensors are hooked"
 _FEW = 16  # samples that show whether a model gives the same outputs again
@@ -186,15 +186,21 @@ class FrozenObjective:
     def data_term(self, parameters: Mapping[str, Tensor], batch: PreparedBatch) -> Tensor:
         """Return the mean loss of one batch, without weight decay."""
         if self.objective.loss is None:
-            outputs = self.outputs(parameters, _with_labels(batch))
-            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
-            if not isinstance(loss, Tensor):
-                raise ValueError(
-                    "`loss=None` needs a model that returns its own `.loss`, got None; "
-                    "give the batch its labels."
-                )
-            return loss
+            return self.own_loss(parameters, batch)[0]
         return self.loss(self.logits(parameters, batch.inputs), batch)
+
+    def own_loss(
+        self, parameters: Mapping[str, Tensor], batch: PreparedBatch
+    ) -> tuple[Tensor, Any]:
+        """Return the mean loss of one batch that the model itself gives, and its raw output."""
+        outputs = self.outputs(parameters, _with_labels(batch))
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                "`loss=None` needs a model that returns its own `.loss`, got None; "
+                "give the batch its labels."
+            )
+        return loss, outputs
 
     def loss(self, logits: Tensor, batch: PreparedBatch) -> Tensor:
         """Return the mean loss of one batch from its logits."""
@@ -226,7 +232,7 @@ class FrozenObjective:
     def _check_model(self, check_mean: bool, label_range: tuple[int, int] | None) -> None:
         batch = next(iter(self.batches))
         inputs, size = batch.inputs, batch.size
-        with torch.no_grad(), own_randomness(self.model):
+        with torch.no_grad(), exclusive(self.model), own_randomness(self.model):
             few = rows_of(inputs, size, slice(0, 2))
             self._caches = learned_caches(
                 self.model, functools.partial(self._call_with_gradient, few)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from landscape._checks import check_materialised, nearest
+from landscape.restore import exclusive
 
 Choice = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -42,14 +43,16 @@ class ParameterSpace:
             ValueError: If no trainable parameter is chosen, a pattern matches nothing, or the
                 parameters are not materialised on one device.
         """
-        chosen = _choose(model, choice)
-        _check_placement(model, chosen)
-        self.names = tuple(chosen)
-        self.values = {name: p.detach().clone() for name, p in chosen.items()}
-        self.fixed = {
-            name: t.detach().clone() for name, t in model.named_parameters() if name not in chosen
-        }
-        self.buffers = {name: t.detach().clone() for name, t in model.named_buffers()}
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        with exclusive(model):
+            chosen = _choose(model, choice)
+            _check_placement(model, chosen)
+            self.names = tuple(chosen)
+            self.values = {name: p.detach().clone() for name, p in chosen.items()}
+            others = {n: t for n, t in model.named_parameters() if n not in chosen}
+            self.fixed = {name: t.detach().clone() for name, t in others.items()}
+            self.buffers = {name: t.detach().clone() for name, t in model.named_buffers()}
         self.shapes = tuple(v.shape for v in self.values.values())
         self._sizes = [v.numel() for v in self.values.values()]
         self.dim = sum(self._sizes)
@@ -117,8 +120,6 @@ def call_with(model: nn.Module, state: Mapping[str, Tensor], /, *args: Any, **kw
 
 
 def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule | nn.DataParallel):
         inner = "`model.module`" if isinstance(model, nn.DataParallel) else "what it was made of"
         raise TypeError(

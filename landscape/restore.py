@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from landscape._checks import check_materialised
 
+global_streams = threading.RLock()
+"""Held by who sets the global random streams; the lock of a model (`exclusive`) is taken first."""
+
 Cache = tuple[nn.Module, str]
 """A module, and the name of an attribute of it."""
 
@@ -22,9 +25,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Tensors that are plain attributes are put back too: the weight that pruning or the older
     `torch.nn.utils.weight_norm` computes from its parameters before each call, a kept feature.
-    Meanwhile other threads that want the same wait.
     """
-    with _lock_of(model):
+    with exclusive(model):
         modes = [(module, module.training, _plain_tensors(module)) for module in model.modules()]
         try:
             for module, _, _ in modes:
@@ -36,15 +38,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
                 vars(module).update(tensors)
 
 
-_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
-_of_locks = threading.Lock()
+@contextmanager
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """Let other threads wait that want the same model, or what `torch.compile` has made of it.
 
-
-def _lock_of(model: nn.Module) -> "threading.RLock":
-    """Return the lock of a model, the same one for what `torch.compile` has made of it."""
+    While a model is called with other parameters, these are in the place of its own.
+    """
     model = getattr(model, "_orig_mod", model)
     with _of_locks:
-        return _locks.setdefault(model, threading.RLock())
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        yield
+
+
+_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
+_of_locks = threading.Lock()
 
 
 def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -189,10 +197,10 @@ def own_randomness(model: nn.Module) -> Iterator[None]:
     """Let a model that is random in evaluation mode draw from a fixed seed.
 
     Functional dropout is, for example. The global streams of the CPU and of the model's devices are
-    put back afterwards.
+    put back afterwards; meanwhile other threads that want the same wait.
     """
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
+    with global_streams, torch.random.fork_rng(devices=list(devices)):
         torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed other devices too
         for device in devices:
             with torch.cuda.device(device):
@@ -208,17 +216,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
         ValueError: If its weights are not there yet.
     """
     check_materialised(model)
-    modules = list(model.modules())
-    buffers = [dict(module._buffers) for module in modules]
-    values = [(b, b.clone()) for each in buffers for b in each.values() if b is not None]
-    try:
-        with eval_mode(model), own_randomness(model):
-            yield
-    finally:
-        with torch.no_grad():
-            for module, each in zip(modules, buffers, strict=True):
-                for name, buffer in each.items():  # TorchScript's dictionary has no `update`
-                    module._buffers[name] = buffer
-            for buffer, value in values:
-                if torch.is_inference_mode_enabled() or not buffer.is_inference():
-                    buffer.copy_(value)  # one of inference mode has not changed outside of it
+    with exclusive(model):
+        modules = list(model.modules())
+        buffers = [dict(module._buffers) for module in modules]
+        values = [(b, b.clone()) for each in buffers for b in each.values() if b is not None]
+        try:
+            with eval_mode(model), own_randomness(model):
+                yield
+        finally:
+            with torch.no_grad():
+                for module, each in zip(modules, buffers, strict=True):
+                    for name, buffer in each.items():  # TorchScript's dictionary has no `update`
+                        module._buffers[name] = buffer
+                for buffer, value in values:
+                    if torch.is_inference_mode_enabled() or not buffer.is_inference():
+                        buffer.copy_(value)  # one of inference mode has not changed outside of it

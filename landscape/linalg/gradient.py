@@ -4,7 +4,7 @@ A Hessian product is v ↦ ∇⟨∇L, v⟩. The graph of ∇L does not depend o
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -68,9 +68,7 @@ class GradientGraph:
 
         with (
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-            if measure
-            else torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, unpack) if measure else nullcontext(),
         ):
             with (
                 torch.autocast(self._leaves[0].device.type, torch.bfloat16, precision == "bf16"),

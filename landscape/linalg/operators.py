@@ -115,15 +115,17 @@ class MatrixOperator(SymmetricOperator):
         """Wrap a matrix.
 
         Args:
-            matrix: Symmetric, shape `(dim, dim)`, real floating point.
+            matrix: Symmetric, shape `(dim, dim)`, real floating point, finite.
 
         Raises:
-            ValueError: If the matrix is not square, floating and symmetric.
+            ValueError: If the matrix is not square, floating, finite and symmetric.
         """
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
             raise ValueError(f"`matrix` must be square, got shape {tuple(matrix.shape)}.")
         if not matrix.is_floating_point():
             raise ValueError(f"`matrix` must be real and floating, got {matrix.dtype}.")
+        if not matrix.isfinite().all():
+            raise ValueError("`matrix` must be finite, got NaN or infinite entries.")
         scale = matrix.abs().max()
         if (matrix - matrix.T).abs().max() > 100 * torch.finfo(matrix.dtype).eps * scale:
             raise ValueError("`matrix` must be symmetric; pass (M + M.T) / 2.")

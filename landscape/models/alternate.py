@@ -21,20 +21,14 @@ heads, each of as many channels as the 3x3 convolutions of the first stage.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from landscape._checks import check_at_least
-from landscape.models.alternet import AlterNet, MSABlock
-from landscape.models.layers import (
-    WindowAttention,
-    check_sizes,
-    init_conv_net,
-    init_transformer,
-)
+from landscape.models.alternet import AlterNet, MSABlock, image_multiple, msa_positions
+from landscape.models.layers import WindowAttention, check_sizes, init_with_attention
 from landscape.models.residual_stages import (
     PostActMSABlock,
     block_shape,
@@ -101,18 +95,8 @@ def alternate(
             if not is_msa(block):
                 stage[position] = _msa_block(block, heads[i], head_dim, windows[i])
     if isinstance(model, AlterNet):
-        model.image_multiple = _image_multiple(model)
+        model.image_multiple = image_multiple(model.stem, model.stages)
     return model
-
-
-def msa_positions(depth: int, count: int) -> list[int]:
-    """Return which blocks of a stage are MSAs: every second one, `count` of them, from the end.
-
-    Args:
-        depth: Blocks of the stage.
-        count: Its MSAs.
-    """
-    return [depth - 1 - 2 * i for i in range(count)]
 
 
 def _check_counts(parts: list[nn.Sequential], stages: Sequence[int]) -> None:
@@ -177,18 +161,6 @@ def _sides(model: nn.Module, image_size: int) -> list[int]:
     return found
 
 
-def _image_multiple(model: AlterNet) -> int:
-    """Return what the sides of the images must be multiples of for every window to fit."""
-    stem_stride = 4 if hasattr(model.stem, "pool") else 1
-    multiples = [
-        stem_stride * 2**i * module.window
-        for i, stage in enumerate(resnet_stages(model))
-        for module in stage.modules()
-        if isinstance(module, WindowAttention)
-    ]
-    return math.lcm(*multiples)
-
-
 def _msa_block(block: nn.Module, heads: int, head_dim: int, window: int) -> nn.Module:
     """Return the MSA block that takes the place of a convolution block."""
     shape = block_shape(block)
@@ -202,8 +174,6 @@ def _msa_block(block: nn.Module, heads: int, head_dim: int, window: int) -> nn.M
     )
     kind = MSABlock if shape.is_preact else PostActMSABlock
     new = kind(shape.channels, shape.inner, attention, shape.drop_path)
-    init_conv_net(new)
-    projections = (attention.query, attention.key_value, attention.project)
-    init_transformer(*projections, attention.position_bias)
+    init_with_attention(new)
     old = next(block.parameters())
     return new.to(device=old.device, dtype=old.dtype).train(block.training)

@@ -20,6 +20,7 @@ first stage has no MSA, and the last has four blocks instead of a ResNet's three
 pairs `[C, A]`.
 """
 
+import math
 from typing import TypedDict, Unpack
 
 from torch import Tensor, nn
@@ -31,8 +32,7 @@ from landscape.models.layers import (
     check_side,
     check_sizes,
     drop_path_rates,
-    init_conv_net,
-    init_transformer,
+    init_with_attention,
     split_by_stage,
 )
 from landscape.models.resnet import Stem, conv1x1, conv3x3, make_stem
@@ -178,10 +178,10 @@ class AlterNet(nn.Module):
         rates = split_by_stage(drop_path_rates(drop_path, sum(depths)), depths)
         for i, stage_rates in enumerate(rates):
             inner = width * 2**i
-            is_msa = [False] * (depths[i] - 2 * msas[i]) + [False, True] * msas[i]
+            positions = msa_positions(depths[i], msas[i])
             blocks: list[nn.Module] = []
             for j, rate in enumerate(stage_rates):
-                if is_msa[j]:
+                if j in positions:
                     attention = WindowAttention(
                         inner, channels, heads=heads[i], head_dim=head_dim, window=window
                     )
@@ -195,16 +195,8 @@ class AlterNet(nn.Module):
         self.act = nn.ReLU()
         self.head = nn.Linear(channels, num_classes)
 
-        stem_stride = 4 if stem == "imagenet" else 1
-        last_msa_stage = max((i for i, m in enumerate(msas) if m), default=None)
-        self.image_multiple = (
-            1 if last_msa_stage is None else stem_stride * 2**last_msa_stage * window
-        )
-        init_conv_net(self)
-        for module in self.modules():
-            if isinstance(module, WindowAttention):
-                projections = (module.query, module.key_value, module.project)
-                init_transformer(*projections, module.position_bias)
+        self.image_multiple = image_multiple(self.stem, self.stages)
+        init_with_attention(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits `(n, num_classes)` of images `(n, in_channels, h, w)`.
@@ -217,6 +209,33 @@ class AlterNet(nn.Module):
         x = self.act(self.norm(self.stages(self.stem(x))))
         logits: Tensor = self.head(x.mean(dim=(2, 3)))
         return logits
+
+
+def msa_positions(depth: int, count: int) -> list[int]:
+    """Return which blocks of a stage are MSAs: every second one, `count` of them, from the end.
+
+    Args:
+        depth: Blocks of the stage.
+        count: Its MSAs.
+    """
+    return [depth - 1 - 2 * i for i in range(count)]
+
+
+def image_multiple(stem: nn.Sequential, stages: nn.Sequential) -> int:
+    """Return what the sides of the images must be multiples of for every window to fit.
+
+    Args:
+        stem: Stem of an `AlterNet`.
+        stages: Its stages; each but the first halves the map.
+    """
+    stem_stride = 4 if hasattr(stem, "pool") else 1
+    multiples = [
+        stem_stride * 2**i * module.window
+        for i, stage in enumerate(stages)
+        for module in stage.modules()
+        if isinstance(module, WindowAttention)
+    ]
+    return math.lcm(*multiples)
 
 
 class AlterNetSizes(TypedDict, total=False):

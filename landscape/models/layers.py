@@ -148,6 +148,19 @@ def init_transformer(*items: Tensor | nn.Linear | nn.Conv2d) -> None:
             nn.init.zeros_(item.bias)
 
 
+def init_with_attention(model: nn.Module) -> None:
+    """Initialise in place: convolutions as ResNets have them, attention as transformers.
+
+    Args:
+        model: Module whose convolutions and `WindowAttention`s are visited.
+    """
+    init_conv_net(model)
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            projections = (module.query, module.key_value, module.project)
+            init_transformer(*projections, module.position_bias)
+
+
 def check_sizes(**sizes: int) -> None:
     """Refuse any size, given by its argument's name, that is below 1."""
     for name, value in sizes.items():

@@ -24,7 +24,7 @@ from landscape._checks import check_at_least, check_choice, check_generator
 from landscape.objective import predict
 from landscape.probes.attacks import Target
 from landscape.probes.pixels import Channels, PixelScale, split_image
-from landscape.probes.scores import PairedResult, PairedScores, Truths, increasing, stream
+from landscape.probes.scores import PairedResult, PairedScores, Truths, increasing, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
 from landscape.results import Provenance
@@ -148,7 +148,7 @@ def adversarial_robustness(
     seed = check_generator(generator).initial_seed()
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
-    batches = stream(model, data, "Adversarial robustness", progress)
+    batches = tracked_batches(model, data, "Adversarial robustness", progress)
     truths, paired = Truths(), PairedScores(len(balls))
     with untouched(model), torch.no_grad():
         for inputs, targets, _ in batches:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from landscape.blocks import Blocks, blocks_of
-from landscape.probes.feature_maps import BlockTable, describe
+from landscape.probes.feature_maps import BlockTable, table_fields
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance
 
@@ -58,7 +58,7 @@ def architecture(
     blocks = blocks_of(model, blocks, example)
     found = list(blocks)
     return Architecture(
-        **describe(found),
+        **table_fields(found),
         channels=np.array([block.channels for block in found], dtype=np.int64),
         grid=np.array([block.grid or (0, 0) for block in found], dtype=np.int64),
         provenance=forward_provenance(

@@ -20,6 +20,7 @@ block, and all pairs of blocks are one matrix product.
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,10 +30,10 @@ from torch import Tensor, nn
 
 from landscape.batches import Placement
 from landscape.blocks import Block, Blocks, blocks_of
-from landscape.probes.feature_maps import BlockTable, at_least_single, describe
-from landscape.probes.scores import stream
+from landscape.probes.feature_maps import BlockTable, at_least_single, table_fields
+from landscape.probes.scores import tracked_batches
 from landscape.provenance import forward_provenance
-from landscape.restore import rounding, untouched
+from landscape.restore import exclusive, rounding, untouched
 from landscape.results import Provenance, Result
 
 _FEWEST = 4  # samples in a batch: the estimate divides by n − 3
@@ -115,13 +116,14 @@ def cka(
     own: list[tuple[Tensor, Tensor]] = []
     sizes: list[int] = []
     num_skipped = 0
-    batches = stream(model_a, data, "CKA", progress)
+    batches = tracked_batches(model_a, data, "CKA", progress)
     # Not inference_mode: a model that caches what it computes could not train on.
-    with (
-        untouched(model_a),
-        untouched(model_b if model_b is not None else model_a),
-        torch.no_grad(),
-    ):
+    with ExitStack() as stack, torch.no_grad():
+        # In one order for all threads, or two of them might wait for each other.
+        models = sorted({model_a, model_a if model_b is None else model_b}, key=id)
+        for context in (exclusive, untouched):
+            for model in models:
+                stack.enter_context(context(model))
         for inputs, _, size in batches:
             if size < _FEWEST:
                 _check_first(sizes, size)
@@ -146,12 +148,12 @@ def cka(
     pairs = torch.stack(hsic).cpu().numpy()
     own_a, own_b = (torch.stack(each).cpu().numpy() for each in zip(*own, strict=True))
     values, stderr = _ratio(pairs, own_a, own_b, np.array(sizes))
-    table = BlockTable(**describe(blocks_a or ()))
+    table = BlockTable(**table_fields(blocks_a or ()))
     return CKA(
         values=values,
         stderr=stderr,
         blocks_a=table,
-        blocks_b=table if blocks_b is None else BlockTable(**describe(blocks_b)),
+        blocks_b=table if blocks_b is None else BlockTable(**table_fields(blocks_b)),
         hsic=pairs,
         hsic_a=own_a,
         hsic_b=own_b,

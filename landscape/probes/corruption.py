@@ -25,7 +25,7 @@ from landscape.objective import predict
 from landscape.probes.corruption_scores import CorruptionScores
 from landscape.probes.pixels import Channels, PixelScale, split_image
 from landscape.probes.published_corruptions import PublishedCorruptions
-from landscape.probes.scores import stream
+from landscape.probes.scores import tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
 from landscape.results import Provenance, Result
@@ -192,7 +192,7 @@ def corruption_robustness(
         _check_alike(baseline, names, levels, maker.name)
     scale = PixelScale(data, mean, std)
     began = time.perf_counter()
-    batches = stream(model, data, "Corruption robustness", progress)
+    batches = tracked_batches(model, data, "Corruption robustness", progress)
     table = CorruptionScores(names, levels)
     with untouched(model), torch.no_grad():
         for inputs, targets, _ in batches:

@@ -3,11 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from landscape.batches import PreparedBatch
-from landscape.probes.metrics import CalibrationError
+from landscape.probes.calibration import CalibrationBins, largest_probability
 from landscape.probes.scores import Moments, Truth, Truths
 
 
@@ -27,27 +25,23 @@ class CorruptionScores:
         self._truths = Truths()
         self._clean, self._mean = Moments(), Moments()
         self._changed = [Moments() for _ in self.conditions]
-        self._calibration: list[CalibrationError] = []
+        self._clean_bins = CalibrationBins()
+        self._bins = [CalibrationBins() for _ in self.conditions]
         self._scores: list[Tensor] = []  # of the present batch, clean ones first
 
     def add_clean(self, logits: Tensor, targets: Tensor | None) -> Truth:
         """Begin a batch; return what its outputs are compared with."""
         truth = self._truths.read(logits, targets)
-        if not self._calibration:
-            self._calibration = [
-                CalibrationError(F.cross_entropy, logits.device)
-                for _ in range(len(self._changed) + 1)
-            ]
         self._scores = [truth.scores(logits)]
         self._clean.add(self._scores[0])
-        self._calibration[-1].add(logits, _batch(truth))
+        self._clean_bins.add(largest_probability(logits), self._scores[0][:, 1])
         return truth
 
     def add(self, condition: int, logits: Tensor, truth: Truth) -> None:
         """Add the outputs for the batch under one condition."""
         scores = truth.scores(logits)
         self._changed[condition].add(torch.cat([scores, scores - self._scores[0]], dim=1))
-        self._calibration[condition].add(logits, _batch(truth))
+        self._bins[condition].add(largest_probability(logits), scores[:, 1])
         self._scores.append(scores)
 
     def close_batch(self) -> None:
@@ -66,7 +60,7 @@ class CorruptionScores:
         shape = (len(self._names), len(self._levels))
         rows = torch.stack([each.result() for each in self._changed]).cpu().numpy()
         nll, right, nll_step, right_step = (rows[..., i].T.reshape(2, *shape) for i in range(4))
-        ece = torch.stack([each.result() for each in self._calibration]).cpu().numpy()
+        ece = torch.stack([bins.error() for bins in (*self._bins, self._clean_bins)]).cpu().numpy()
         return {
             "corruptions": self._names,
             "severities": self._levels,
@@ -87,7 +81,3 @@ class CorruptionScores:
             "mean_corruption_error": float(1 - mean[0, 1]),
             "mean_corruption_error_stderr": float(mean[1, 1]),
         }
-
-
-def _batch(truth: Truth) -> PreparedBatch:
-    return PreparedBatch(truth.labels, truth.labels, len(truth.labels), 1.0)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from landscape._checks import check_at_least
 from landscape.objective import predict
-from landscape.probes.metrics import NUM_BINS
-from landscape.probes.scores import Moments, Truth, Truths, stream
+from landscape.probes.calibration import NUM_BINS, CalibrationBins
+from landscape.probes.scores import Moments, Truth, Truths, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
 from landscape.results import Provenance, Result
@@ -118,8 +118,8 @@ def evaluate(
     """
     check_at_least("num_bins", num_bins, 1)
     start = time.perf_counter()
-    batches = stream(model, data, "Evaluation", progress)
-    truths, moments, bins = Truths(), Moments(), _Bins(num_bins)
+    batches = tracked_batches(model, data, "Evaluation", progress)
+    truths, moments, bins = Truths(), Moments(), CalibrationBins(num_bins)
     with untouched(model), torch.no_grad():
         for inputs, targets, _ in batches:
             logits = predict(model, inputs)
@@ -144,7 +144,7 @@ def evaluate(
         top5_stderr=errors[2] if has_top5 else None,
         brier=means[3],
         brier_stderr=errors[3],
-        **bins.fields(moments.count),
+        **bins.fields(),
         provenance=forward_provenance(
             model,
             num_samples=moments.count,
@@ -168,41 +168,3 @@ def _brier(p: Tensor, truth: Truth) -> Tensor:
     if target is None:
         target = nn.functional.one_hot(truth.labels, p.shape[1])
     return (p - target.double()).square().sum(1)
-
-
-class _Bins:
-    """Sums over the samples of each bin of the confidence."""
-
-    def __init__(self, num_bins: int) -> None:
-        self._edges = torch.arange(num_bins + 1, dtype=torch.float64) / num_bins
-        self._sums: Tensor | float = 0.0
-
-    def add(self, confidence: Tensor, right: Tensor) -> None:
-        edges = self._edges.to(confidence.device)
-        inside = (confidence[:, None] > edges[:-1]) & (confidence[:, None] <= edges[1:])
-        gap = right - confidence
-        columns = [gap * 0 + 1, confidence, right, gap**2, confidence * (1 - confidence)]
-        # A NaN confidence is in no bin; as NaN times 0 it would be in all.
-        values = torch.stack(columns, dim=1).nan_to_num(0.0)
-        self._sums = self._sums + inside.double().T @ values
-
-    def fields(self, num_samples: int) -> dict[str, Any]:
-        """Return the fields of the result; they are NaN if a sample is in no bin."""
-        sums = torch.as_tensor(self._sums).cpu().numpy()
-        count, confidence, right, squares, noise = sums.T
-        ece = float(np.abs(right - confidence).sum()) / num_samples
-        # Σ (±(r − c) − ece)² = Σ (r − c)² − n·ece²
-        spread = max(float(squares.sum()) / num_samples - ece**2, 0.0)
-        stderr = np.sqrt(spread / (num_samples - 1)) if num_samples > 1 else np.nan
-        expected = float(np.sqrt(2 / np.pi * noise).sum()) / num_samples
-        missing = np.nan if round(count.sum()) < num_samples else 0.0
-        held = np.where(count > 0, count, np.nan)
-        return {
-            "ece": ece + missing,
-            "ece_stderr": float(stderr) + missing,
-            "ece_noise": expected + missing,
-            "bin_edges": self._edges.numpy(),
-            "bin_count": count.round().astype(np.int64),
-            "bin_confidence": confidence / held,
-            "bin_accuracy": right / held,
-        }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape.blocks import Block, Blocks, blocks_of
-from landscape.probes.scores import Moments, stream
+from landscape.probes.scores import Moments, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
 from landscape.results import Provenance, Result
@@ -37,7 +37,7 @@ class BlockTable(Result):
     stage: np.ndarray
 
 
-def describe(blocks: Iterable[Block]) -> dict[str, Any]:
+def table_fields(blocks: Iterable[Block]) -> dict[str, Any]:
     """Return the fields of a `BlockTable` for blocks in their order."""
     blocks = list(blocks)
     return {
@@ -111,7 +111,7 @@ def average_maps(
             )
         moments.setdefault(block.name, Moments()).add(reduce(at_least_single(feature)))
 
-    batches, num_samples = stream(model, data, description, progress), 0
+    batches, num_samples = tracked_batches(model, data, description, progress), 0
     # Not inference_mode: a model that caches what it computes could not train on.
     with untouched(model), torch.no_grad():
         for inputs, _, size in batches:

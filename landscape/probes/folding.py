@@ -88,7 +88,7 @@ class Calls(TorchFunctionMode):
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[Calls]:
+def calls_of(model: nn.Module) -> Iterator[Calls]:
     """Yield what sees the calls of the model's plain convolutions and batch norms inside."""
     calls = Calls(model)
     layers = [m for m in model.modules() if type(m) in (*_CONVOLUTIONS, *_NORMS)]

@@ -10,7 +10,7 @@ A GPU takes the batch as it is, and the whole point as one recording (`PointMete
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from landscape.batches import Inputs, rows_of
 from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
-from landscape.probes.folding import Pair, folded, watched
+from landscape.probes.folding import Pair, calls_of, folded
 from landscape.restore import eagerly, is_compiled
 
 PART = 16
@@ -47,8 +47,7 @@ class Forward:
         """
         self._frozen = frozen
         self._parts = _Parts(frozen.model)
-        self._pairs: list[Pair] = []
-        self.part, self.channels_last = self._plan()
+        self.part, self.channels_last, self._pairs = self._plan()
 
     def logits(self, state: Mapping[str, Tensor], inputs: Inputs, size: int) -> Tensor:
         """Return the outputs `(size, …)` of one batch.
@@ -60,42 +59,47 @@ class Forward:
         """
         if not self.part or (size <= self.part and not self.channels_last and not self._pairs):
             return self._frozen.logits(state, inputs)
-        return self._cut_logits(state, inputs, size, self.part, self.channels_last)
+        return self._cut_logits(state, inputs, size, self.part, self.channels_last, self._pairs)
 
-    def _plan(self) -> tuple[int, bool]:
-        """Return (samples a part, channels last), the cheapest way that gives the same outputs."""
+    def _plan(self) -> tuple[int, bool, list[Pair]]:
+        """Return samples a part, channels last, folds: the cheapest that give the same outputs."""
         frozen = self._frozen
         batch = next(iter(frozen.batches))
         on_cpu = frozen.space.device.type == "cpu"
         if not on_cpu or frozen.objective.loss is None or batch.size <= PART:
-            return 0, False
+            return 0, False, []
         size = min(batch.size, 2 * PART)
         inputs = rows_of(batch.inputs, batch.size, slice(0, size))
-        with eagerly(), _largest_output(frozen.model) as largest, watched(frozen.model) as calls:
+        with eagerly(), _largest_output(frozen.model) as largest, calls_of(frozen.model) as calls:
             expected = frozen.logits(frozen.space.values, inputs)
         part = min(max(CACHE * size // max(largest), PART), 4 * PART)
         convolves = any(isinstance(module, nn.Conv2d) for module in frozen.model.modules())
         last = (True, False) if convolves and frozen.space.dtype == torch.float32 else (False,)
         pairs = [] if is_compiled(frozen.model) else calls.pairs()
-        for channels_last, self._pairs in itertools.product(last, [pairs, []] if pairs else [[]]):
+        for channels_last, folds in itertools.product(last, [pairs, []] if pairs else [[]]):
             state = frozen.space.values
             try:
-                outputs = self._cut_logits(state, inputs, size, PART, channels_last)
+                outputs = self._cut_logits(state, inputs, size, PART, channels_last, folds)
             except RuntimeError:  # such as a `view` that wants its channels first
                 continue
             if _close(outputs, expected):
-                return part, channels_last
-        self._pairs = []
-        return 0, False
+                return part, channels_last, folds
+        return 0, False, []
 
     def _cut_logits(
-        self, state: Mapping[str, Tensor], inputs: Inputs, size: int, part: int, channels_last: bool
+        self,
+        state: Mapping[str, Tensor],
+        inputs: Inputs,
+        size: int,
+        part: int,
+        channels_last: bool,
+        pairs: Sequence[Pair],
     ) -> Tensor:
         space = self._frozen.space
         buffers = {name: t.clone() for name, t in space.buffers.items()}
         state = {**space.fixed, **buffers, **state}
         model = self._frozen.model
-        with self._frozen.evaluating(), folded(model, self._pairs, state) as state:
+        with self._frozen.evaluating(), folded(model, pairs, state) as state:
             named = {f"model.{name}": value for name, value in state.items()}
             call = (inputs, size, part, channels_last)
             outputs: Tensor = call_with(self._parts, named, *call)

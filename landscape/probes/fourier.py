@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from landscape._checks import check_choice
 from landscape.blocks import Blocks
-from landscape.probes.feature_maps import BlockTable, average_maps, describe
+from landscape.probes.feature_maps import BlockTable, average_maps, table_fields
 from landscape.results import Provenance
 
 _OFFSET = 1e-6  # of the authors' notebook; keeps the logarithm of a zero finite
@@ -138,7 +138,7 @@ def fourier_amplitude(
     )
     sides = [min(size) for size in means.sizes]
     return FourierAmplitude(
-        **describe(means.blocks),
+        **table_fields(means.blocks),
         frequency=tuple(2 * np.arange(m // 2 + 1) / m for m in sides),
         delta_log_amplitude=means.means,
         stderr=means.stderrs,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from landscape._checks import check_generator
 from landscape.objective import predict
 from landscape.probes.pixels import Channels, PixelScale, split_image
-from landscape.probes.scores import PairedResult, PairedScores, Truths, increasing, stream
+from landscape.probes.scores import PairedResult, PairedScores, Truths, increasing, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
 from landscape.results import Provenance
@@ -124,7 +124,7 @@ def frequency_robustness(
     scale = PixelScale(data, mean, std)
     noise = _RingNoise(centres, width, norm, check_generator(generator).initial_seed())
     start = time.perf_counter()
-    batches = stream(model, data, "Frequency robustness", progress)
+    batches = tracked_batches(model, data, "Frequency robustness", progress)
     truths, paired = Truths(), PairedScores(len(centres))
     with untouched(model), torch.no_grad():
         for inputs, targets, _ in batches:

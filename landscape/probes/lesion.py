@@ -26,7 +26,7 @@ from landscape.blocks.block import Traced
 from landscape.blocks.lesions import Irremovable, Part, num_heads, removal
 from landscape.blocks.passes import PartialPasses
 from landscape.objective import predict
-from landscape.probes.scores import PairedResult, PairedScores, Truths, stream
+from landscape.probes.scores import PairedResult, PairedScores, Truths, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import eagerly, untouched
 from landscape.results import Provenance
@@ -103,7 +103,7 @@ def lesion_study(
     """
     check_choice("units", units, ("paper", "branch", "conv", "head"))
     began = time.perf_counter()
-    batches = stream(model, data, "Lesion study", progress)
+    batches = tracked_batches(model, data, "Lesion study", progress)
     truths, shares = Truths(), True
     plan: _Plan | None = None
     with untouched(model), eagerly(), torch.no_grad():

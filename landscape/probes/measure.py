@@ -130,22 +130,10 @@ class _Row:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the mean loss of one batch, and the outputs."""
         if self.frozen.objective.loss is None:
-            return self._own_loss(state, batch)
+            loss, outputs = self.frozen.own_loss(state, batch)
+            return loss, as_logits(outputs) if self.metrics else None
         logits = self.forward.logits(state, batch.inputs, batch.size)
         return self.frozen.loss(logits, batch), logits
-
-    def _own_loss(
-        self, state: Mapping[str, Tensor], batch: PreparedBatch
-    ) -> tuple[Tensor, Tensor | None]:
-        frozen = self.frozen
-        if not self.metrics:
-            return frozen.data_term(state, batch), None
-        inputs = batch.inputs
-        if isinstance(inputs, Mapping) and batch.targets is not None:
-            inputs = {**inputs, "labels": batch.targets}
-        outputs = frozen.outputs(state, inputs)
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
-        return loss, as_logits(outputs)
 
     def _penalty(self, state: Mapping[str, Tensor]) -> Tensor:
         chosen = {name: state[name] for name in self.frozen.space.names}
@@ -162,7 +150,7 @@ class _Sums:
         loss, device = frozen.objective.loss, frozen.space.device
         self._nll = torch.zeros((), dtype=torch.float64, device=device)
         self._error = LossError(loss, device)
-        self._meters = [_METERS[name](loss, device) for name in metrics]
+        self._meters = [_METERS[name](loss) for name in metrics]
 
     def add(self, mean: Tensor, logits: Tensor | None, batch: PreparedBatch) -> None:
         self._nll += batch.weight * mean.double()

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from landscape.batches import PreparedBatch
 from landscape.losses import counts_labels, for_loss, loss_settings, sample_weights
-
-NUM_BINS = 15
-"""Bins of the expected calibration error, as in Guo et al. (2017)."""
+from landscape.probes.calibration import CalibrationBins, largest_probability
 
 
 class LossError:
@@ -61,14 +59,14 @@ class Accuracy:
     Soft targets count as the class of their largest entry; ignored labels do not count.
     """
 
-    def __init__(self, loss: Any, device: torch.device) -> None:
+    def __init__(self, loss: Any) -> None:
         self._ignore = loss_settings(loss)[1]
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._sums = torch.zeros((), dtype=torch.float64)
 
     def add(self, logits: Tensor, batch: PreparedBatch) -> None:
         """Add one batch."""
         right, counted = hits(logits, batch.targets, self._ignore)
-        self._sums += torch.stack([right.sum(), counted.sum()])
+        self._sums = self._sums + torch.stack([right.sum(), counted.sum()])
 
     def result(self) -> Tensor:
         """Return the accuracy."""
@@ -76,32 +74,20 @@ class Accuracy:
 
 
 class CalibrationError:
-    """Expected calibration error over 15 equal bins of the confidence (Guo et al. 2017, eq. 3).
+    """Expected calibration error over `NUM_BINS` bins; ignored labels do not count."""
 
-    ECE = Σ_b |B_b| / n · |accuracy(B_b) − confidence(B_b)|, the confidence being the largest
-    softmax probability and bin b holding those in (b/15, (b+1)/15].
-    """
-
-    def __init__(self, loss: Any, device: torch.device) -> None:
+    def __init__(self, loss: Any) -> None:
         self._ignore = loss_settings(loss)[1]
-        self._edges = torch.arange(NUM_BINS + 1, dtype=torch.float64, device=device) / NUM_BINS
-        self._sums = torch.zeros(NUM_BINS, 2, dtype=torch.float64, device=device)
-        self._count = torch.zeros((), dtype=torch.float64, device=device)
+        self._bins = CalibrationBins()
 
     def add(self, logits: Tensor, batch: PreparedBatch) -> None:
         """Add one batch."""
         right, counted = hits(logits, batch.targets, self._ignore)
-        confidence = logits.double().softmax(1).amax(1).reshape(-1)
-        right, counted = right.reshape(-1), counted.reshape(-1)
-        inside = (confidence[:, None] > self._edges[:-1]) & (confidence[:, None] <= self._edges[1:])
-        # A NaN confidence is in no bin, and NaN times 0 carries it into all of them.
-        values = torch.stack([right, confidence * counted], dim=1)
-        self._sums += inside.double().T @ values
-        self._count += counted.sum()
+        self._bins.add(*(t.reshape(-1) for t in (largest_probability(logits), right, counted)))
 
     def result(self) -> Tensor:
         """Return the expected calibration error."""
-        return (self._sums[:, 0] - self._sums[:, 1]).abs().sum() / self._count
+        return self._bins.error()
 
 
 def hits(logits: Tensor, targets: Tensor | None, ignore: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from landscape.batches import Inputs
-from landscape.probes.scores import Watch
+from landscape.probes.scores import LargestSoFar
 
 Channels = float | Sequence[float] | Tensor
 _SLACK = 0.01  # for inputs rounded to 16 bits
@@ -45,7 +45,7 @@ class PixelScale:
                 "`mean` and `std` must be finite and `std` positive, got "
                 f"{self.mean.tolist()} and {self.std.tolist()}."
             )
-        self._watch = Watch(self._check)
+        self._largest = LargestSoFar(self._check)
 
     def settings(self) -> dict[str, Any]:
         """Return mean and standard deviation for `Provenance`."""
@@ -80,7 +80,7 @@ class PixelScale:
         mean, std = self.mean.to(x.device), self.std.to(x.device)
         low, high = (x.amin((0, 2, 3)).double(), x.amax((0, 2, 3)).double())
         ends = [-(low * std + mean).amin(), (high * std + mean).amax()]
-        self._watch.add(torch.stack(ends))
+        self._largest.add(torch.stack(ends))
 
     def finish(self) -> None:
         """Refuse the data if a pixel was outside 0 … 1.
@@ -88,7 +88,7 @@ class PixelScale:
         Raises:
             ValueError: If so.
         """
-        self._watch.finish()
+        self._largest.finish()
 
     def _check(self, largest: Sequence[float]) -> None:
         low, high = -largest[0], largest[1]

@@ -20,7 +20,7 @@ from landscape.probes.metrics import hits
 from landscape.results import Result
 
 
-def stream(
+def tracked_batches(
     model: nn.Module, data: Iterable[Any], description: str, progress: bool
 ) -> Iterator[tuple[Any, Any, int]]:
     """Return `stream_batches(model, data)` behind a progress bar."""
@@ -53,7 +53,7 @@ class Truth:
         return torch.stack([self.nll(logits), hits(logits, self.labels, ignore=-1)[0]], dim=1)
 
 
-class Watch:
+class LargestSoFar:
     """Largest values over batches, checked after the first batch and at the end.
 
     So that the host need not wait for the device in between.
@@ -86,7 +86,7 @@ class Truths:
 
     def __init__(self) -> None:
         self.num_classes = 0
-        self._watch = Watch(self._check)
+        self._largest = LargestSoFar(self._check)
 
     def read(self, logits: Tensor, targets: Tensor | None) -> Truth:
         """Return the truth of one batch; labels out of range are refused in `finish` at last.
@@ -119,7 +119,7 @@ class Truths:
         lowest, highest = labels.aminmax()
         off = (targets.double().sum(1) - 1).abs().amax() if soft else lowest.new_zeros(())
         negative = -targets.amin() if soft else lowest.new_zeros(())
-        self._watch.add(torch.stack([t.double() for t in (-lowest, highest, off, negative)]))
+        self._largest.add(torch.stack([t.double() for t in (-lowest, highest, off, negative)]))
         return Truth(labels.clamp(0, self.num_classes - 1), targets if soft else None)
 
     def finish(self) -> None:
@@ -128,7 +128,7 @@ class Truths:
         Raises:
             ValueError: If so.
         """
-        self._watch.finish()
+        self._largest.finish()
 
     def _check(self, largest: Sequence[float]) -> None:
         lowest, highest, off, negative = 0.0 - largest[0], *largest[1:]

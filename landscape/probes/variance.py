@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from landscape.blocks import Blocks
-from landscape.probes.feature_maps import BlockTable, average_maps, describe
+from landscape.probes.feature_maps import BlockTable, average_maps, table_fields
 from landscape.results import Provenance
 
 
@@ -77,7 +77,7 @@ def feature_variance(
         progress=progress,
     )
     return FeatureVariance(
-        **describe(means.blocks),
+        **table_fields(means.blocks),
         variance=np.concatenate(means.means),
         stderr=np.concatenate(means.stderrs),
         provenance=means.provenance,

@@ -26,7 +26,8 @@ from torch import nn
 
 from landscape._checks import check_choice, check_data
 from landscape._progress import track
-from landscape.models.alternate import alternate, msa_positions
+from landscape.models.alternate import alternate
+from landscape.models.alternet import msa_positions
 from landscape.models.residual_stages import count_msas, resnet_stages
 from landscape.probes.evaluate import Evaluation, evaluate
 from landscape.provenance import forward_provenance

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -200,7 +201,7 @@ class DeviceImages:
         Raises:
             ValueError: If a count is not between 1 and `num_samples`.
         """
-        if not isinstance(which, int):
+        if not isinstance(which, int | np.integer):
             index = torch.as_tensor(which, dtype=torch.int64, device=self.device)
             return self.with_(images=self.images[index], labels=self.labels[index])
         if not 1 <= which <= self.num_samples:

@@ -375,6 +375,9 @@ def test_bad_input_is_refused():
         MatrixOperator(torch.ones(2, 3))
     with pytest.raises(ValueError, match="symmetric"):
         MatrixOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    for entry in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`matrix` must be finite"):
+            MatrixOperator(torch.tensor([[1.0, entry], [entry, 4.0]]))
     with pytest.raises(TypeError, match=r"torch\.Generator"):
         top_eigenpairs(operator, 1, generator=3)
     with pytest.raises(ValueError, match="`start` must not be zero"):

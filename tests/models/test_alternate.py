@@ -6,7 +6,7 @@ from torch import nn
 
 from landscape import Blocks
 from landscape.models import alternate, alternet18, alternet50, resnet20, resnet34, vit_nano
-from landscape.models.alternate import msa_positions
+from landscape.models.alternet import msa_positions
 from landscape.models.residual_stages import is_msa, resnet_stages
 from landscape.models.resnet import BasicBlock
 from tests.cases import assert_untouched, snapshot

@@ -3,14 +3,13 @@ import pytest
 import torch
 from torch import nn
 
-from landscape import plot
+from landscape import load_published_surface, plot
 from landscape.objective import Objective
 from landscape.probes import adaptive
 from landscape.probes.directions import Directions, random_directions
-from landscape.probes.published import load_published_surface
 from landscape.probes.surface import LossLine, LossSurface, loss_line, loss_surface
 from tests.cases import assert_untouched, make_batches, make_model, snapshot
-from tests.probes.test_published import FILES, reference
+from tests.probes.test_published_surface import FILES, reference
 
 ALL = ("loss", "accuracy", "ece")
 

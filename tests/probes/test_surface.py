@@ -402,6 +402,15 @@ def test_mapping_batches_and_models_with_their_own_loss(loss, metrics, generator
         np.testing.assert_array_equal(ours.accuracy, plain.accuracy)
 
 
+@pytest.mark.parametrize("metrics", ["loss", ALL])
+def test_a_later_batch_without_a_loss_of_its_own_is_refused_by_name(metrics, generator):
+    x = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (4,), generator=generator)
+    data = [{"pixel_values": x, "labels": y}, {"pixel_values": x}]
+    with pytest.raises(ValueError, match="give the batch its labels"):
+        loss_line(OwnLoss(), data, objective=Objective(loss=None), points=3, metrics=metrics)
+
+
 def mix(x, y, generator):
     order = torch.randperm(len(x), generator=generator)
     share = torch.rand((), generator=generator)

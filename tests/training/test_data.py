@@ -1,5 +1,6 @@
 """`DeviceImages`: batches, order, normalisation, subsets, resizing, errors."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,6 +143,12 @@ def test_subset_draws_without_replacement_nested_and_by_generator(data):
     assert small < large
     other = data.subset(10, stratified=False, generator=torch.Generator().manual_seed(5))
     assert set(other.labels.tolist()) != small
+
+
+def test_subset_takes_numpy_counts_as_counts(data):
+    assert torch.equal(data.subset(np.int64(13)).images, data.subset(13).images)
+    with pytest.raises(ValueError, match="`which` must be between 1 and 50, got 51"):
+        data.subset(np.int64(51))
 
 
 def test_subset_by_indices_takes_them_as_they_are(data):

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from landscape.probes.published import COLUMNS, load_published_surface
-from landscape.probes.surface import LossSurface
+from landscape import LossSurface, load_published_surface
+from landscape.probes.published_surface import COLUMNS
 
 ROOT = Path(__file__).parents[2]
 FILES = {
