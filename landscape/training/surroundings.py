@@ -55,18 +55,19 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def channels_last_format(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keep 4-D parameters in channels-last memory format meanwhile; their values do not change."""
-    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
-    wanted = wanted and not all(
-        weight.is_contiguous(memory_format=torch.channels_last) for weight in weights
-    )
-    if wanted:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
+    """Keep contiguous 4-D parameters in channels-last memory format meanwhile.
+
+    Their values do not change, and each gets back the memory that it had.
+    """
+    weights = [p for p in model.parameters() if wanted and p.ndim == 4 and p.is_contiguous()]
+    own = [(weight, weight.data) for weight in weights]
     try:
+        for weight, data in own:
+            weight.data = data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
-        if wanted:
-            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, unused-ignore]
+        for weight, data in own:
+            weight.data = data.copy_(weight.data)
 
 
 def is_convolutional(model: nn.Module) -> bool:

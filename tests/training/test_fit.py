@@ -309,6 +309,21 @@ def test_channels_last_is_the_default_for_conv_nets_only(data):
     assert formats == [False, True]
 
 
+def test_every_weight_gets_its_own_memory_format_back(data):
+    formats = []
+
+    def spy(outputs, targets):
+        formats.append([conv.weight.stride() for conv in (first, second)])
+        return F.cross_entropy(outputs, targets)
+
+    first, second = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 1, 3).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), first, second, nn.Flatten(), nn.Linear(4, 3))
+    before = [(p.stride(), p.data_ptr()) for p in model.parameters()]
+    fit(model, data, epochs=1, loss=spy)
+    assert formats[0] == [(18, 1, 6, 2), (36, 1, 12, 4)]
+    assert [(p.stride(), p.data_ptr()) for p in model.parameters()] == before
+
+
 def test_bar_only_on_request(data, capsys):
     fit(make_model(), data, epochs=2)
     assert capsys.readouterr() == ("", "")
