@@ -44,8 +44,9 @@ class FitResult(Result):
     """History of a training run and where its checkpoints are.
 
     Row `i` belongs to epoch `i + 1`. Training numbers are means over the epoch, taken in training
-    mode on transformed batches as the weights move (accuracy against the heaviest class of a soft
-    target); validation numbers are taken after the epoch in evaluation mode.
+    mode on transformed batches as the weights move; validation numbers are taken after the epoch in
+    evaluation mode. Accuracies are against the heaviest class of a soft target, over all labels but
+    ignored ones, and NaN where the targets are no classes: regression, several labels a sample.
 
     Attributes:
         epoch: Epochs done `(e,)`: 1, 2, …
