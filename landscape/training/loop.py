@@ -47,6 +47,43 @@ class Step:
         return next(self.model.parameters()).device
 
 
+def check_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    names: tuple[str, str] = ("optimizer", "model"),
+) -> None:
+    """Refuse an optimizer that cannot train a model.
+
+    Args:
+        optimizer: The optimizer.
+        model: The model.
+        names: What the caller calls them.
+
+    Raises:
+        ValueError: If it has parameters that are not the model's, or none that requires a gradient,
+            or needs a closure.
+    """
+    its, own = names
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    ours = set(model.parameters())
+    foreign = sum(p not in ours for p in parameters)
+    if foreign:
+        raise ValueError(
+            f"`{its}` must be on the parameters of `{own}`, got {foreign} of {len(parameters)} "
+            "that are not; make it when the model is complete, with all that is to be trained."
+        )
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"`{its}` must have a parameter that requires a gradient, got {len(parameters)} that "
+            "do not; call `requires_grad_()` on the parts to train."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            f"`{its}` must take its step from one gradient, got LBFGS, which needs a closure; "
+            "take SGD or AdamW."
+        )
+
+
 class Means:
     """Running means of loss and accuracy over samples, kept on the device until asked for."""
 

@@ -199,8 +199,6 @@ def check_stackable(steps: Sequence[Step]) -> None:
             raise ValueError('`bfloat16` needs method="loop", because `vmap` ignores autocast.')
         names = {p: name for name, p in step.model.named_parameters()}
         parameters = trained(step)
-        if not parameters or not all(p in names for p in parameters):
-            raise ValueError(f"`optimizers[{k}]` must be on the parameters of `models[{k}]`.")
         chosen.append([names[p] for p in parameters])
         if chosen[k] != chosen[0]:
             raise ValueError(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from landscape.training import DeviceImages, FitResult, WarmupCosine, fit, fit_ensemble
 
@@ -408,8 +409,14 @@ def test_bar_only_on_request(data, capsys):
         ({"checkpoints": ["end"]}, "got 'end'"),
         ({"checkpoints": ["warmup"], "schedule": lambda _: 1.0}, "where `schedule` has"),
         ({"trajectory": -1}, "`trajectory` must be at least 0, got -1"),
+        ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "'mean' over samples, got .*='sum'"),
+        ({"callbacks": print}, "`callbacks` must be a list of functions, got a function"),
+        (
+            {"optimizer": torch.optim.SGD(make_model().parameters())},
+            "`optimizer` must be on the parameters of `model`, got 6 of 6 that are not",
+        ),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_bad_arguments_are_refused_before_training(data, tmp_path, arguments, match):
     model = make_model()
@@ -420,7 +427,29 @@ def test_bad_arguments_are_refused_before_training(data, tmp_path, arguments, ma
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_train_is_refused(data):
+    model = make_model()
+    with pytest.raises(ValueError, match="must take its step from one gradient, got LBFGS"):
+        fit(model, data, epochs=1, optimizer=torch.optim.LBFGS(model.parameters()))
+    stale = torch.optim.SGD(model.parameters())
+    model[-1] = nn.Linear(16, 3)
+    with pytest.raises(ValueError, match="`optimizer` .* got 2 of 6 that are not; make it when"):
+        fit(model, data, epochs=1, optimizer=stale)
+    frozen = torch.optim.SGD(model.requires_grad_(False).parameters())
+    with pytest.raises(ValueError, match="`optimizer` .* requires a gradient, got 6 that do not"):
+        fit(model, data, epochs=1, optimizer=frozen)
+    for untrained in (model, nn.Flatten()):
+        with pytest.raises(ValueError, match="`model` must have a parameter that requires a grad"):
+            fit(untrained, data, epochs=1)
+
+
 def test_bad_data_are_refused(data):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(data)
+
+    with pytest.raises(ValueError, match="`data` must have a length.*pass a list, or a DataLoader"):
+        fit(make_model(), DataLoader(Endless(), batch_size=None), epochs=1)
     with pytest.raises(TypeError, match="one-shot"):
         fit(make_model(), iter(data), epochs=1)
     with pytest.raises(ValueError, match="`data` must hold targets, got none in batch 0"):
