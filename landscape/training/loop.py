@@ -226,7 +226,8 @@ def prepare(
     placement = Placement.of(step.model)
     inputs, targets = placement.place(inputs), placement.place(targets)
     if step.transform is not None and generator is not None:
-        inputs, targets = step.transform(inputs, targets, generator)
+        drawn = step.transform(inputs, targets, generator)
+        inputs, targets = (placement.place(part) for part in drawn)
     return inputs, targets
 
 
