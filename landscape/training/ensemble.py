@@ -106,6 +106,8 @@ def fit_ensemble(
         method: `"vmap"`, `"loop"`, or `"auto"` for whichever should be faster. A run may be
             resumed with another method.
         bfloat16: Forward passes under bfloat16 autocast, in a loop only: `vmap` ignores autocast.
+            So, unlike in `fit`, it is off by default on CUDA too, lest the precision depend on
+            `method`; compare with `fit(…, bfloat16=False)`.
         seeds: Seed of each member's transform, dropout and stochastic depth; 0, 1, … by default.
         callbacks: One list a model, of what `fit` calls for it: before the first epoch of this call
             and after every one, once all members are on disk. With a `Watch` each, every one of

@@ -79,6 +79,7 @@ def fit(
         resume: Go on where the run in `folder` stopped; start afresh where there is none. A
             finished run is returned at once, its weights loaded into `model`.
         bfloat16: Forward pass under bfloat16 autocast; by default on CUDA only (slower on CPUs).
+            `fit_ensemble` has it off by default.
         channels_last: Train in channels-last memory format; by default where the model has a
             convolution with overlapping windows.
         seed: Seed of `transform`, dropout and stochastic depth; `DeviceImages` has its own.
