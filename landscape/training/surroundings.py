@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,22 @@ class GlobalStream:
             yield
             on_cuda = (torch.cuda.get_rng_state(self.device),) if cuda else ()
             self._states = (torch.get_rng_state(), *on_cuda)
+
+
+@contextmanager
+def same_random_state(model: nn.Module) -> Iterator[None]:
+    """Put back the global random states of PyTorch, NumPy and Python that are found.
+
+    Of PyTorch those of the CPU and of the CUDA devices that the model is on.
+    """
+    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=list(cuda)):
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
 
 
 @contextmanager
