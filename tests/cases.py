@@ -1,5 +1,7 @@
 """Small models and data that the tests share."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -74,6 +76,17 @@ def make_batches(sizes, dtype=torch.float64, seed=1):
     x = torch.randn(sum(sizes), 4, 2, 2, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randint(3, (sum(sizes),), generator=generator)
     return list(zip(x.split(sizes), y.split(sizes), strict=True))
+
+
+@contextmanager
+def float64_by_default():
+    """PyTorch's default type, on which no result may depend."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Replayed:

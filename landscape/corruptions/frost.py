@@ -7,6 +7,8 @@ scale at which each profile cuts them out; a sample takes one of them by chance,
 So mean, variance and power spectrum are alike, and there are no crystals to be seen.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,8 @@ _PHOTOGRAPHS = torch.tensor(
         [138, 153, 165, 28.5, 28.5, 29.9, 2.5, 0.33, 0.4, 0.14],
         [112, 123, 135, 44.4, 43.3, 41.7, 2.5, 0.37, 1.1, 0.16],
         [71, 95, 105, 35.2, 42.7, 47.4, 2.6, 0.45, 1.3, 0.13],  # CIFAR-C leaves it out
-    ]
+    ],
+    dtype=torch.float32,
 )
 
 
@@ -59,10 +62,8 @@ def power_law(h: int, w: int, exponent: Tensor, streams: Streams) -> Tensor:
     Returns:
         Tensor `(n, h, w)`.
     """
-    device = streams.device
-    frequency = torch.hypot(
-        torch.fft.fftfreq(h, device=device)[:, None], torch.fft.rfftfreq(w, device=device)
-    )
+    made: dict[str, Any] = {"dtype": torch.float32, "device": streams.device}
+    frequency = torch.hypot(torch.fft.fftfreq(h, **made)[:, None], torch.fft.rfftfreq(w, **made))
     amplitude = (-0.5 * exponent.view(-1, 1, 1) * frequency.log()).exp()
     amplitude[:, 0, 0] = 0
     power = amplitude.square()

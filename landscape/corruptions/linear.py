@@ -153,7 +153,7 @@ def reflected(images: Tensor, x: Tensor, y: Tensor, *, edges: bool) -> Tensor:
         Tensor `(n, c, h, w)`.
     """
     h, w = images.shape[2:]
-    points = torch.empty(*x.shape, 2, device=images.device)
+    points = torch.empty(*x.shape, 2, dtype=images.dtype, device=images.device)
     if edges:
         points[..., 0], points[..., 1] = (2 * x + 1) / w - 1, (2 * y + 1) / h - 1
     else:

@@ -53,7 +53,7 @@ def luminance(x: Tensor) -> Tensor:
     """Return 0.299 red + 0.587 green + 0.114 blue, `(n, 1, h, w)`; grey images as they are."""
     if x.shape[1] == 1:
         return x
-    weight = torch.tensor(_LUMINANCE, device=x.device).view(1, 3, 1, 1)
+    weight = torch.tensor(_LUMINANCE, dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
     return (x * weight).sum(1, keepdim=True)
 
 
@@ -89,7 +89,7 @@ def plasma(size: int, decay: float, streams: Streams) -> Tensor:
     Returns:
         Tensor `(n, size, size)`.
     """
-    heights = torch.zeros(len(streams), size, size, device=streams.device)
+    heights = torch.zeros(len(streams), size, size, dtype=torch.float32, device=streams.device)
     step, rough = size, 100.0
 
     def middle(total: Tensor) -> Tensor:

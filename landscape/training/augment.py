@@ -138,7 +138,7 @@ class HorizontalFlip:
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the images, some of them mirrored, and the labels as they are."""
-        mirrored = torch.rand(len(x), generator=generator, device=generator.device)
+        mirrored = uniform(generator, len(x))
         order = mirrored.argsort()  # those below the probability come first
         back = order.argsort().to(x.device, non_blocking=True)
         count = int((mirrored < self.probability).sum())
@@ -177,7 +177,7 @@ class RandomErasing:
         """Return the images, some of them with a box replaced, and the labels as they are."""
         check_floats("RandomErasing", x)
         n, _, h, w = x.shape
-        draws = torch.rand(n, 41, generator=generator, device=generator.device)
+        draws = uniform(generator, n, 41)
         chosen, (areas, ratios, tops, lefts) = draws[:, 0], draws[:, 1:].view(n, 4, 10).unbind(1)
         share = self.area[0] + areas * (self.area[1] - self.area[0])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -213,6 +213,16 @@ def box_mask(box: Tensor, height: int, width: int) -> Tensor:
     rows = torch.arange(height, device=box.device).view(-1, 1)
     columns = torch.arange(width, device=box.device)
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+
+
+def uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    """Return float32 draws from [0, 1) on the generator's device, whatever PyTorch's default type.
+
+    Args:
+        generator: Source of the draws.
+        *shape: Shape of the result.
+    """
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def check_probability(name: str, value: float) -> None:

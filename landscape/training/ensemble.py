@@ -7,7 +7,7 @@ of them (`torch.func.stack_module_state` tells the idea, `landscape.training.sta
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -106,6 +106,8 @@ def fit_ensemble(
         method: `"vmap"`, `"loop"`, or `"auto"` for whichever should be faster. A run may be
             resumed with another method.
         bfloat16: Forward passes under bfloat16 autocast, in a loop only: `vmap` ignores autocast.
+            So, unlike in `fit`, it is off by default on CUDA too, lest the precision depend on
+            `method`; compare with `fit(…, bfloat16=False)`.
         seeds: Seed of each member's transform, dropout and stochastic depth; 0, 1, … by default.
         callbacks: One list a model, of what `fit` calls for it: before the first epoch of this call
             and after every one, once all members are on disk. With a `Watch` each, every one of
@@ -119,7 +121,8 @@ def fit_ensemble(
     Raises:
         ValueError: If an argument is out of range, there are not as many optimizers, schedules,
             seeds, data or lists of callbacks as models, the models differ in architecture, batches
-            have different shapes under `vmap`, or `folder` holds another run.
+            have different shapes under `vmap`, an optimizer cannot train its model, or `folder`
+            holds another run.
         FloatingPointError: If loss or weights of a member become NaN or infinite. All models then
             hold the weights of the end of the last good epoch, and so do the states in `folder`.
         OSError: If an epoch cannot be written to `folder`; the states written before are kept.
@@ -135,23 +138,20 @@ def fit_ensemble(
         "callbacks": callbacks,
         "data": _one_each(data),
     }
-    for name, values in given.items():
-        if values is not None and len(values) != count:
-            raise ValueError(f"`{name}` must have one entry a model, {count}, got {len(values)}.")
-    if any(callable(own) for own in callbacks or ()):
+    if callable(callbacks) or any(callable(own) for own in callbacks or ()):
         raise ValueError("`callbacks` must have one list a model, got functions; wrap each in one.")
+    for name, values in given.items():
+        got = len(values) if isinstance(values, Sized) else type(values).__name__
+        if values is not None and got != count:
+            raise ValueError(f"`{name}` must have one entry a model, {count}, got {got}.")
     if isinstance(schedule, LRScheduler):
         raise ValueError("`schedule` must be one scheduler a member, got one; pass a list.")
+    optimizers = optimizers if optimizers is not None else [adamw(model) for model in models]
+    for k, (optimizer, model) in enumerate(zip(optimizers, models, strict=True)):
+        loop.check_optimizer(optimizer, model, (f"optimizers[{k}]", f"models[{k}]"))
     runs = [
         run.make_run(
-            loop.Step(
-                model,
-                optimizers[k] if optimizers is not None else adamw(model),
-                loss,
-                transform,
-                clip,
-                bfloat16,
-            ),
+            loop.Step(model, optimizers[k], loss, transform, clip, bfloat16),
             (_one_each(data) or [data] * count)[k],
             schedule=schedule[k] if isinstance(schedule, Sequence) else schedule,
             epochs=epochs,

@@ -63,7 +63,7 @@ def fit(
         data: Re-iterable of batches, each `(x, y)` or a mapping. Of `DeviceImages` each epoch is
             taken with its own augmentation and, where `shuffle` is set, its own order.
         epochs: Number of epochs in all, those of the warm-up included.
-        optimizer: Optimizer on the model's parameters; `adamw(model)` by default.
+        optimizer: Optimizer on parameters of the model; `adamw(model)` by default.
         schedule: Function of the position in epochs that returns the factor on the optimizer's
             learning rates, evaluated at every step; or a PyTorch scheduler on `optimizer`, stepped
             after every epoch. By default `WarmupCosine(epochs, min(5, epochs - 1))`.
@@ -79,6 +79,7 @@ def fit(
         resume: Go on where the run in `folder` stopped; start afresh where there is none. A
             finished run is returned at once, its weights loaded into `model`.
         bfloat16: Forward pass under bfloat16 autocast; by default on CUDA only (slower on CPUs).
+            `fit_ensemble` has it off by default.
         channels_last: Train in channels-last memory format; by default where the model has a
             convolution with overlapping windows.
         seed: Seed of `transform`, dropout and stochastic depth; `DeviceImages` has its own.
@@ -91,13 +92,17 @@ def fit(
         History, checkpoints and trajectory.
 
     Raises:
-        ValueError: If an argument is out of range, or `folder` holds another run.
+        ValueError: If an argument is out of range, `optimizer` cannot train `model`, `loss` is no
+            mean, `data` have no length, or `folder` holds another run.
         FloatingPointError: If loss or weights become NaN or infinite. The model then holds the
             weights of the end of the last good epoch, and so does the state in `folder`.
         OSError: If an epoch cannot be written to `folder`, a full disk for instance; the states
             written before are left as they were.
     """
+    if callable(callbacks):
+        raise ValueError("`callbacks` must be a list of functions, got a function; wrap it in one.")
     optimizer = optimizer or adamw(model)
+    loop.check_optimizer(optimizer, model)
     step = loop.Step(model, optimizer, loss, transform, clip, bfloat16=False)
     if bfloat16 or (bfloat16 is None and step.device.type == "cuda"):
         step = replace(step, bfloat16=True)

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from landscape.batches import Inputs, Placement, Transform, split_batch
-from landscape.losses import amount_averaged
+from landscape.losses import amount_averaged, is_classification, is_elementwise, loss_settings
 from landscape.objective import Loss, as_logits
 from landscape.restore import eval_mode
 from landscape.training.data import DeviceImages
+
+# Mean loss of a batch, the amount it is averaged over, correct and counted predictions: scalars.
+Tally = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_ROUNDING = 1e-2  # of a sum of probabilities in half precision
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,43 @@ class Step:
         return next(self.model.parameters()).device
 
 
+def check_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    names: tuple[str, str] = ("optimizer", "model"),
+) -> None:
+    """Refuse an optimizer that cannot train a model.
+
+    Args:
+        optimizer: The optimizer.
+        model: The model.
+        names: What the caller calls them.
+
+    Raises:
+        ValueError: If it has parameters that are not the model's, or none that requires a gradient,
+            or needs a closure.
+    """
+    its, own = names
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    ours = set(model.parameters())
+    foreign = sum(p not in ours for p in parameters)
+    if foreign:
+        raise ValueError(
+            f"`{its}` must be on the parameters of `{own}`, got {foreign} of {len(parameters)} "
+            "that are not; make it when the model is complete, with all that is to be trained."
+        )
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"`{its}` must have a parameter that requires a gradient, got {len(parameters)} that "
+            "do not; call `requires_grad_()` on the parts to train."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            f"`{its}` must take its step from one gradient, got LBFGS, which needs a closure; "
+            "take SGD or AdamW."
+        )
+
+
 class Means:
     """Running means of loss and accuracy over samples, kept on the device until asked for."""
 
@@ -50,16 +92,17 @@ class Means:
         self._loss: Tensor | float = 0.0
         self._amount: Tensor | float = 0.0
         self._correct: Tensor | float = 0.0
-        self._size = 0
+        self._counted: Tensor | float = 0.0
 
-    def add(self, value: Tensor, amount: Tensor, share: Tensor, size: int) -> None:
-        """Count a batch of `size` samples: what `forward` returns, scalars or one a member."""
+    def add(self, value: Tensor, amount: Tensor, correct: Tensor, counted: Tensor) -> None:
+        """Count a batch: what `forward` returns, scalars or one a member."""
         value = value.detach()
         self._losses.append(value)
-        self._loss = self._loss + value.double() * amount
+        # The mean over ignored labels alone is NaN, but has no weight.
+        self._loss = self._loss + torch.where(amount > 0, value.double(), 0.0) * amount
         self._amount = self._amount + amount
-        self._correct = self._correct + share * size
-        self._size += size
+        self._correct = self._correct + correct
+        self._counted = self._counted + counted
 
     @property
     def num_batches(self) -> int:
@@ -70,10 +113,10 @@ class Means:
         """Return the means of one member, where values of several `(members,)` were counted."""
         own = Means()
         own._losses = [value[index] for value in self._losses]
-        own._loss, own._amount, own._correct = (
-            torch.as_tensor(total)[index] for total in (self._loss, self._amount, self._correct)
+        own._loss, own._amount, own._correct, own._counted = (
+            torch.as_tensor(total)[index]
+            for total in (self._loss, self._amount, self._correct, self._counted)
         )
-        own._size = self._size
         return own
 
     def first_bad(self) -> int | None:
@@ -83,11 +126,11 @@ class Means:
 
     def loss(self) -> float:
         """Return the mean loss per sample."""
-        return float(self._loss / self._amount) if self._size else float("nan")
+        return float(self._loss / self._amount) if self._losses else float("nan")
 
     def accuracy(self) -> float:
         """Return the share of correct predictions; NaN where the targets are no classes."""
-        return float(self._correct) / self._size if self._size else float("nan")
+        return float(self._correct / self._counted) if self._losses else float("nan")
 
 
 def train_epoch(
@@ -116,13 +159,13 @@ def train_epoch(
     for index, raw in enumerate(batches):
         before_step(index)
         inputs, targets = prepare(step, raw, index, generator)
-        value, amount, share = forward(step, step.model, inputs, targets)
+        tally = forward(step, step.model, inputs, targets)
         step.optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        tally[0].backward()  # type: ignore[no-untyped-call]
         if step.clip is not None:
             nn.utils.clip_grad_norm_(parameters, step.clip)
         step.optimizer.step()
-        means.add(value, amount, share, len(targets))
+        means.add(*tally)
     check_any(means)
     return means
 
@@ -151,7 +194,7 @@ def validate(step: Step, data: Iterable[Any]) -> Means:
     with torch.no_grad(), eval_mode(step.model):
         for index, raw in enumerate(data):
             inputs, targets = prepare(step, raw, index)
-            means.add(*forward(step, step.model, inputs, targets), len(targets))
+            means.add(*forward(step, step.model, inputs, targets))
     return means
 
 
@@ -183,13 +226,12 @@ def prepare(
     placement = Placement.of(step.model)
     inputs, targets = placement.place(inputs), placement.place(targets)
     if step.transform is not None and generator is not None:
-        inputs, targets = step.transform(inputs, targets, generator)
+        drawn = step.transform(inputs, targets, generator)
+        inputs, targets = (placement.place(part) for part in drawn)
     return inputs, targets
 
 
-def forward(
-    step: Step, call: Callable[..., Any], inputs: Inputs, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(step: Step, call: Callable[..., Any], inputs: Inputs, targets: Tensor) -> Tally:
     """Return what a batch counts; for `Means.add`, and the first for the gradient.
 
     Args:
@@ -199,8 +241,8 @@ def forward(
         targets: Targets of the batch.
 
     Returns:
-        Mean loss; the amount it is averaged over; the share of predictions that are correct, NaN
-        where the targets are no classes. Scalars, the last two in float64.
+        Mean loss; the amount it is averaged over; how many predictions are correct, NaN where the
+        targets are no classes; and of how many. Scalars, all but the first in float64.
     """
     with torch.autocast(step.device.type, torch.bfloat16, enabled=step.bfloat16):
         outputs = call(**inputs) if isinstance(inputs, Mapping) else call(inputs)
@@ -208,21 +250,36 @@ def forward(
         value = step.loss(logits, targets)
     counts = (
         amount_averaged(step.loss, targets, len(targets)),
-        _share_correct(logits.detach(), targets),
+        *_correct(step.loss, logits.detach(), targets),
     )
-    amount, share = (
-        count
+    amount, correct, counted = (
+        count.double()
         if isinstance(count, Tensor)
         else value.detach().new_full((), count, dtype=torch.float64)
         for count in counts
     )
-    return value, amount, share
+    return value, amount, correct, counted
 
 
-def _share_correct(logits: Tensor, targets: Tensor) -> Tensor | float:
-    """Return the share of predictions that agree with the (heaviest) target class."""
-    if targets.is_floating_point() and targets.shape == logits.shape and logits.ndim > 1:
-        targets = targets.argmax(1)
-    if targets.is_floating_point() or logits.ndim < 2:
-        return float("nan")
-    return (logits.argmax(1) == targets).double().mean()
+def _correct(loss: Loss, logits: Tensor, targets: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Return how many predictions agree with the (heaviest) target class, and of how many.
+
+    Ignored labels do not count. Floats are classes if they are what a cross-entropy takes: rows of
+    probabilities; so several labels a sample, or numbers to be fitted, are none.
+    """
+    no_classes = float("nan"), 1.0
+    if logits.ndim < 2 or logits.shape[1] < 2 or is_elementwise(loss):
+        return no_classes
+    predicted = logits.argmax(1)
+    if not targets.is_floating_point():
+        if targets.shape != predicted.shape:
+            return no_classes
+        counted = targets != loss_settings(loss)[1]
+        return ((predicted == targets) & counted).sum(), counted.sum()
+    if targets.shape != logits.shape:
+        return no_classes
+    correct = (predicted == targets.argmax(1)).sum()
+    if not is_classification(loss):
+        off = (targets.sum(1, dtype=torch.float64) - 1).abs()
+        correct = torch.where((targets >= 0).all() & (off < _ROUNDING).all(), correct, torch.nan)
+    return correct, float(predicted.numel())

@@ -20,6 +20,7 @@ from landscape.training.augment import (
     box_mask,
     check_floats,
     check_probability,
+    uniform,
 )
 from landscape.training.randaugment import RandAugment
 
@@ -110,7 +111,7 @@ class CutMix:
         count = len(x) if self.per_sample else 1
         other = torch.randperm(len(x), generator=generator, device=generator.device)
         side = (1 - _beta(self.alpha, count, generator)).sqrt()
-        centre = torch.rand(count, 2, generator=generator, device=generator.device)
+        centre = uniform(generator, count, 2)
         edges = []
         for axis, size in enumerate((h, w)):
             length = (side * size).floor()
@@ -143,7 +144,7 @@ class OneOf:
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the batch after the transform drawn."""
-        draw = torch.rand(2, generator=generator, device=generator.device).tolist()
+        draw = uniform(generator, 2).tolist()
         if draw[0] >= self.probability:
             return x, y
         chosen = self.transforms[min(int(draw[1] * len(self.transforms)), len(self.transforms) - 1)]
@@ -206,12 +207,12 @@ def recipe(
 
 def _beta(alpha: float, count: int, generator: torch.Generator) -> Tensor:
     """Return draws from Beta(alpha, alpha) on the generator's device, float32 `(count,)`."""
-    uniform = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+    share = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
     if alpha == 1.0:
-        return uniform.float()
+        return share.float()
     from scipy.special import betaincinv
 
-    quantiles = torch.from_numpy(betaincinv(alpha, alpha, uniform.cpu().numpy()))
+    quantiles = torch.from_numpy(betaincinv(alpha, alpha, share.cpu().numpy()))
     return quantiles.to(generator.device).float()
 
 

@@ -21,14 +21,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from landscape._checks import check_at_least
-from landscape.training.augment import check_probability
+from landscape.training.augment import check_probability, uniform
 
 
 class _Op(NamedTuple):
@@ -62,7 +62,8 @@ OPS = (
 NONE = len(OPS)  # stands for "leave the sample alone"; sorts last
 _INDEX = {op.name: index for index, op in enumerate(OPS)}
 _SETTINGS = torch.tensor(
-    [(op.scale / 10, op.offset, op.whole, op.signed) for op in OPS] + [(0.0,) * 4]
+    [(op.scale / 10, op.offset, op.whole, op.signed) for op in OPS] + [(0.0,) * 4],
+    dtype=torch.float32,
 )
 # Pillow rounds down; this keeps 200 from becoming 199.99998 and then 199.
 _NUDGE = 1e-3
@@ -100,8 +101,8 @@ class RandAugment:
             )
         shape, device = (self.num_ops, len(x)), generator.device
         drawn = torch.randint(NONE, shape, generator=generator, device=device)
-        chance, sign = torch.rand(2, *shape, generator=generator, device=device)
-        normal = torch.randn(shape, generator=generator, device=device)
+        chance, sign = uniform(generator, 2, *shape)
+        normal = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         ops = torch.where(chance < self.probability, drawn, NONE)
         level = (self.magnitude + self.magnitude_std * normal).clamp_(0, 10)
         strength = strengths(ops, level, sign < 0.5)
@@ -193,13 +194,14 @@ def _solarize_add(images: Tensor, amount: Tensor) -> Tensor:
 def _equalize(images: Tensor) -> Tensor:
     """Return the images with the histogram of each channel flattened."""
     pixels = images.flatten(2).long()
-    histogram = torch.zeros(*pixels.shape[:2], 256, device=images.device)
-    histogram.scatter_add_(2, pixels, torch.ones((), device=images.device).expand(pixels.shape))
+    made: dict[str, Any] = {"dtype": torch.float32, "device": images.device}
+    histogram = torch.zeros(*pixels.shape[:2], 256, **made)
+    histogram.scatter_add_(2, pixels, torch.ones((), **made).expand(pixels.shape))
     last = histogram.gather(2, images.flatten(2).amax(2, keepdim=True).long())
     step = ((pixels.shape[2] - last) / 255).floor_()
     below = histogram.cumsum(2).sub_(histogram)
     flat = below.add_((step / 2).floor_()).div_(step.clamp(min=1)).floor_().clamp_(max=255)
-    same = torch.arange(256.0, device=images.device).expand_as(flat)
+    same = torch.arange(256, **made).expand_as(flat)
     table = torch.lerp(same, flat, step.clamp(max=1))  # few distinct pixels: step 0, left alone
     return table.to(torch.int16).to(torch.uint8).gather(2, pixels).view_as(images)
 
@@ -212,7 +214,7 @@ def _linear(
     Samples are sorted: inverted ones, from `auto` on auto-contrast, from `bright` on brightness,
     which is a blend with black, from `contrast` on contrast, a blend with the mean grey.
     """
-    centre = torch.zeros(*images.shape[:2], 1, 1, device=images.device)
+    centre = factor.new_zeros(*images.shape[:2], 1, 1)
     origin, factor = torch.zeros_like(centre), factor.expand_as(centre).clone()
     centre[:auto], factor[:auto] = 255, -1
     if auto < bright:
@@ -265,7 +267,7 @@ def _matrices(ops: Tensor, strength: Tensor, h: int, w: int) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     x, y = w / 2, h / 2
     turn = torch.stack((cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y), 1)
-    moved = torch.zeros(NONE + 1, 6)
+    moved = torch.zeros(NONE + 1, 6, dtype=strength.dtype)
     moved[_INDEX["shear_x"], 1] = moved[_INDEX["shear_y"], 3] = 1
     moved[_INDEX["translate_x"], 2], moved[_INDEX["translate_y"], 5] = w, h
     return turn + moved.to(ops.device)[ops] * strength.unsqueeze(1)
@@ -275,10 +277,10 @@ def _warp(images: Tensor, matrices: Tensor, fill: int | Sequence[int]) -> Tensor
     """Return images whose pixel centre `(x, y)` shows the point `(ax + by + c, dx + ey + f)`."""
     h, w = images.shape[2:]
     # `grid_sample` counts from -1 to 1 between the outer edges of the outer pixels.
-    size = torch.tensor((w, h), device=images.device).view(-1, 1)
+    size = matrices.new_tensor((w, h)).view(-1, 1)
     slope_x, slope_y, origin = (2 * matrices.view(-1, 2, 3) / size).view(-1, 2, 3, 1, 1).unbind(2)
-    x = torch.arange(0.5, w, device=images.device)
-    y = torch.arange(0.5, h, device=images.device).view(-1, 1)
+    x = torch.arange(0.5, w, dtype=matrices.dtype, device=images.device)
+    y = torch.arange(0.5, h, dtype=matrices.dtype, device=images.device).view(-1, 1)
     points = slope_x * x + (slope_y * y + (origin - 1))
     seen = F.grid_sample(
         images.float(),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from landscape._checks import check_at_least, check_data
+from landscape.losses import loss_settings
 from landscape.results import Result
 from landscape.training import loop, surroundings
 from landscape.training.checkpoints import Named, Saves, plan
@@ -44,8 +45,9 @@ class FitResult(Result):
     """History of a training run and where its checkpoints are.
 
     Row `i` belongs to epoch `i + 1`. Training numbers are means over the epoch, taken in training
-    mode on transformed batches as the weights move (accuracy against the heaviest class of a soft
-    target); validation numbers are taken after the epoch in evaluation mode.
+    mode on transformed batches as the weights move; validation numbers are taken after the epoch in
+    evaluation mode. Accuracies are against the heaviest class of a soft target, over all labels but
+    ignored ones, and NaN where the targets are no classes: regression, several labels a sample.
 
     Attributes:
         epoch: Epochs done `(e,)`: 1, 2, …
@@ -86,12 +88,13 @@ class Run:
     @property
     def num_batches(self) -> int:
         """Number of steps an epoch."""
-        if not isinstance(self.data, Sized):
+        try:
+            return len(cast(Sized, self.data))
+        except TypeError as error:  # also of a DataLoader, if what it loads has none
             raise ValueError(
                 "`data` must have a length, its number of batches, because the schedule needs it; "
-                "pass a list or a DataLoader."
-            )
-        return len(self.data)
+                "pass a list, or a DataLoader of a data set with `__len__`."
+            ) from error
 
     def identity(self) -> dict[str, int | str]:
         """Return what a run and its continuation must have in common."""
@@ -142,8 +145,13 @@ def make_run(
     check_at_least("epochs", epochs, 1)
     if step.clip is not None and not step.clip > 0:
         raise ValueError(f"`clip` must be positive or None, got {step.clip}.")
+    reduction = loss_settings(step.loss)[2]
+    if reduction not in {"mean", "batchmean"}:
+        raise ValueError(
+            f"`loss` must reduce by 'mean' over samples, got reduction={reduction!r}; leave it out."
+        )
     schedule = schedule or WarmupCosine(epochs, min(5, epochs - 1))
-    return Run(
+    run = Run(
         step=step,
         data=data,
         validation=validation,
@@ -153,6 +161,8 @@ def make_run(
         saves=plan(folder, checkpoints, trajectory, epochs, schedule),
         rates=tuple(group["lr"] for group in step.optimizer.param_groups),
     )
+    _ = run.num_batches  # an error comes before work
+    return run
 
 
 @contextmanager

@@ -80,8 +80,16 @@ def adamw(
 
     Returns:
         AdamW over all trainable parameters.
+
+    Raises:
+        ValueError: If there is none.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(
+            "`model` must have a parameter that requires a gradient, got none; call "
+            "`requires_grad_()` on the parts to train."
+        )
     if decay_1d:
         return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay)
     groups = [

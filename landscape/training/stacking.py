@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from landscape.batches import Inputs
 from landscape.parameters import call_with
 from landscape.training.draws import Replay
-from landscape.training.loop import Step, forward
+from landscape.training.loop import Step, Tally, forward
 from landscape.training.row_adamw import RowAdamW
 
 
@@ -60,9 +60,7 @@ class Stack:
             RowAdamW(optimizers, self._trained, rows) if RowAdamW.fits(optimizers) else None
         )
 
-    def losses(
-        self, inputs: Inputs, targets: Tensor, masks: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(self, inputs: Inputs, targets: Tensor, masks: Sequence[Tensor]) -> Tally:
         """Return what `loop.forward` returns, for every member.
 
         Args:
@@ -71,7 +69,7 @@ class Stack:
             masks: Dropout masks of each member, `(members, …)` each.
 
         Returns:
-            Mean loss, amount averaged over and share correct, `(members,)` each.
+            Mean loss, amount averaged over, correct and counted predictions, `(members,)` each.
         """
         step = self.steps[0]
 
@@ -81,7 +79,7 @@ class Stack:
             masks: Sequence[Tensor],
             inputs: Inputs,
             targets: Tensor,
-        ) -> tuple[Tensor, Tensor, Tensor]:
+        ) -> Tally:
             def call(*args: Any, **kwargs: Any) -> Any:
                 replay: AbstractContextManager[Any] = Replay(masks) if masks else nullcontext()
                 with replay:
@@ -91,7 +89,7 @@ class Stack:
 
         arguments = (self.parameters, self.state, list(masks), inputs, targets)
         with _batched_attention(step.device):
-            losses: tuple[Tensor, Tensor, Tensor] = vmap(of_one, randomness="different")(*arguments)
+            losses: Tally = vmap(of_one, randomness="different")(*arguments)
         return losses
 
     def update(self, losses: Tensor) -> None:
@@ -201,8 +199,6 @@ def check_stackable(steps: Sequence[Step]) -> None:
             raise ValueError('`bfloat16` needs method="loop", because `vmap` ignores autocast.')
         names = {p: name for name, p in step.model.named_parameters()}
         parameters = trained(step)
-        if not parameters or not all(p in names for p in parameters):
-            raise ValueError(f"`optimizers[{k}]` must be on the parameters of `models[{k}]`.")
         chosen.append([names[p] for p in parameters])
         if chosen[k] != chosen[0]:
             raise ValueError(

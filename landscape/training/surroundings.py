@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,22 @@ class GlobalStream:
 
 
 @contextmanager
+def same_random_state(model: nn.Module) -> Iterator[None]:
+    """Put back the global random states of PyTorch, NumPy and Python that are found.
+
+    Of PyTorch those of the CPU and of the CUDA devices that the model is on.
+    """
+    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=list(cuda)):
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+@contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in training mode, and each back in its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
@@ -55,18 +73,19 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def channels_last_format(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keep 4-D parameters in channels-last memory format meanwhile; their values do not change."""
-    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
-    wanted = wanted and not all(
-        weight.is_contiguous(memory_format=torch.channels_last) for weight in weights
-    )
-    if wanted:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
+    """Keep contiguous 4-D parameters in channels-last memory format meanwhile.
+
+    Their values do not change, and each gets back the memory that it had.
+    """
+    weights = [p for p in model.parameters() if wanted and p.ndim == 4 and p.is_contiguous()]
+    own = [(weight, weight.data) for weight in weights]
     try:
+        for weight, data in own:
+            weight.data = data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
-        if wanted:
-            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, unused-ignore]
+        for weight, data in own:
+            weight.data = data.copy_(weight.data)
 
 
 def is_convolutional(model: nn.Module) -> bool:

@@ -101,9 +101,9 @@ def _train_epoch(
         inputs, targets = (stack_batches([batch[part] for batch in taken]) for part in (0, 1))
         masks = [torch.stack(own) for own in zip(*(batch[2] for batch in taken), strict=True)]
         with streams[0].entered():  # for random layers other than dropout
-            values, amounts, shares = stack.losses(inputs, targets, masks)
-        stack.update(values)
-        means.add(values, amounts, shares, targets.shape[1])
+            tally = stack.losses(inputs, targets, masks)
+        stack.update(tally[0])
+        means.add(*tally)
         bar.update(len(runs))
     loop.check_any(means)
     return means

@@ -34,6 +34,7 @@ from torch import nn
 
 from landscape._checks import check_at_least
 from landscape.results import Result, write_atomically
+from landscape.training.surroundings import same_random_state
 from landscape.training.watch_history import (
     COLUMNS,
     LOG,
@@ -55,8 +56,9 @@ class Watch:
     Call it as `watch(model, epochs_done)`: `fit` does so with `callbacks=[watch]`, before the first
     epoch and after each; a loop of your own may count steps instead. The folder holds
     `PROBE/STEP.npz`, one result a file, and `watch.csv`, one row a probe that was due. Probes leave
-    the model as it was found, so training takes the same course with and without them; an error in
-    a probe ends it.
+    the model as it was found, and the global random states of PyTorch, NumPy and Python are put
+    back after each, so training takes the same course with and without them; an error in a probe
+    ends it.
 
     Args:
         probes: What to measure, by name: functions of the model that return a `Result`. Names
@@ -176,7 +178,8 @@ class Watch:
         status, seconds = SKIPPED, 0.0
         if spent + last <= allowed:
             start = perf_counter()
-            result = self._probes[name](model)
+            with same_random_state(model):  # a loader draws a seed each time it is iterated over
+                result = self._probes[name](model)
             if not isinstance(result, Result):
                 raise TypeError(
                     f"`probes` must return a Result, got a {type(result).__name__} from {name!r}."

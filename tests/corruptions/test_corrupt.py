@@ -5,6 +5,7 @@ import torch
 from landscape.corruptions import CORRUPTIONS, SEVERITIES, apply, corrupt
 from landscape.corruptions.severities import CIFAR, IMAGENET
 from landscape.restore import rounding
+from tests.cases import float64_by_default
 from tests.corruptions.cases import pictures
 
 PROFILES = ("imagenet", "cifar")
@@ -28,7 +29,7 @@ def seeded(seed=0):
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_results_do_not_depend_on_batching_or_on_the_global_random_state(name, profile):
+def test_results_do_not_depend_on_batching_or_on_global_state(name, profile):
     x, severity = pictures(7), 4
     kept = x.clone()
     whole = corrupt(x, name, severity, profile=profile, generator=seeded())
@@ -36,6 +37,9 @@ def test_results_do_not_depend_on_batching_or_on_the_global_random_state(name, p
     assert whole.dtype == torch.uint8
     assert whole.shape == x.shape
     torch.rand(3)
+    with float64_by_default():
+        same = corrupt(x, name, severity, profile=profile, generator=seeded())
+    assert torch.equal(same, whole)
     for cuts in ((4, 3), (1,) * 7):
         parts, start = [], 0
         for part in x.split(cuts):

@@ -357,6 +357,9 @@ def net(width=4):
         ({"schedule": [None] * 3}, "`schedule` must have one entry a model, 2, got 3"),
         ({"callbacks": [[]]}, "`callbacks` must have one entry a model, 2, got 1"),
         ({"callbacks": [print, print]}, "`callbacks` must have one list a model, got functions"),
+        ({"callbacks": print}, "`callbacks` must have one list a model, got functions"),
+        ({"seeds": 3}, "`seeds` must have one entry a model, 2, got int"),
+        ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "`loss` must reduce by 'mean'"),
         ({"optimizers": []}, "`optimizers` must have one entry a model, 2, got 0"),
         ({"method": "jit"}, "`method` must be one of 'auto', 'vmap', 'loop', got 'jit'"),
         ({"bfloat16": True}, '`bfloat16` needs method="loop"'),
@@ -376,8 +379,11 @@ def test_what_cannot_be_stacked_is_refused(data):
     with pytest.raises(ValueError, match="got one of them twice"):
         fit_ensemble([models[0]] * 2, data, epochs=1)
     other = [torch.optim.SGD(models[0].parameters(), lr=0.1)] * 2
-    with pytest.raises(ValueError, match=r"`optimizers\[1\]` must be on the parameters of"):
-        fit_ensemble(models, data, epochs=1, optimizers=other, method="vmap")
+    for method in ("vmap", "loop"):
+        with pytest.raises(
+            ValueError, match=r"`optimizers\[1\]` must be on the parameters of `mod"
+        ):
+            fit_ensemble(models, data, epochs=1, optimizers=other, method=method)
     halves = [
         torch.optim.SGD(models[0].parameters(), lr=0.1),
         torch.optim.SGD([models[1][1].bias], lr=0.1),

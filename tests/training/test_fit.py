@@ -1,7 +1,9 @@
 """`fit`: what it computes, what it writes, what it leaves alone."""
 
+import copy
 import csv
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from landscape.training import DeviceImages, FitResult, WarmupCosine, fit
+from landscape.training import DeviceImages, FitResult, WarmupCosine, fit, fit_ensemble
 
 
 def make_model(seed=0, dropout=0.2):
@@ -86,6 +89,66 @@ def test_history_holds_means_over_samples_however_batched(data, batch_size):
         assert getattr(result, f"{part}_loss")[0] == pytest.approx(expected_loss, rel=1e-6)
         accuracy = getattr(result, f"{part}_accuracy")[0]
         assert accuracy == pytest.approx(expected_accuracy, rel=1e-6)
+
+
+def measured(model, data, validation, loss):
+    """Histories of one epoch that moves nothing: of `fit`, and of members trained at once."""
+
+    def still(model):
+        return torch.optim.SGD(model.parameters(), lr=0.0)
+
+    common = {"epochs": 1, "validation": validation, "loss": loss}
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    both = fit_ensemble(twins, data, optimizers=[*map(still, twins)], method="vmap", **common)
+    return [fit(model, data, optimizer=still(model), **common), *both.members]
+
+
+def several(outputs, targets):
+    return (outputs - targets).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "classes"),
+    [
+        (nn.BCEWithLogitsLoss(), torch.ones(8, 1), False),
+        (nn.BCEWithLogitsLoss(), torch.ones(8, 3).tril(), False),
+        (nn.BCEWithLogitsLoss(), torch.eye(3)[torch.arange(8) % 3], True),
+        (nn.MSELoss(), torch.ones(8, 1), False),
+        (F.mse_loss, torch.eye(3)[torch.arange(8) % 3], False),
+        (several, torch.arange(24.0).view(8, 3), False),
+        (several, torch.tensor([[2.0, -1.0, 0.0]]).repeat(8, 1), False),
+        (several, torch.arange(24).view(8, 3), False),
+        (lambda o, t: several(o[:, 0], t), torch.zeros(8).long(), False),
+        (lambda o, t: several(o.log_softmax(1), t), torch.tensor([[0.7, 0.2, 0.1]] * 8), True),
+        (nn.CrossEntropyLoss(), torch.tensor([[0.7, 0.2, 0.2]] * 8), True),
+        (partial(F.cross_entropy, label_smoothing=0.1), torch.arange(8) % 3, True),
+    ],
+)
+def test_accuracy_is_nan_where_the_targets_are_no_classes(loss, targets, classes):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(4, targets.shape[1] if targets.ndim > 1 else 1 + 2 * classes)
+    batches = list(zip(x.split((5, 3)), targets.split((5, 3)), strict=True))
+    labels = targets.argmax(1) if targets.is_floating_point() else targets
+    right = (model(x).argmax(1) == labels).double().mean().item() if classes else np.nan
+    for result in measured(model, batches, batches, loss):
+        np.testing.assert_allclose(result.train_accuracy, [right])
+        np.testing.assert_allclose(result.validation_accuracy, [right])
+
+
+def test_ignored_labels_count_for_nothing():
+    """Of pixels, in batches of unequal size and share, one of which holds nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 2, 5, 5, generator=generator)
+    y = torch.randint(3, (6, 5, 5), generator=generator)
+    y[torch.rand(y.shape, generator=generator) < torch.rand(6, 1, 1, generator=generator)] = 255
+    y[5] = 255
+    model, loss = nn.Conv2d(2, 3, 1), nn.CrossEntropyLoss(ignore_index=255)
+    batches = list(zip(x.split((4, 1, 1)), y.split((4, 1, 1)), strict=True))
+    right = (model(x).argmax(1) == y)[y != 255].double().mean().item()
+    for result in measured(model, batches[:2], batches, loss):
+        np.testing.assert_allclose(result.train_accuracy, [right])
+        np.testing.assert_allclose(result.validation_accuracy, [right])
+        np.testing.assert_allclose(result.validation_loss, [loss(model(x), y).item()], rtol=1e-6)
 
 
 def test_validation_runs_in_evaluation_mode_and_without_the_transform(data):
@@ -309,6 +372,21 @@ def test_channels_last_is_the_default_for_conv_nets_only(data):
     assert formats == [False, True]
 
 
+def test_every_weight_gets_its_own_memory_format_back(data):
+    formats = []
+
+    def spy(outputs, targets):
+        formats.append([conv.weight.stride() for conv in (first, second)])
+        return F.cross_entropy(outputs, targets)
+
+    first, second = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 1, 3).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), first, second, nn.Flatten(), nn.Linear(4, 3))
+    before = [(p.stride(), p.data_ptr()) for p in model.parameters()]
+    fit(model, data, epochs=1, loss=spy)
+    assert formats[0] == [(18, 1, 6, 2), (36, 1, 12, 4)]
+    assert [(p.stride(), p.data_ptr()) for p in model.parameters()] == before
+
+
 def test_bar_only_on_request(data, capsys):
     fit(make_model(), data, epochs=2)
     assert capsys.readouterr() == ("", "")
@@ -331,8 +409,14 @@ def test_bar_only_on_request(data, capsys):
         ({"checkpoints": ["end"]}, "got 'end'"),
         ({"checkpoints": ["warmup"], "schedule": lambda _: 1.0}, "where `schedule` has"),
         ({"trajectory": -1}, "`trajectory` must be at least 0, got -1"),
+        ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "'mean' over samples, got .*='sum'"),
+        ({"callbacks": print}, "`callbacks` must be a list of functions, got a function"),
+        (
+            {"optimizer": torch.optim.SGD(make_model().parameters())},
+            "`optimizer` must be on the parameters of `model`, got 6 of 6 that are not",
+        ),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_bad_arguments_are_refused_before_training(data, tmp_path, arguments, match):
     model = make_model()
@@ -343,7 +427,29 @@ def test_bad_arguments_are_refused_before_training(data, tmp_path, arguments, ma
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_train_is_refused(data):
+    model = make_model()
+    with pytest.raises(ValueError, match="must take its step from one gradient, got LBFGS"):
+        fit(model, data, epochs=1, optimizer=torch.optim.LBFGS(model.parameters()))
+    stale = torch.optim.SGD(model.parameters())
+    model[-1] = nn.Linear(16, 3)
+    with pytest.raises(ValueError, match="`optimizer` .* got 2 of 6 that are not; make it when"):
+        fit(model, data, epochs=1, optimizer=stale)
+    frozen = torch.optim.SGD(model.requires_grad_(False).parameters())
+    with pytest.raises(ValueError, match="`optimizer` .* requires a gradient, got 6 that do not"):
+        fit(model, data, epochs=1, optimizer=frozen)
+    for untrained in (model, nn.Flatten()):
+        with pytest.raises(ValueError, match="`model` must have a parameter that requires a grad"):
+            fit(untrained, data, epochs=1)
+
+
 def test_bad_data_are_refused(data):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(data)
+
+    with pytest.raises(ValueError, match="`data` must have a length.*pass a list, or a DataLoader"):
+        fit(make_model(), DataLoader(Endless(), batch_size=None), epochs=1)
     with pytest.raises(TypeError, match="one-shot"):
         fit(make_model(), iter(data), epochs=1)
     with pytest.raises(ValueError, match="`data` must hold targets, got none in batch 0"):

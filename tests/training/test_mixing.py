@@ -1,5 +1,6 @@
 """Label smoothing, mixup, cutmix in closed form; the recipe in an objective and in `fit`."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from landscape.training import (
     load_images,
     recipe,
 )
+from tests.cases import float64_by_default
 
 
 def generator(seed=0):
@@ -185,6 +187,24 @@ def test_recipe_augments_as_the_parts_do_before_normalisation():
     augmented, _ = parts(data.images[:64], y, generator(5))
     images = data.with_(images=augmented, labels=y)
     torch.testing.assert_close(whole, next(iter(images))[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recipe_does_not_depend_on_the_default_type(seed):
+    data = load_images("fashion_mnist_mini", split="test", channels=3, batch_size=200)
+    transform = paper(data, erasing=0.5)
+    x, y = next(iter(data))
+    expected = transform(x, y, generator(seed))
+    with float64_by_default():
+        for images in (x, x.double()):
+            for part, same in zip(transform(images, y, generator(seed)), expected, strict=True):
+                assert torch.equal(part, same)
+
+
+def test_recipe_trains_a_model_in_float64():
+    data = load_images("fashion_mnist_mini", split="test", batch_size=50).subset(50)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).double()
+    assert np.isfinite(fit(model, data, epochs=1, transform=paper(data)).train_loss).all()
 
 
 def test_same_recipe_serves_objective_and_fit():

@@ -1,5 +1,6 @@
 """`Watch`: what it measures when, what it costs, what it keeps, and what it leaves alone."""
 
+import random
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from landscape import Objective, Result, evaluate, feature_variance, hessian_max_spectrum
 from landscape.models import resnet20
@@ -202,6 +204,52 @@ def test_training_is_the_same_with_and_without_it(tmp_path):
     np.testing.assert_allclose(quality["nll"][1:], result.validation_loss[3:], rtol=1e-5)
     assert looking.history("hmes").values["eigenvalues"].shape == (2, 2, 1)
     assert looking.history("variance").values["variance"].shape[0] == 2
+
+
+def test_a_loop_of_ones_own_is_the_same_with_and_without_it(tmp_path):
+    """With a loader that shuffles, dropout, and draws from NumPy and Python; a probe draws too."""
+    images = next(iter(make_data().with_(batch_size=24)))
+    loader = DataLoader(TensorDataset(*images), batch_size=8, shuffle=True)
+
+    looking = Watch(
+        {"quality": lambda model: draw() and evaluate(model, loader)}, folder=tmp_path, budget=1e9
+    )
+
+    def draw():
+        return random.random() + np.random.rand() + float(torch.rand(()))  # noqa: NPY002
+
+    def train(callback):
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for epoch in range(3):
+            callback(model, epoch)
+            for x, y in loader:
+                noise = draw()
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x + noise), y).backward()
+                optimizer.step()
+        return model.state_dict()
+
+    states = []
+    for callback in (looking, lambda model, epoch: None):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        states.append(train(callback))
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.gpu
+def test_a_probe_leaves_the_random_state_of_a_gpu(tmp_path):
+    model = nn.Linear(2, 2, device="cuda")
+    state = torch.cuda.get_rng_state()
+
+    def probe(model):
+        torch.rand(3, device="cuda")
+        return weight_norm(model)
+
+    Watch({"norm": probe}, folder=tmp_path)(model, 0)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
