@@ -80,27 +80,6 @@ def rc() -> dict[Any, Any]:
     }
 
 
-def figure_size(columns: int = 2, *, aspect: float = 0.62) -> tuple[float, float]:
-    """Return the (width, height) in inches of a figure that spans `columns` columns.
-
-    Args:
-        columns: 1 for one column of 3.25 in, 2 for the text width of 5.5 in.
-        aspect: Height over width.
-
-    Returns:
-        Width and height.
-
-    Raises:
-        ValueError: If `columns` is neither 1 nor 2, or `aspect` is not positive.
-    """
-    if columns not in {1, 2}:
-        raise ValueError(f"`columns` must be 1 or 2, got {columns}.")
-    if not aspect > 0:
-        raise ValueError(f"`aspect` must be positive, got {aspect}.")
-    width = COLUMN_WIDTH if columns == 1 else TEXT_WIDTH
-    return width, width * aspect
-
-
 def family_color(name: str) -> str | None:
     """Return the fixed colour of the model family that `name` starts with, `None` if unknown."""
     key = "".join(letter for letter in name.lower() if letter.isalnum())

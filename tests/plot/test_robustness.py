@@ -173,7 +173,7 @@ def test_values_that_are_not_finite_are_counted_gaps(draw):
 @pytest.mark.parametrize("accuracy", [None, 0.78 + 0.05 * FREQUENCIES, 0 * FREQUENCIES])
 def test_legend_of_the_curves_lies_above_them(accuracy):
     with mpl.rc_context(style.rc()):
-        figure, ax = plt.subplots(figsize=style.figure_size(1), layout="constrained")
+        figure, ax = plt.subplots(figsize=(style.COLUMN_WIDTH, 2), layout="constrained")
         frequency_robustness({"ResNet": curve(accuracy), "ViT": curve(accuracy)}, ax=ax)
         figure.canvas.draw()
     floor = min(text.get_window_extent().y0 for text in ax.get_legend().get_texts())
@@ -184,7 +184,7 @@ def test_legend_of_the_curves_lies_above_them(accuracy):
 def test_legend_of_the_reliability_diagram_lies_above_an_accuracy_of_one():
     results = {"ResNet": evaluation(), "ViT": evaluation(samples=9)}
     with mpl.rc_context(style.rc()):
-        figure, ax = plt.subplots(figsize=style.figure_size(1), layout="constrained")
+        figure, ax = plt.subplots(figsize=(style.COLUMN_WIDTH, 2), layout="constrained")
         reliability_diagram(results, ax=ax)
         figure.canvas.draw()
     floor = min(text.get_window_extent().y0 for text in ax.get_legend().get_texts())
@@ -347,7 +347,9 @@ STATIC = {
 def test_texts_stay_on_the_page_and_apart_at_column_width(case):
     draw, data, aspect = STATIC[case]
     with mpl.rc_context(style.rc()):
-        figure, ax = plt.subplots(figsize=style.figure_size(1, aspect=aspect), layout="constrained")
+        figure, ax = plt.subplots(
+            figsize=(style.COLUMN_WIDTH, aspect * style.COLUMN_WIDTH), layout="constrained"
+        )
         assert draw(data, ax=ax) is ax
         FigureCanvasAgg(figure).draw()
         drawn = boxes(figure)

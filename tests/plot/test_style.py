@@ -95,15 +95,3 @@ def test_no_text_of_a_paper_figure_is_below_six_points():
     keys = ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "legend.fontsize")
     assert min(style.rc()[key] for key in keys) >= 6
     assert style.NOTE_SIZE >= 6
-
-
-@pytest.mark.parametrize(("columns", "width"), [(1, 3.25), (2, 5.5)])
-def test_figure_sizes_are_those_of_the_templates(columns, width):
-    assert style.figure_size(columns, aspect=0.5) == (width, width / 2)
-
-
-def test_figure_size_errors():
-    with pytest.raises(ValueError, match="`columns` must be 1 or 2, got 3"):
-        style.figure_size(3)
-    with pytest.raises(ValueError, match="`aspect` must be positive, got 0"):
-        style.figure_size(1, aspect=0)
