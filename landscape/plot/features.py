@@ -1,6 +1,7 @@
 """What blocks do to a signal: Fourier amplitude, variance, similarity, and removal of units."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -33,7 +34,6 @@ KIND_NAMES = {"conv": "Conv", "msa": "MSA", "mlp": "MLP", "other": "other"}
 
 SHADES = {"MSA": "#808080", "subsampling": "#0072B2"}
 _SHADE: dict[str, Any] = {"alpha": 0.15, "lw": 0, "zorder": 0}
-_LEGEND: dict[str, Any] = {"loc": "best", "frameon": True, "facecolor": "w", "edgecolor": "none"}
 
 
 def depth_map() -> Colormap:
@@ -77,7 +77,11 @@ def fourier_amplitude(
 
 
 def fourier_depth(
-    result: "FourierAmplitude", *, ax: Axes | None = None, label: str | None = None, **line: Any
+    result: "FourierAmplitude | Mapping[str, FourierAmplitude]",
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    **line: Any,
 ) -> Axes:
     """Draw the amplitude at the highest frequency against depth (Park & Kim, 2022, Fig. 8).
 
@@ -85,14 +89,19 @@ def fourier_depth(
     two standard errors each side.
 
     Args:
-        result: The curves.
+        result: The curves of one model, or of several by label.
         ax: Axes to draw on; fresh ones by default.
-        label: Name in the legend; its model family decides the colour.
+        label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.errorbar`.
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: If `result` is an empty mapping, or a mapping comes with a `label`.
     """
+    if isinstance(result, Mapping):
+        return style.draw_each(partial(fourier_depth, **line), result, ax, label)
     ax = ax if ax is not None else plt.subplots()[1]
     _draw_steps(ax, result, result.highest, result.highest_stderr, label, line)
     ax.set(ylabel=HIGHEST_LABEL)
@@ -100,7 +109,7 @@ def fourier_depth(
 
 
 def feature_variance(
-    result: "FeatureVariance",
+    result: "FeatureVariance | Mapping[str, FeatureVariance]",
     *,
     ax: Axes | None = None,
     log: bool = False,
@@ -113,15 +122,20 @@ def feature_variance(
     two standard errors each side.
 
     Args:
-        result: The variances.
+        result: The variances of one model, or of several by label.
         ax: Axes to draw on; fresh ones by default.
         log: Logarithmic variance, for networks over which it grows by orders of magnitude.
-        label: Name in the legend; its model family decides the colour.
+        label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.errorbar`.
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: If `result` is an empty mapping, or a mapping comes with a `label`.
     """
+    if isinstance(result, Mapping):
+        return style.draw_each(partial(feature_variance, log=log, **line), result, ax, label)
     ax = ax if ax is not None else plt.subplots()[1]
     _draw_steps(ax, result, result.variance, result.stderr, label, line)
     if log:
@@ -208,7 +222,7 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
         ax.text(1, 1.01, note, size=style.NOTE_SIZE, color=style.MUTED, gid="note", **place)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.set(xlim=(0.3, len(number) + 0.7), xlabel=UNIT_LABEL, ylabel=LOSS_LABEL)
-    ax.legend(**_LEGEND)
+    ax.legend(**style.OVER_DATA)
     return ax
 
 
@@ -250,7 +264,7 @@ def _draw_steps(
 ) -> None:
     """Draw values against depth over the shades of the blocks."""
     look: dict[str, Any] = {"marker": "o", "elinewidth": 0.6, "label": label or "_"}
-    look |= style.line_styles([label or ""])[label or ""]
+    look |= style.added_line(ax, label or "")
     ax.errorbar(table.depth, values, yerr=2 * stderr, **{**look, **line})
     known = set(ax.get_legend_handles_labels()[1])
     for what, start, stop in shaded_steps(table):
@@ -258,4 +272,4 @@ def _draw_steps(
         known.add(what)
     ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL)
     if known:
-        ax.legend(**_LEGEND)
+        ax.legend(**style.OVER_DATA)

@@ -76,8 +76,7 @@ def run_curves(
             f"`values` must be (points, runs) for `x` of {x.shape}, got {values.shape}."
         )
     ax = ax if ax is not None else plt.subplots()[1]
-    look: dict[str, Any] = {"color": style.family_color(label) or "#333333", "label": label}
-    look |= line
+    look: dict[str, Any] = {**style.added_line(ax, label), "label": label, **line}
     means = values.mean(axis=1)
     ax.plot(x, means, **{"lw": 1.0, **look})
     _draw_runs(ax, x, values, look["color"])

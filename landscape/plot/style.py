@@ -8,10 +8,12 @@ Colours are those of Okabe and Ito, told apart under every common colour blindne
 (https://jfly.uni-koeln.de/color/). One colour belongs to one model family in every figure.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, cast
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 TEXT_WIDTH = 5.5
 """Width of the text of an ICLR page, in inches."""
@@ -23,6 +25,8 @@ MUTED = "0.45"
 """Grey of notes, marks of missing points and reference lines."""
 NOTE_SIZE = 6.0
 """Smallest font in a figure, in points: notes inside the axes."""
+OVER_DATA: dict[str, Any] = {"loc": "best", "frameon": True, "facecolor": "w", "edgecolor": "none"}
+"""A legend that stands over what is drawn."""
 
 _FAMILIES = {  # prefixes of the name in lower case without separators -> colour
     ("alternet", "alterresnet"): "#009E73",
@@ -113,6 +117,51 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         styles[name] = {"color": color, "linestyle": _LINES[seen.get(color, 0) % len(_LINES)]}
         seen[color] = seen.get(color, 0) + 1
     return styles
+
+
+def added_line(ax: Axes, name: str) -> dict[str, Any]:
+    """Return `color` and `linestyle` of one more line on axes, unlike those that they hold.
+
+    Args:
+        ax: Axes with any number of lines in the styles of `line_styles`, labelled by their names.
+        name: Name of the line; one that is there already keeps its style.
+
+    Returns:
+        The keyword arguments of a line.
+    """
+    labels = [
+        label
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        if not isinstance(handle, Patch)  # a shade
+        and not (isinstance(handle, Line2D) and handle.get_linestyle() == "None")  # a mark
+    ]
+    return line_styles([*labels, name])[name]
+
+
+def draw_each(
+    draw: Callable[..., Axes], results: Mapping[str, Any], ax: Axes | None, label: str | None
+) -> Axes:
+    """Draw results one after the other on the same axes.
+
+    Args:
+        draw: Draws one of them: `draw(result, ax=ax, label=label)`.
+        results: Results by label.
+        ax: Axes to draw on; those that `draw` makes by default.
+        label: `None`: it is for a single result.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If `results` is empty, or there is a `label`.
+    """
+    if label is not None:
+        raise ValueError(
+            f"`label` must be None where results come with their labels, got {label!r}."
+        )
+    for name, result in named(results).items():
+        ax = draw(result, ax=ax, label=name)
+    return cast(Axes, ax)
 
 
 def entries_inside(named: Mapping[str, Any]) -> int:

@@ -1,5 +1,7 @@
 """Loss surfaces and lines: what was evaluated is drawn, what is not finite is a counted gap."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import matplotlib.pyplot as plt
@@ -98,7 +100,7 @@ def loss_surface(
 
 
 def loss_line(
-    result: "LossLine",
+    result: "LossLine | Mapping[str, LossLine]",
     *,
     ax: Axes | None = None,
     quantity: Quantity = "loss",
@@ -113,23 +115,27 @@ def loss_line(
     between two of them is a dot.
 
     Args:
-        result: The line.
+        result: The line of one model, or of several by label.
         ax: Axes to draw on; fresh ones by default.
         quantity: What to draw: the objective, one of its two terms, accuracy or ECE.
         log: Logarithmic height.
-        label: Name in a legend; its model family decides the colour.
+        label: Name of one model in a legend; its family decides the colour.
         **line: Passed to `Axes.plot`.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: If `quantity` was not evaluated, or `log` meets values that are not positive.
+        ValueError: If `quantity` was not evaluated, `log` meets values that are not positive,
+            `result` is an empty mapping, or a mapping comes with a `label`.
     """
+    if isinstance(result, Mapping):
+        draw = partial(loss_line, quantity=quantity, log=log, **line)
+        return style.draw_each(draw, result, ax, label)
     values = finite_values(result, quantity, log=log)
     ax = ax if ax is not None else plt.subplots()[1]
     if label is not None:
-        line = {**style.line_styles([label])[label], "label": label, **line}
+        line = {**style.added_line(ax, label), "label": label, **line}
     (drawn,) = ax.plot(result.x, values, **line)
     if quantity in {"loss", "nll"}:
         error = 2 * np.ma.masked_invalid(result.nll_stderr)
@@ -151,6 +157,8 @@ def loss_line(
     ax.set(xlabel=X_LABEL, ylabel=LABELS[quantity])
     if len(result.x) > 1:
         ax.set_xlim(result.x.min(), result.x.max())
+    if label is not None:
+        ax.legend(**style.OVER_DATA)
     return ax
 
 
