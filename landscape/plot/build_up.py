@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -29,7 +28,7 @@ def build_up(result: "BuildUp", *, ax: Axes | None = None, **line: Any) -> Axes:
     Returns:
         The axes.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     accuracy = result.criterion == "accuracy"
     value = 100 * result.accuracy if accuracy else result.nll
     error = 200 * result.accuracy_stderr if accuracy else 2 * result.nll_stderr

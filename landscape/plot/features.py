@@ -5,7 +5,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, Normalize
@@ -58,7 +57,7 @@ def fourier_amplitude(
     Returns:
         The axes.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     colors = depth_map()
     for i, name in enumerate(result.names):
         frequency, curve = result.frequency[i], result.delta_log_amplitude[i]
@@ -102,7 +101,7 @@ def fourier_depth(
     """
     if isinstance(result, Mapping):
         return style.draw_each(partial(fourier_depth, **line), result, ax, label)
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     _draw_steps(ax, result, result.highest, result.highest_stderr, label, line)
     ax.set(ylabel=HIGHEST_LABEL)
     return ax
@@ -136,7 +135,7 @@ def feature_variance(
     """
     if isinstance(result, Mapping):
         return style.draw_each(partial(feature_variance, log=log, **line), result, ax, label)
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     _draw_steps(ax, result, result.variance, result.stderr, label, line)
     if log:
         ax.set_yscale("log")
@@ -163,7 +162,7 @@ def cka(result: "CKA", *, ax: Axes | None = None, colorbar: bool = True, **image
     Returns:
         The axes.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     colors = mpl.colormaps[style.SEQUENTIAL].with_extremes(bad="0.85")
     a, b = result.values.shape
     ax.imshow(
@@ -203,7 +202,7 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
     Returns:
         The axes.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     number = np.arange(1, len(result.names) + 1)
     loss = -100 * result.delta_accuracy
     error = 200 * result.delta_accuracy_stderr

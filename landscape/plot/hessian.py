@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
@@ -59,7 +58,7 @@ def hessian_max_spectrum(
     """
     check_choice("half", half, get_args(Half))
     named = style.named(results)
-    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
+    ax = ax if ax is not None else style.fresh_axes()
     styles = style.line_styles(named)
     crowded = not style.entries_inside(named)
     for row, (name, result) in enumerate(named.items()):
@@ -170,7 +169,7 @@ def spectral_density(result: "SpectralDensity", *, ax: Axes | None = None, **lin
     Returns:
         The axes.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     label = rf"density, $\sigma$ = {_number(result.sigma)}"
     (drawn,) = ax.plot(result.grid, result.values, **{"label": label, **line})
     floor = 0.1 / (result.dim * result.sigma * np.sqrt(2 * np.pi))
@@ -198,7 +197,7 @@ def hessian_spectrum(result: "HessianSpectrum", *, ax: Axes | None = None, **lin
     Returns:
         The axes.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     if result.density is not None:
         spectral_density(result.density, ax=ax, **line)
     else:

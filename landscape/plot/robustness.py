@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
@@ -48,7 +47,7 @@ def frequency_robustness(
         ValueError: If `results` is empty.
     """
     named = style.named(results)
-    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
+    ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, clean_entry, noise_of)
     ax.axhline(0, color=style.MUTED, lw=0.6, zorder=0, gid="clean")
     for name, result in named.items():
@@ -88,7 +87,7 @@ def adversarial_robustness(
     """
     named = style.named(results)
     norm = common_norm(named)
-    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
+    ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, clean_entry, attack_of)
     for name, result in named.items():
         look = {**style.line_styles(named)[name], "label": labels[name], **line}
@@ -122,7 +121,7 @@ def reliability_diagram(
         ValueError: If `results` is empty.
     """
     named = style.named(results)
-    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
+    ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, ece_entry, lambda result: f"n = {result.num_samples}")
     ax.plot([0, 1], [0, 1], color=style.MUTED, lw=0.6, ls="--", zorder=0, gid="diagonal")
     for name, result in named.items():

@@ -11,6 +11,7 @@ Colours are those of Okabe and Ito, told apart under every common colour blindne
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
+import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -117,6 +118,12 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         styles[name] = {"color": color, "linestyle": _LINES[seen.get(color, 0) % len(_LINES)]}
         seen[color] = seen.get(color, 0) + 1
     return styles
+
+
+def fresh_axes(projection: str | None = None) -> Axes:
+    """Return the axes of a new figure, whose layout leaves no text off the page."""
+    axes: Axes = plt.subplots(subplot_kw={"projection": projection}, layout="constrained")[1]
+    return axes
 
 
 def added_line(ax: Axes, name: str) -> dict[str, Any]:

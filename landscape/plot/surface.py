@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
@@ -85,11 +84,11 @@ def loss_surface(
     norm = make_norm(low, high, log=log and values.count() > 0)
     artist = {"cmap": style.SEQUENTIAL, **artist}
     if kind == "contour":
-        ax = ax if ax is not None else plt.subplots()[1]
+        ax = ax if ax is not None else style.fresh_axes()
         _draw_contour(ax, result, values, norm, LABELS[quantity] if colorbar else None, artist)
         return ax
     if ax is None:
-        ax = plt.subplots(subplot_kw={"projection": "3d"})[1]
+        ax = style.fresh_axes("3d")
     if not isinstance(ax, Axes3D):
         raise ValueError(
             "`ax` must be 3D axes for `kind='surface3d'`, got flat ones; make it with "
@@ -133,7 +132,7 @@ def loss_line(
         draw = partial(loss_line, quantity=quantity, log=log, **line)
         return style.draw_each(draw, result, ax, label)
     values = finite_values(result, quantity, log=log)
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     if label is not None:
         line = {**style.added_line(ax, label), "label": label, **line}
     (drawn,) = ax.plot(result.x, values, **line)

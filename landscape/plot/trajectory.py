@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.projections.polar import PolarAxes
@@ -49,7 +48,7 @@ def polar_trajectory(
     if isinstance(result, Mapping):
         return style.draw_each(partial(polar_trajectory, **line), result, ax, label)
     if ax is None:
-        ax = plt.subplots(subplot_kw={"projection": "polar"})[1]
+        ax = style.fresh_axes("polar")
     if not isinstance(ax, PolarAxes):
         raise ValueError("`ax` must be polar axes; make it with `projection='polar'`.")
     radius, angle = np.asarray(result.radius), known_angles(result)
@@ -101,7 +100,7 @@ def trajectory(
             f"`result` must have coordinates of shape (t, 2), got {coordinates.shape}; project "
             "it on two directions."
         )
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     (drawn,) = ax.plot(*coordinates.T, **{"marker": "o", "ms": 2, **_labelled(ax, label), **line})
     color = drawn.get_color()
     ax.plot(*coordinates[0], "*", ms=6, color=color, mec="k", mew=0.4, gid="w_init", zorder=3)
