@@ -1,6 +1,5 @@
 """Hessian spectra: per mini-batch (the paper's) and over all data (edges and density)."""
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from landscape.probes.hessian_max import HessianMaxSpectrum
 
 Half = Literal["both", "negative", "positive"]
-
-_LONGEST = 30  # characters of a line of a name
 
 LABEL = r"Hessian eigenvalue $\lambda$ (nats)"
 MAX_LABEL = r"Hessian max eigenvalue $\lambda$ (nats)"
@@ -61,8 +58,10 @@ def hessian_max_spectrum(
     ax = ax if ax is not None else style.fresh_axes()
     styles = style.line_styles(named)
     crowded = not style.entries_inside(named)
+    texts = {name: _legend_text(result, half, brief=crowded) for name, result in named.items()}
+    entries = style.wrapped_entries(texts)
     for row, (name, result) in enumerate(named.items()):
-        label = _legend_entry(name, result, half, brief=crowded)
+        label = entries[name]
         for sign in (-1, 1):
             if half != {-1: "positive", 1: "negative"}[sign]:
                 _draw_half(ax, result, sign, row, log, {**styles[name], "label": label, **line})
@@ -259,7 +258,7 @@ def _draw_half(
     ax.plot(values, height, "|", transform=ax.get_xaxis_transform(), **rug)
 
 
-def _legend_entry(name: str, result: "HessianMaxSpectrum", half: str, brief: bool = False) -> str:
+def _legend_text(result: "HessianMaxSpectrum", half: str, brief: bool) -> str:
     values = finite_eigenvalues(result)
     shown = {"both": values.size, "negative": (values < 0).sum(), "positive": (values > 0).sum()}
     counts = f"n = {shown[half]}"
@@ -269,13 +268,12 @@ def _legend_entry(name: str, result: "HessianMaxSpectrum", half: str, brief: boo
     share, bounds = round(result.nep, 2), [round(bound, 2) for bound in result.nep_interval]
     nep = f"NEP {_number(share) if brief else _estimate(share, bounds)}"
     ape = f"APE {_number(result.ape) if brief else _estimate(result.ape, result.ape_interval)}"
-    name = "\n".join(textwrap.wrap(f"{name}: ", _LONGEST)) + " " if name else ""
     if brief:
         numbers = {"both": f"{nep}, {ape}", "negative": nep, "positive": ape}[half]
-        return f"{name}{numbers}, {counts}" if missing else f"{name}{numbers}"
+        return f"{numbers}, {counts}" if missing else numbers
     if half == "both":
-        return f"{name}{counts}\n{nep}\n{ape}"
-    return f"{name}{nep if half == 'negative' else ape}, {counts}"
+        return f"{counts}\n{nep}\n{ape}"
+    return f"{nep if half == 'negative' else ape}, {counts}"
 
 
 def _estimate(value: float, interval: Sequence[float]) -> str:

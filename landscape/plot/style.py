@@ -8,6 +8,7 @@ Colours are those of Okabe and Ito, told apart under every common colour blindne
 (https://jfly.uni-koeln.de/color/). One colour belongs to one model family in every figure.
 """
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
@@ -42,6 +43,7 @@ _LINES: tuple[Any, ...] = (
     (0, (6, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 3)), (0, (1, 3)),
 )  # fmt: skip
 _MOST_INSIDE = 4  # entries of a legend that has room inside of the axes
+_LONGEST_NAME, _LONGEST_BESIDE, _LONGEST_INSIDE = 30, 40, 60  # characters of a line of a legend
 
 
 def rc() -> dict[Any, Any]:
@@ -174,6 +176,39 @@ def draw_each(
 def entries_inside(named: Mapping[str, Any]) -> int:
     """Return how many entries of a legend stand inside of the axes: 0 where it is beside them."""
     return len(named) if len(named) <= _MOST_INSIDE else 0
+
+
+def wrapped_entries(texts: Mapping[str, str]) -> dict[str, str]:
+    """Return legend entries "name: text" in lines that a legend has room for.
+
+    A name takes lines of 30 characters, and the text goes on to 60 inside of the axes, to 40 beside
+    them; a text that its last line has no room for begins a new one.
+
+    Args:
+        texts: What is said of each name, in one line or several; "" is no name.
+
+    Returns:
+        The entry of each name.
+    """
+    longest = _LONGEST_INSIDE if entries_inside(texts) else _LONGEST_BESIDE
+    entries = {}
+    for name, text in texts.items():
+        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, longest)]
+        if name:
+            *above, last = textwrap.wrap(name, _LONGEST_NAME) or [name]
+            start = [f"{last}: {lines[0]}"]
+            if len(start[0]) > longest:
+                start = [f"{last}:", lines[0]]
+            lines = [*above, *start, *lines[1:]]
+        entries[name] = "\n".join(lines)
+    return entries
+
+
+def lines_inside(entries: Mapping[str, str]) -> int:
+    """Return how many lines of a legend stand inside of the axes: 0 where it is beside them."""
+    return (
+        sum(1 + entry.count("\n") for entry in entries.values()) if entries_inside(entries) else 0
+    )
 
 
 def place_legend(

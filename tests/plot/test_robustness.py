@@ -151,7 +151,7 @@ def test_curves_are_percentage_points_with_two_paired_errors():
 def test_noise_that_differs_is_named_in_the_legend():
     ax = frequency_robustness({"weak": curve(norm=0.05), "strong": curve(norm=0.2)})
     labels = ax.get_legend_handles_labels()[1]
-    assert labels[1] == "strong: clean 78.0 %, noise RMS 0.2 of full scale, rings 0.1π wide"
+    assert labels[1] == "strong:\nclean 78.0 %, noise RMS 0.2 of full scale, rings 0.1π wide"
     assert notes(ax) == []
     assert frequency_robustness(curve()).get_legend_handles_labels()[1] == ["clean 78.0 %"]
 
@@ -460,3 +460,38 @@ def test_a_legend_of_a_zoo_stands_beside_the_axes(draw, result):
     assert few.get_legend().get_window_extent().x1 <= few.bbox.x1
     heights = [np.ptp(each.get_ylim()) for each in (ax, few)]
     assert heights[0] <= heights[1]  # no room is left for what stands elsewhere
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+@pytest.mark.parametrize(
+    ("draw", "make"),
+    [
+        (frequency_robustness, lambda i: curve(norm=0.1 * (i + 1))),
+        (frequency_robustness, lambda i: curve()),
+        (adversarial_robustness, lambda i: attacked()),
+        (reliability_diagram, lambda i: evaluation(samples=100 + i)),
+    ],
+    ids=["frequency of many noises", "frequency", "attack", "reliability"],
+)
+def test_legends_of_long_names_stay_on_the_page_and_off_the_curves(draw, make, count):
+    names = [f"vit_base_patch16_clip_224.openai_ft_in12k_{i}" for i in range(count)]
+    ax = draw({name: make(i) for i, name in enumerate(names)})
+    ax.figure.canvas.draw()
+    legend, inside = ax.get_legend().get_window_extent(), count <= 4
+    room = ax.bbox if inside else ax.figure.bbox
+    assert room.x0 <= legend.x0 < legend.x1 <= room.x1
+    assert room.y0 <= legend.y0 < legend.y1 <= room.y1
+    assert ax.bbox.width > 0.4 * ax.figure.bbox.width
+    if inside and draw is not adversarial_robustness:  # has no room of its own
+        tops = [
+            ax.transData.transform(np.nan_to_num(c.lines[0].get_xydata())) for c in ax.containers
+        ]
+        assert max(top[:, 1].max() for top in tops) < legend.y0
+    shown = "".join(text.get_text() for text in ax.get_legend().get_texts()).replace("\n", "")
+    assert all(name in shown for name in names)
+
+
+def test_long_names_of_interactive_figures_are_in_one_line():
+    name = "vit_base_patch16_clip_224.openai_ft_in12k_in1k"
+    figure = interactive.reliability_diagram({name: evaluation()})
+    assert figure.data[0].name == f"{name}: ECE 8.7 ± 0.4 % (noise 1.2 %)"

@@ -95,3 +95,17 @@ def test_no_text_of_a_paper_figure_is_below_six_points():
     keys = ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "legend.fontsize")
     assert min(style.rc()[key] for key in keys) >= 6
     assert style.NOTE_SIZE >= 6
+
+
+def test_entries_of_a_legend_are_lines_that_keep_every_letter():
+    name = "a" * 45
+    few = {"ViT": "one", "": "t" * 20, name: "NEP 1\nAPE 2", "ViT-Ti": "word " * 11 + "word"}
+    entries = style.wrapped_entries(few)
+    assert entries["ViT"] == "ViT: one"
+    assert entries[""] == "t" * 20
+    assert entries[name] == f"{'a' * 30}\n{'a' * 15}: NEP 1\nAPE 2"
+    assert entries["ViT-Ti"] == "ViT-Ti:\n" + "word " * 11 + "word"
+    assert style.lines_inside(entries) == 1 + 1 + 3 + 2
+    many = style.wrapped_entries({**few, " ": "a fifth entry"})
+    assert max(len(line) for entry in many.values() for line in entry.split("\n")) <= 40
+    assert style.lines_inside(many) == 0
