@@ -79,7 +79,9 @@ def hessian_max_spectrum(
 def limit_eigenvalues(
     ax: Axes, results: Iterable["HessianMaxSpectrum"], half: Half, *, log: bool
 ) -> None:
-    """Set scale and limits of the eigenvalue axis: 0 and every eigenvalue lie within.
+    """Set scale and limits of the eigenvalue axis: 0, every eigenvalue and its density lie within.
+
+    A density ends where it has fallen to a percent of its peak for the last time.
 
     Args:
         ax: The axes.
@@ -87,6 +89,7 @@ def limit_eigenvalues(
         half: The half that is drawn.
         log: Whether |λ| is logarithmic: `symlog`, linear only below the smallest of all.
     """
+    results = list(results)
     values = np.concatenate([finite_eigenvalues(result) for result in results])
     kept = {"both": values != 0, "negative": values < 0, "positive": values > 0}[half]
     values = values[kept] if kept.any() else np.array([-1.0, 1.0])
@@ -97,7 +100,19 @@ def limit_eigenvalues(
     else:
         margin = 0.05 * np.abs(values).max()
         low, high = min(values.min() - margin, 0), max(values.max() + margin, 0)
+    low = min(low, -_density_end(results, -1, log))
+    high = max(high, _density_end(results, 1, log))
     ax.set_xlim(0 if half == "positive" else low, 0 if half == "negative" else high)
+
+
+def _density_end(results: Iterable["HessianMaxSpectrum"], sign: Literal[-1, 1], log: bool) -> float:
+    """Return the largest |λ| of one sign at which a density is over a percent of its peak."""
+    ends = [0.0]
+    for result in results:
+        grid, density, _ = half_density(result, sign, log=log)
+        if grid.size:
+            ends.append(np.abs(grid[density > 0.01 * density.max()]).max())
+    return max(ends)
 
 
 def room_for_legend(ax: Axes, line_height: float | None = None) -> None:
