@@ -27,7 +27,11 @@ def build_up(result: "BuildUp", *, ax: Axes | None = None, **line: Any) -> Axes:
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `BuildUp`.
     """
+    style.check_result(result, "BuildUp")
     ax = ax if ax is not None else style.fresh_axes()
     accuracy = result.criterion == "accuracy"
     value = 100 * result.accuracy if accuracy else result.nll

@@ -36,7 +36,11 @@ def corruption_robustness(
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `CorruptionRobustness`.
     """
+    style.check_result(result, "CorruptionRobustness")
     ax = ax if ax is not None else style.fresh_axes()
     rows, groups = grouped_rows(result.corruptions)
     values = 100 * np.asarray(result.error)[rows]

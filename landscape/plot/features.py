@@ -56,7 +56,11 @@ def fourier_amplitude(
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `FourierAmplitude`.
     """
+    style.check_result(result, "FourierAmplitude")
     ax = ax if ax is not None else style.fresh_axes()
     colors = depth_map()
     for i, name in enumerate(result.names):
@@ -97,10 +101,12 @@ def fourier_depth(
         The axes.
 
     Raises:
+        TypeError: If `result` is no `FourierAmplitude`.
         ValueError: If `result` is an empty mapping, or a mapping comes with a `label`.
     """
     if isinstance(result, Mapping):
         return style.draw_each(partial(fourier_depth, **line), result, ax, label)
+    style.check_result(result, "FourierAmplitude")
     ax = ax if ax is not None else style.fresh_axes()
     _draw_steps(ax, result, result.highest, result.highest_stderr, label, line)
     ax.set(ylabel=HIGHEST_LABEL)
@@ -131,10 +137,12 @@ def feature_variance(
         The axes.
 
     Raises:
+        TypeError: If `result` is no `FeatureVariance`.
         ValueError: If `result` is an empty mapping, or a mapping comes with a `label`.
     """
     if isinstance(result, Mapping):
         return style.draw_each(partial(feature_variance, log=log, **line), result, ax, label)
+    style.check_result(result, "FeatureVariance")
     ax = ax if ax is not None else style.fresh_axes()
     _draw_steps(ax, result, result.variance, result.stderr, label, line)
     if log:
@@ -161,7 +169,11 @@ def cka(result: "CKA", *, ax: Axes | None = None, colorbar: bool = True, **image
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `CKA`.
     """
+    style.check_result(result, "CKA")
     ax = ax if ax is not None else style.fresh_axes()
     colors = mpl.colormaps[style.SEQUENTIAL].with_extremes(bad="0.85")
     a, b = result.values.shape
@@ -201,7 +213,11 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `LesionStudy`.
     """
+    style.check_result(result, "LesionStudy")
     ax = ax if ax is not None else style.fresh_axes()
     number = np.arange(1, len(result.names) + 1)
     loss = -100 * result.delta_accuracy

@@ -54,7 +54,7 @@ def hessian_max_spectrum(
         ValueError: If `half` is unknown or `results` is empty.
     """
     check_choice("half", half, get_args(Half))
-    named = style.named(results)
+    named = style.named(results, "HessianMaxSpectrum")
     ax = ax if ax is not None else style.fresh_axes()
     styles = style.line_styles(named)
     crowded = not style.entries_inside(named)
@@ -182,7 +182,11 @@ def spectral_density(result: "SpectralDensity", *, ax: Axes | None = None, **lin
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `SpectralDensity`.
     """
+    style.check_result(result, "SpectralDensity")
     ax = ax if ax is not None else style.fresh_axes()
     label = rf"density, $\sigma$ = {_number(result.sigma)}"
     (drawn,) = ax.plot(result.grid, result.values, **{"label": label, **line})
@@ -210,7 +214,11 @@ def hessian_spectrum(result: "HessianSpectrum", *, ax: Axes | None = None, **lin
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `HessianSpectrum`.
     """
+    style.check_result(result, "HessianSpectrum")
     ax = ax if ax is not None else style.fresh_axes()
     if result.density is not None:
         spectral_density(result.density, ax=ax, **line)

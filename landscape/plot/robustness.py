@@ -46,7 +46,7 @@ def frequency_robustness(
     Raises:
         ValueError: If `results` is empty.
     """
-    named = style.named(results)
+    named = style.named(results, "RobustnessCurve")
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, clean_entry, noise_of, wrap=True)
     ax.axhline(0, color=style.MUTED, lw=0.6, zorder=0, gid="clean")
@@ -85,7 +85,7 @@ def adversarial_robustness(
     Raises:
         ValueError: If `results` is empty, or mixes norms.
     """
-    named = style.named(results)
+    named = style.named(results, "AdversarialRobustness")
     norm = common_norm(named)
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, clean_entry, attack_of, wrap=True)
@@ -120,7 +120,7 @@ def reliability_diagram(
     Raises:
         ValueError: If `results` is empty.
     """
-    named = style.named(results)
+    named = style.named(results, "Evaluation")
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, ece_entry, sample_size, wrap=True)
     ax.plot([0, 1], [0, 1], color=style.MUTED, lw=0.6, ls="--", zorder=0, gid="diagonal")

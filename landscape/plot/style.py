@@ -231,13 +231,46 @@ def place_legend(
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
 
 
-def named(results: Any) -> dict[str, Any]:
+def named(results: Any, kind: str | None = None) -> dict[str, Any]:
     """Return results by label, a single one under an empty label.
+
+    Args:
+        results: One result, or several by label.
+        kind: Name of their class, to be checked.
+
+    Returns:
+        The results by label.
 
     Raises:
         ValueError: If `results` is empty.
+        TypeError: If one of them is of another class.
     """
     by_label = dict(results) if isinstance(results, Mapping) else {"": results}
     if not by_label:
         raise ValueError("`results` must hold at least one result, got an empty mapping.")
+    for result in by_label.values():
+        if kind is not None and not _is_a(result, kind):
+            raise TypeError(
+                f"`results` must be a `{kind}`, or a mapping of labels to several, got "
+                f"{type(result).__name__}."
+            )
     return by_label
+
+
+def check_result(result: object, kind: str) -> None:
+    """Refuse what is no result of a class.
+
+    Args:
+        result: What is to be drawn.
+        kind: Name of the class.
+
+    Raises:
+        TypeError: If `result` is of another.
+    """
+    if not _is_a(result, kind):
+        raise TypeError(f"`result` must be a `{kind}`, got {type(result).__name__}.")
+
+
+def _is_a(result: object, kind: str) -> bool:
+    """Return whether a class or its base has that name: plots import no probes to ask."""
+    return kind in (each.__name__ for each in type(result).__mro__)

@@ -68,10 +68,12 @@ def loss_surface(
         The axes.
 
     Raises:
+        TypeError: If `result` is no `LossSurface`.
         ValueError: If `kind` is unknown, `quantity` was not evaluated, `ax` does not suit
             `kind`, `vmin` is above `vmax`, `log` meets values that are not positive, or there is
             one point only along a direction.
     """
+    style.check_result(result, "LossSurface")
     check_choice("kind", kind, get_args(Kind))
     if min(len(result.x), len(result.y)) < 2:
         raise ValueError(
@@ -85,6 +87,11 @@ def loss_surface(
     artist = {"cmap": style.SEQUENTIAL, **artist}
     if kind == "contour":
         ax = ax if ax is not None else style.fresh_axes()
+        if isinstance(ax, Axes3D):
+            raise ValueError(
+                "`ax` must be flat axes for `kind='contour'`, got 3D ones; make it without "
+                "`projection='3d'`, or draw `kind='surface3d'`."
+            )
         _draw_contour(ax, result, values, norm, LABELS[quantity] if colorbar else None, artist)
         return ax
     if ax is None:
@@ -125,12 +132,14 @@ def loss_line(
         The axes.
 
     Raises:
+        TypeError: If `result` is no `LossLine`.
         ValueError: If `quantity` was not evaluated, `log` meets values that are not positive,
             `result` is an empty mapping, or a mapping comes with a `label`.
     """
     if isinstance(result, Mapping):
         draw = partial(loss_line, quantity=quantity, log=log, **line)
         return style.draw_each(draw, result, ax, label)
+    style.check_result(result, "LossLine")
     values = finite_values(result, quantity, log=log)
     ax = ax if ax is not None else style.fresh_axes()
     if label is not None:

@@ -42,11 +42,13 @@ def polar_trajectory(
         The axes.
 
     Raises:
+        TypeError: If `result` is no `PolarTrajectory`.
         ValueError: If `ax` is not polar, `result` is an empty mapping, or a mapping comes with a
             `label`.
     """
     if isinstance(result, Mapping):
         return style.draw_each(partial(polar_trajectory, **line), result, ax, label)
+    style.check_result(result, "PolarTrajectory")
     if ax is None:
         ax = style.fresh_axes("polar")
     if not isinstance(ax, PolarAxes):
@@ -89,11 +91,13 @@ def trajectory(
         The axes.
 
     Raises:
+        TypeError: If `result` is no `Trajectory`.
         ValueError: If the trajectory is not projected on exactly two directions, `result` is an
             empty mapping, or a mapping comes with a `label`.
     """
     if isinstance(result, Mapping):
         return style.draw_each(partial(trajectory, **line), result, ax, label)
+    style.check_result(result, "Trajectory")
     coordinates = np.asarray(result.coordinates)
     if coordinates.ndim != 2 or coordinates.shape[1] != 2:
         raise ValueError(

@@ -1,5 +1,4 @@
 import itertools
-from types import SimpleNamespace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -15,6 +14,7 @@ from landscape.plot.robustness import (
     reliability_diagram,
 )
 from landscape.probes.adversarial import AdversarialRobustness
+from landscape.probes.corruption import CorruptionRobustness
 from landscape.probes.evaluate import Evaluation
 from landscape.probes.frequency import RobustnessCurve
 from landscape.results import Provenance
@@ -96,17 +96,29 @@ NAMES = ("fog", "gaussian_noise", "jpeg_compression", "defocus_blur", "shot_nois
 def table(names=NAMES, severities=(1, 2, 3, 4, 5)):
     error = np.linspace(0.02, 0.98, len(names) * len(severities))
     error = error.reshape(len(names), len(severities))
-    return SimpleNamespace(
+    return CorruptionRobustness(
         corruptions=tuple(names),
         severities=severities,
         error=error,
         error_stderr=0.01 + 0.02 * error,
+        error_increase=error - 0.0832,
+        error_increase_stderr=0.02 * error,
         nll=3 * error,
         nll_stderr=0.1 * error,
+        nll_increase=3 * error - 0.3,
+        nll_increase_stderr=0.1 * error,
+        ece=0.1 * error,
         clean_error=0.0832,
+        clean_error_stderr=0.002,
         clean_nll=0.3,
+        clean_nll_stderr=0.01,
+        clean_ece=0.02,
         mean_corruption_error=0.4567,
         mean_corruption_error_stderr=0.0049,
+        profile="cifar",
+        seed=0,
+        relative=None,
+        provenance=Provenance(),
     )
 
 

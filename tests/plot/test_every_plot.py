@@ -1,4 +1,4 @@
-"""Axes that a plot makes itself, at the default settings of matplotlib."""
+"""What all plots of a result have in common: the axes that they make, and what they refuse."""
 
 import matplotlib as mpl
 import numpy as np
@@ -58,3 +58,42 @@ def test_no_text_leaves_the_page(name):
     for text, box in drawn:
         assert figure.bbox.padded(1).contains(box.x0, box.y0), text
         assert figure.bbox.padded(1).contains(box.x1, box.y1), text
+
+
+SEVERAL = {
+    "adversarial_robustness": "AdversarialRobustness",
+    "frequency_robustness": "RobustnessCurve",
+    "hessian_max_spectrum": "HessianMaxSpectrum",
+    "reliability_diagram": "Evaluation",
+}
+ONE = {
+    "block_diagram": "Architecture",
+    "build_up": "BuildUp",
+    "cka": "CKA",
+    "corruption_robustness": "CorruptionRobustness",
+    "feature_variance": "FeatureVariance",
+    "fourier_amplitude": "FourierAmplitude",
+    "fourier_depth": "FourierAmplitude",
+    "hessian_spectrum": "HessianSpectrum",
+    "lesion_study": "LesionStudy",
+    "loss_line": "LossLine",
+    "loss_surface": "LossSurface",
+    "polar_trajectory": "PolarTrajectory",
+    "spectral_density": "SpectralDensity",
+    "trajectory": "Trajectory",
+}
+
+
+@pytest.mark.parametrize("name", [*ONE, *SEVERAL])
+def test_other_results_are_refused_by_the_name_of_what_is_drawn(name):
+    kind = ONE.get(name) or SEVERAL[name]
+    argument, several = ("results", ".* mapping") if name in SEVERAL else ("result", "")
+    other = surface() if name == "build_up" else build_up()
+    for wrong in (other, [other], None):
+        found = type(wrong).__name__
+        with pytest.raises(
+            TypeError, match=f"`{argument}` must be a `{kind}`{several}.*, got {found}"
+        ):
+            getattr(plot, name)(wrong)
+    with pytest.raises(TypeError, match=f"must be a `{kind}`"):
+        getattr(plot, name)({"a": other})
