@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -28,8 +27,12 @@ def build_up(result: "BuildUp", *, ax: Axes | None = None, **line: Any) -> Axes:
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `BuildUp`.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    style.check_result(result, "BuildUp")
+    ax = ax if ax is not None else style.fresh_axes()
     accuracy = result.criterion == "accuracy"
     value = 100 * result.accuracy if accuracy else result.nll
     error = 200 * result.accuracy_stderr if accuracy else 2 * result.nll_stderr

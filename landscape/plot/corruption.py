@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -37,8 +36,12 @@ def corruption_robustness(
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `CorruptionRobustness`.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    style.check_result(result, "CorruptionRobustness")
+    ax = ax if ax is not None else style.fresh_axes()
     rows, groups = grouped_rows(result.corruptions)
     values = 100 * np.asarray(result.error)[rows]
     image = ax.imshow(

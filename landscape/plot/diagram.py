@@ -66,8 +66,10 @@ def block_diagram(
         The axes.
 
     Raises:
+        TypeError: If `result` is no `Architecture`.
         ValueError: If `columns` is below 1.
     """
+    style.check_result(result, "Architecture")
     if columns is not None and columns < 1:
         raise ValueError(f"`columns` must be at least 1, got {columns}.")
     if ax is None:

@@ -66,6 +66,8 @@ def figure2(
 ) -> Figure:
     """Draw Fourier amplitudes, a panel a model, beside the robustness to noise by frequency.
 
+    With three models or more the robustness stands below the panels.
+
     Args:
         amplitudes: Curves of each model.
         curves: Robustness of the same models or others.
@@ -79,18 +81,23 @@ def figure2(
     if not amplitudes or not curves:
         raise ValueError("`amplitudes` and `curves` must hold a result each, got an empty mapping.")
     with mpl.rc_context(style.rc()):
-        figure = Figure(figsize=(style.TEXT_WIDTH, 2.2), layout="constrained")
-        parts: Any = figure.subfigures(1, 2, width_ratios=(1.15 * len(amplitudes), 1.35))
-        left, right = parts
-        axes = left.subplots(1, len(amplitudes), squeeze=False)[0]
+        beside = max(len(amplitudes), len(curves)) <= 2
+        figure = Figure((style.TEXT_WIDTH, 2.2 if beside else 4.8), layout="constrained")
+        parts: Any = (
+            figure.subfigures(1, 2, width_ratios=(1.15 * len(amplitudes), 1.35))
+            if beside
+            else figure.subfigures(2, 1, height_ratios=(2, 2.8))  # room for a legend of four
+        )
+        first, second = parts
+        axes = first.subplots(1, len(amplitudes), squeeze=False)[0]
         _share(axes)
         for ax, (name, result) in zip(axes, amplitudes.items(), strict=True):
             fourier_amplitude(result, ax=ax, colorbar=False)
             ax.set_title(name)
         _label_first(axes)
-        color_bar(left, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
-        frequency_robustness(curves, ax=right.subplots())
-        for part, letter in ((left, "a"), (right, "b")):
+        color_bar(first, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
+        frequency_robustness(curves, ax=second.subplots())
+        for part, letter in ((first, "a"), (second, "b")):
             part.suptitle(f"({letter})", x=0.01, ha="left", fontsize=8)
         figure.draw_without_rendering()
     return figure

@@ -1,10 +1,10 @@
 """What blocks do to a signal: Fourier amplitude, variance, similarity, and removal of units."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, Normalize
@@ -33,7 +33,6 @@ KIND_NAMES = {"conv": "Conv", "msa": "MSA", "mlp": "MLP", "other": "other"}
 
 SHADES = {"MSA": "#808080", "subsampling": "#0072B2"}
 _SHADE: dict[str, Any] = {"alpha": 0.15, "lw": 0, "zorder": 0}
-_LEGEND: dict[str, Any] = {"loc": "best", "frameon": True, "facecolor": "w", "edgecolor": "none"}
 
 
 def depth_map() -> Colormap:
@@ -57,8 +56,12 @@ def fourier_amplitude(
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `FourierAmplitude`.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    style.check_result(result, "FourierAmplitude")
+    ax = ax if ax is not None else style.fresh_axes()
     colors = depth_map()
     for i, name in enumerate(result.names):
         frequency, curve = result.frequency[i], result.delta_log_amplitude[i]
@@ -77,7 +80,11 @@ def fourier_amplitude(
 
 
 def fourier_depth(
-    result: "FourierAmplitude", *, ax: Axes | None = None, label: str | None = None, **line: Any
+    result: "FourierAmplitude | Mapping[str, FourierAmplitude]",
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    **line: Any,
 ) -> Axes:
     """Draw the amplitude at the highest frequency against depth (Park & Kim, 2022, Fig. 8).
 
@@ -85,22 +92,29 @@ def fourier_depth(
     two standard errors each side.
 
     Args:
-        result: The curves.
+        result: The curves of one model, or of several by label.
         ax: Axes to draw on; fresh ones by default.
-        label: Name in the legend; its model family decides the colour.
+        label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.errorbar`.
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `FourierAmplitude`.
+        ValueError: If `result` is an empty mapping, or a mapping comes with a `label`.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    if isinstance(result, Mapping):
+        return style.draw_each(partial(fourier_depth, **line), result, ax, label)
+    style.check_result(result, "FourierAmplitude")
+    ax = ax if ax is not None else style.fresh_axes()
     _draw_steps(ax, result, result.highest, result.highest_stderr, label, line)
     ax.set(ylabel=HIGHEST_LABEL)
     return ax
 
 
 def feature_variance(
-    result: "FeatureVariance",
+    result: "FeatureVariance | Mapping[str, FeatureVariance]",
     *,
     ax: Axes | None = None,
     log: bool = False,
@@ -113,16 +127,23 @@ def feature_variance(
     two standard errors each side.
 
     Args:
-        result: The variances.
+        result: The variances of one model, or of several by label.
         ax: Axes to draw on; fresh ones by default.
         log: Logarithmic variance, for networks over which it grows by orders of magnitude.
-        label: Name in the legend; its model family decides the colour.
+        label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.errorbar`.
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `FeatureVariance`.
+        ValueError: If `result` is an empty mapping, or a mapping comes with a `label`.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    if isinstance(result, Mapping):
+        return style.draw_each(partial(feature_variance, log=log, **line), result, ax, label)
+    style.check_result(result, "FeatureVariance")
+    ax = ax if ax is not None else style.fresh_axes()
     _draw_steps(ax, result, result.variance, result.stderr, label, line)
     if log:
         ax.set_yscale("log")
@@ -148,8 +169,12 @@ def cka(result: "CKA", *, ax: Axes | None = None, colorbar: bool = True, **image
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `CKA`.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    style.check_result(result, "CKA")
+    ax = ax if ax is not None else style.fresh_axes()
     colors = mpl.colormaps[style.SEQUENTIAL].with_extremes(bad="0.85")
     a, b = result.values.shape
     ax.imshow(
@@ -188,8 +213,12 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `LesionStudy`.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    style.check_result(result, "LesionStudy")
+    ax = ax if ax is not None else style.fresh_axes()
     number = np.arange(1, len(result.names) + 1)
     loss = -100 * result.delta_accuracy
     error = 200 * result.delta_accuracy_stderr
@@ -208,7 +237,7 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
         ax.text(1, 1.01, note, size=style.NOTE_SIZE, color=style.MUTED, gid="note", **place)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.set(xlim=(0.3, len(number) + 0.7), xlabel=UNIT_LABEL, ylabel=LOSS_LABEL)
-    ax.legend(**_LEGEND)
+    ax.legend(**style.OVER_DATA)
     return ax
 
 
@@ -250,7 +279,7 @@ def _draw_steps(
 ) -> None:
     """Draw values against depth over the shades of the blocks."""
     look: dict[str, Any] = {"marker": "o", "elinewidth": 0.6, "label": label or "_"}
-    look |= style.line_styles([label or ""])[label or ""]
+    look |= style.added_line(ax, label or "")
     ax.errorbar(table.depth, values, yerr=2 * stderr, **{**look, **line})
     known = set(ax.get_legend_handles_labels()[1])
     for what, start, stop in shaded_steps(table):
@@ -258,4 +287,4 @@ def _draw_steps(
         known.add(what)
     ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL)
     if known:
-        ax.legend(**_LEGEND)
+        ax.legend(**style.OVER_DATA)

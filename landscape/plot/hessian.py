@@ -1,11 +1,9 @@
 """Hessian spectra: per mini-batch (the paper's) and over all data (edges and density)."""
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from landscape.probes.hessian_max import HessianMaxSpectrum
 
 Half = Literal["both", "negative", "positive"]
-
-_LONGEST = 30  # characters of a line of a name
 
 LABEL = r"Hessian eigenvalue $\lambda$ (nats)"
 MAX_LABEL = r"Hessian max eigenvalue $\lambda$ (nats)"
@@ -58,12 +54,14 @@ def hessian_max_spectrum(
         ValueError: If `half` is unknown or `results` is empty.
     """
     check_choice("half", half, get_args(Half))
-    named = style.named(results)
-    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
+    named = style.named(results, "HessianMaxSpectrum")
+    ax = ax if ax is not None else style.fresh_axes()
     styles = style.line_styles(named)
     crowded = not style.entries_inside(named)
+    texts = {name: _legend_text(result, half, brief=crowded) for name, result in named.items()}
+    entries = style.wrapped_entries(texts)
     for row, (name, result) in enumerate(named.items()):
-        label = _legend_entry(name, result, half, brief=crowded)
+        label = entries[name]
         for sign in (-1, 1):
             if half != {-1: "positive", 1: "negative"}[sign]:
                 _draw_half(ax, result, sign, row, log, {**styles[name], "label": label, **line})
@@ -81,7 +79,9 @@ def hessian_max_spectrum(
 def limit_eigenvalues(
     ax: Axes, results: Iterable["HessianMaxSpectrum"], half: Half, *, log: bool
 ) -> None:
-    """Set scale and limits of the eigenvalue axis: 0 and every eigenvalue lie within.
+    """Set scale and limits of the eigenvalue axis: 0, every eigenvalue and its density lie within.
+
+    A density ends where it has fallen to a percent of its peak for the last time.
 
     Args:
         ax: The axes.
@@ -89,6 +89,7 @@ def limit_eigenvalues(
         half: The half that is drawn.
         log: Whether |λ| is logarithmic: `symlog`, linear only below the smallest of all.
     """
+    results = list(results)
     values = np.concatenate([finite_eigenvalues(result) for result in results])
     kept = {"both": values != 0, "negative": values < 0, "positive": values > 0}[half]
     values = values[kept] if kept.any() else np.array([-1.0, 1.0])
@@ -99,7 +100,19 @@ def limit_eigenvalues(
     else:
         margin = 0.05 * np.abs(values).max()
         low, high = min(values.min() - margin, 0), max(values.max() + margin, 0)
+    low = min(low, -_density_end(results, -1, log))
+    high = max(high, _density_end(results, 1, log))
     ax.set_xlim(0 if half == "positive" else low, 0 if half == "negative" else high)
+
+
+def _density_end(results: Iterable["HessianMaxSpectrum"], sign: Literal[-1, 1], log: bool) -> float:
+    """Return the largest |λ| of one sign at which a density is over a percent of its peak."""
+    ends = [0.0]
+    for result in results:
+        grid, density, _ = half_density(result, sign, log=log)
+        if grid.size:
+            ends.append(np.abs(grid[density > 0.01 * density.max()]).max())
+    return max(ends)
 
 
 def room_for_legend(ax: Axes, line_height: float | None = None) -> None:
@@ -169,8 +182,12 @@ def spectral_density(result: "SpectralDensity", *, ax: Axes | None = None, **lin
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `SpectralDensity`.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    style.check_result(result, "SpectralDensity")
+    ax = ax if ax is not None else style.fresh_axes()
     label = rf"density, $\sigma$ = {_number(result.sigma)}"
     (drawn,) = ax.plot(result.grid, result.values, **{"label": label, **line})
     floor = 0.1 / (result.dim * result.sigma * np.sqrt(2 * np.pi))
@@ -197,8 +214,12 @@ def hessian_spectrum(result: "HessianSpectrum", *, ax: Axes | None = None, **lin
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: If `result` is no `HessianSpectrum`.
     """
-    ax = ax if ax is not None else plt.subplots()[1]
+    style.check_result(result, "HessianSpectrum")
+    ax = ax if ax is not None else style.fresh_axes()
     if result.density is not None:
         spectral_density(result.density, ax=ax, **line)
     else:
@@ -260,7 +281,7 @@ def _draw_half(
     ax.plot(values, height, "|", transform=ax.get_xaxis_transform(), **rug)
 
 
-def _legend_entry(name: str, result: "HessianMaxSpectrum", half: str, brief: bool = False) -> str:
+def _legend_text(result: "HessianMaxSpectrum", half: str, brief: bool) -> str:
     values = finite_eigenvalues(result)
     shown = {"both": values.size, "negative": (values < 0).sum(), "positive": (values > 0).sum()}
     counts = f"n = {shown[half]}"
@@ -270,13 +291,12 @@ def _legend_entry(name: str, result: "HessianMaxSpectrum", half: str, brief: boo
     share, bounds = round(result.nep, 2), [round(bound, 2) for bound in result.nep_interval]
     nep = f"NEP {_number(share) if brief else _estimate(share, bounds)}"
     ape = f"APE {_number(result.ape) if brief else _estimate(result.ape, result.ape_interval)}"
-    name = "\n".join(textwrap.wrap(f"{name}: ", _LONGEST)) + " " if name else ""
     if brief:
         numbers = {"both": f"{nep}, {ape}", "negative": nep, "positive": ape}[half]
-        return f"{name}{numbers}, {counts}" if missing else f"{name}{numbers}"
+        return f"{numbers}, {counts}" if missing else numbers
     if half == "both":
-        return f"{name}{counts}\n{nep}\n{ape}"
-    return f"{name}{nep if half == 'negative' else ape}, {counts}"
+        return f"{counts}\n{nep}\n{ape}"
+    return f"{nep if half == 'negative' else ape}, {counts}"
 
 
 def _estimate(value: float, interval: Sequence[float]) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
@@ -47,9 +46,9 @@ def frequency_robustness(
     Raises:
         ValueError: If `results` is empty.
     """
-    named = style.named(results)
-    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
-    common, labels = legend_entries(named, clean_entry, noise_of)
+    named = style.named(results, "RobustnessCurve")
+    ax = ax if ax is not None else style.fresh_axes()
+    common, labels = legend_entries(named, clean_entry, noise_of, wrap=True)
     ax.axhline(0, color=style.MUTED, lw=0.6, zorder=0, gid="clean")
     for name, result in named.items():
         look = {**style.line_styles(named)[name], "label": labels[name], **line}
@@ -57,7 +56,7 @@ def frequency_robustness(
         _draw_curve(ax, result.frequencies, change, error, look)
     ax.set(xlabel=FREQUENCY_LABEL, ylabel=DELTA_LABEL)
     low, high = ax.get_ylim()
-    room = 0.12 * style.entries_inside(named)  # for the legend
+    room = 0.12 * style.lines_inside(labels)  # for the legend
     ax.set_ylim(low, max(high, 0) + room * (high - low))
     _note(ax, [result.delta_accuracy for result in named.values()], common)
     style.place_legend(ax, named, "upper right")
@@ -86,10 +85,10 @@ def adversarial_robustness(
     Raises:
         ValueError: If `results` is empty, or mixes norms.
     """
-    named = style.named(results)
+    named = style.named(results, "AdversarialRobustness")
     norm = common_norm(named)
-    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
-    common, labels = legend_entries(named, clean_entry, attack_of)
+    ax = ax if ax is not None else style.fresh_axes()
+    common, labels = legend_entries(named, clean_entry, attack_of, wrap=True)
     for name, result in named.items():
         look = {**style.line_styles(named)[name], "label": labels[name], **line}
         radii, accuracy, error = attacked_accuracy(result)
@@ -121,9 +120,9 @@ def reliability_diagram(
     Raises:
         ValueError: If `results` is empty.
     """
-    named = style.named(results)
-    ax = ax if ax is not None else plt.subplots(layout="constrained")[1]
-    common, labels = legend_entries(named, ece_entry, lambda result: f"n = {result.num_samples}")
+    named = style.named(results, "Evaluation")
+    ax = ax if ax is not None else style.fresh_axes()
+    common, labels = legend_entries(named, ece_entry, sample_size, wrap=True)
     ax.plot([0, 1], [0, 1], color=style.MUTED, lw=0.6, ls="--", zorder=0, gid="diagonal")
     for name, result in named.items():
         look = {**style.line_styles(named)[name], "label": labels[name], **line}
@@ -138,7 +137,7 @@ def reliability_diagram(
         ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
     ax.set(
         xlim=(0, 1),
-        ylim=(0, 1.04 + 0.11 * style.entries_inside(named)),
+        ylim=(0, 1.04 + 0.11 * style.lines_inside(labels)),
         yticks=np.linspace(0, 1, 6),
     )
     ax.set(xlabel=CONFIDENCE_LABEL, ylabel=RELIABILITY_LABEL)
@@ -149,19 +148,26 @@ def reliability_diagram(
 
 
 def legend_entries(
-    named: Mapping[str, Any], entry: Callable[[Any], str], setting: Callable[[Any], str]
+    named: Mapping[str, Any],
+    entry: Callable[[Any], str],
+    setting: Callable[[Any], str],
+    *,
+    wrap: bool = False,
 ) -> tuple[str, dict[str, str]]:
     """Return the setting that all results share ("" if none), and a legend entry for each.
 
-    The setting is part of the entries where it is not shared.
+    The setting is part of the entries where it is not shared; `wrap` breaks them into lines.
     """
     settings = {name: setting(result) for name, result in named.items()}
     shared = len(set(settings.values())) == 1
-    entries = {}
-    for name, result in named.items():
-        text = entry(result) if shared else f"{entry(result)}, {settings[name]}"
-        entries[name] = f"{name}: {text}" if name else text
-    return next(iter(settings.values())) if shared else "", entries
+    texts = {
+        name: entry(result) if shared else f"{entry(result)}, {settings[name]}"
+        for name, result in named.items()
+    }
+    common = next(iter(settings.values())) if shared else ""
+    if wrap:
+        return common, style.wrapped_entries(texts)
+    return common, {name: f"{name}: {text}" if name else text for name, text in texts.items()}
 
 
 def clean_entry(result: "RobustnessCurve | AdversarialRobustness") -> str:
@@ -210,6 +216,11 @@ def ece_entry(result: "Evaluation") -> str:
     """Return calibration error, its standard error, and that of a calibrated model in words."""
     ece, stderr, noise = (percent(e) for e in (result.ece, result.ece_stderr, result.ece_noise))
     return f"ECE {ece.removesuffix(' %')} ± {stderr} (noise {noise})"
+
+
+def sample_size(result: "Evaluation") -> str:
+    """Return the number of samples in words."""
+    return f"n = {result.num_samples}"
 
 
 def wilson_interval(

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -42,7 +41,7 @@ def run_columns(values: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> A
         ValueError: If `values` is empty.
     """
     named = style.named(values)
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     styles = style.line_styles(named)
     for column, (label, runs) in enumerate(named.items()):
         color = styles[label]["color"]
@@ -75,9 +74,8 @@ def run_curves(
         raise ValueError(
             f"`values` must be (points, runs) for `x` of {x.shape}, got {values.shape}."
         )
-    ax = ax if ax is not None else plt.subplots()[1]
-    look: dict[str, Any] = {"color": style.family_color(label) or "#333333", "label": label}
-    look |= line
+    ax = ax if ax is not None else style.fresh_axes()
+    look: dict[str, Any] = {**style.added_line(ax, label), "label": label, **line}
     means = values.mean(axis=1)
     ax.plot(x, means, **{"lw": 1.0, **look})
     _draw_runs(ax, x, values, look["color"])

@@ -8,10 +8,14 @@ Colours are those of Okabe and Ito, told apart under every common colour blindne
 (https://jfly.uni-koeln.de/color/). One colour belongs to one model family in every figure.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, cast
 
+import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 TEXT_WIDTH = 5.5
 """Width of the text of an ICLR page, in inches."""
@@ -23,6 +27,8 @@ MUTED = "0.45"
 """Grey of notes, marks of missing points and reference lines."""
 NOTE_SIZE = 6.0
 """Smallest font in a figure, in points: notes inside the axes."""
+OVER_DATA: dict[str, Any] = {"loc": "best", "frameon": True, "facecolor": "w", "edgecolor": "none"}
+"""A legend that stands over what is drawn."""
 
 _FAMILIES = {  # prefixes of the name in lower case without separators -> colour
     ("alternet", "alterresnet"): "#009E73",
@@ -37,6 +43,7 @@ _LINES: tuple[Any, ...] = (
     (0, (6, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 3)), (0, (1, 3)),
 )  # fmt: skip
 _MOST_INSIDE = 4  # entries of a legend that has room inside of the axes
+_LONGEST_NAME, _LONGEST_BESIDE, _LONGEST_INSIDE = 30, 40, 60  # characters of a line of a legend
 
 
 def rc() -> dict[Any, Any]:
@@ -80,27 +87,6 @@ def rc() -> dict[Any, Any]:
     }
 
 
-def figure_size(columns: int = 2, *, aspect: float = 0.62) -> tuple[float, float]:
-    """Return the (width, height) in inches of a figure that spans `columns` columns.
-
-    Args:
-        columns: 1 for one column of 3.25 in, 2 for the text width of 5.5 in.
-        aspect: Height over width.
-
-    Returns:
-        Width and height.
-
-    Raises:
-        ValueError: If `columns` is neither 1 nor 2, or `aspect` is not positive.
-    """
-    if columns not in {1, 2}:
-        raise ValueError(f"`columns` must be 1 or 2, got {columns}.")
-    if not aspect > 0:
-        raise ValueError(f"`aspect` must be positive, got {aspect}.")
-    width = COLUMN_WIDTH if columns == 1 else TEXT_WIDTH
-    return width, width * aspect
-
-
 def family_color(name: str) -> str | None:
     """Return the fixed colour of the model family that `name` starts with, `None` if unknown."""
     key = "".join(letter for letter in name.lower() if letter.isalnum())
@@ -136,9 +122,93 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
+def fresh_axes(projection: str | None = None) -> Axes:
+    """Return the axes of a new figure, whose layout leaves no text off the page."""
+    axes: Axes = plt.subplots(subplot_kw={"projection": projection}, layout="constrained")[1]
+    return axes
+
+
+def added_line(ax: Axes, name: str) -> dict[str, Any]:
+    """Return `color` and `linestyle` of one more line on axes, unlike those that they hold.
+
+    Args:
+        ax: Axes with any number of lines in the styles of `line_styles`, labelled by their names.
+        name: Name of the line; one that is there already keeps its style.
+
+    Returns:
+        The keyword arguments of a line.
+    """
+    labels = [
+        label
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        if not isinstance(handle, Patch)  # a shade
+        and not (isinstance(handle, Line2D) and handle.get_linestyle() == "None")  # a mark
+    ]
+    return line_styles([*labels, name])[name]
+
+
+def draw_each(
+    draw: Callable[..., Axes], results: Mapping[str, Any], ax: Axes | None, label: str | None
+) -> Axes:
+    """Draw results one after the other on the same axes.
+
+    Args:
+        draw: Draws one of them: `draw(result, ax=ax, label=label)`.
+        results: Results by label.
+        ax: Axes to draw on; those that `draw` makes by default.
+        label: `None`: it is for a single result.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If `results` is empty, or there is a `label`.
+    """
+    if label is not None:
+        raise ValueError(
+            f"`label` must be None where results come with their labels, got {label!r}."
+        )
+    for name, result in named(results).items():
+        ax = draw(result, ax=ax, label=name)
+    return cast(Axes, ax)
+
+
 def entries_inside(named: Mapping[str, Any]) -> int:
     """Return how many entries of a legend stand inside of the axes: 0 where it is beside them."""
     return len(named) if len(named) <= _MOST_INSIDE else 0
+
+
+def wrapped_entries(texts: Mapping[str, str]) -> dict[str, str]:
+    """Return legend entries "name: text" in lines that a legend has room for.
+
+    A name takes lines of 30 characters, and the text goes on to 60 inside of the axes, to 40 beside
+    them; a text that its last line has no room for begins a new one.
+
+    Args:
+        texts: What is said of each name, in one line or several; "" is no name.
+
+    Returns:
+        The entry of each name.
+    """
+    longest = _LONGEST_INSIDE if entries_inside(texts) else _LONGEST_BESIDE
+    entries = {}
+    for name, text in texts.items():
+        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, longest)]
+        if name:
+            *above, last = textwrap.wrap(name, _LONGEST_NAME) or [name]
+            start = [f"{last}: {lines[0]}"]
+            if len(start[0]) > longest:
+                start = [f"{last}:", lines[0]]
+            lines = [*above, *start, *lines[1:]]
+        entries[name] = "\n".join(lines)
+    return entries
+
+
+def lines_inside(entries: Mapping[str, str]) -> int:
+    """Return how many lines of a legend stand inside of the axes: 0 where it is beside them."""
+    return (
+        sum(1 + entry.count("\n") for entry in entries.values()) if entries_inside(entries) else 0
+    )
 
 
 def place_legend(
@@ -161,13 +231,46 @@ def place_legend(
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
 
 
-def named(results: Any) -> dict[str, Any]:
+def named(results: Any, kind: str | None = None) -> dict[str, Any]:
     """Return results by label, a single one under an empty label.
+
+    Args:
+        results: One result, or several by label.
+        kind: Name of their class, to be checked.
+
+    Returns:
+        The results by label.
 
     Raises:
         ValueError: If `results` is empty.
+        TypeError: If one of them is of another class.
     """
     by_label = dict(results) if isinstance(results, Mapping) else {"": results}
     if not by_label:
         raise ValueError("`results` must hold at least one result, got an empty mapping.")
+    for result in by_label.values():
+        if kind is not None and not _is_a(result, kind):
+            raise TypeError(
+                f"`results` must be a `{kind}`, or a mapping of labels to several, got "
+                f"{type(result).__name__}."
+            )
     return by_label
+
+
+def check_result(result: object, kind: str) -> None:
+    """Refuse what is no result of a class.
+
+    Args:
+        result: What is to be drawn.
+        kind: Name of the class.
+
+    Raises:
+        TypeError: If `result` is of another.
+    """
+    if not _is_a(result, kind):
+        raise TypeError(f"`result` must be a `{kind}`, got {type(result).__name__}.")
+
+
+def _is_a(result: object, kind: str) -> bool:
+    """Return whether a class or its base has that name: plots import no probes to ask."""
+    return kind in (each.__name__ for each in type(result).__mro__)

@@ -1,8 +1,9 @@
 """Loss surfaces and lines: what was evaluated is drawn, what is not finite is a counted gap."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
@@ -67,10 +68,12 @@ def loss_surface(
         The axes.
 
     Raises:
+        TypeError: If `result` is no `LossSurface`.
         ValueError: If `kind` is unknown, `quantity` was not evaluated, `ax` does not suit
             `kind`, `vmin` is above `vmax`, `log` meets values that are not positive, or there is
             one point only along a direction.
     """
+    style.check_result(result, "LossSurface")
     check_choice("kind", kind, get_args(Kind))
     if min(len(result.x), len(result.y)) < 2:
         raise ValueError(
@@ -83,11 +86,16 @@ def loss_surface(
     norm = make_norm(low, high, log=log and values.count() > 0)
     artist = {"cmap": style.SEQUENTIAL, **artist}
     if kind == "contour":
-        ax = ax if ax is not None else plt.subplots()[1]
+        ax = ax if ax is not None else style.fresh_axes()
+        if isinstance(ax, Axes3D):
+            raise ValueError(
+                "`ax` must be flat axes for `kind='contour'`, got 3D ones; make it without "
+                "`projection='3d'`, or draw `kind='surface3d'`."
+            )
         _draw_contour(ax, result, values, norm, LABELS[quantity] if colorbar else None, artist)
         return ax
     if ax is None:
-        ax = plt.subplots(subplot_kw={"projection": "3d"})[1]
+        ax = style.fresh_axes("3d")
     if not isinstance(ax, Axes3D):
         raise ValueError(
             "`ax` must be 3D axes for `kind='surface3d'`, got flat ones; make it with "
@@ -98,7 +106,7 @@ def loss_surface(
 
 
 def loss_line(
-    result: "LossLine",
+    result: "LossLine | Mapping[str, LossLine]",
     *,
     ax: Axes | None = None,
     quantity: Quantity = "loss",
@@ -113,23 +121,29 @@ def loss_line(
     between two of them is a dot.
 
     Args:
-        result: The line.
+        result: The line of one model, or of several by label.
         ax: Axes to draw on; fresh ones by default.
         quantity: What to draw: the objective, one of its two terms, accuracy or ECE.
         log: Logarithmic height.
-        label: Name in a legend; its model family decides the colour.
+        label: Name of one model in a legend; its family decides the colour.
         **line: Passed to `Axes.plot`.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: If `quantity` was not evaluated, or `log` meets values that are not positive.
+        TypeError: If `result` is no `LossLine`.
+        ValueError: If `quantity` was not evaluated, `log` meets values that are not positive,
+            `result` is an empty mapping, or a mapping comes with a `label`.
     """
+    if isinstance(result, Mapping):
+        draw = partial(loss_line, quantity=quantity, log=log, **line)
+        return style.draw_each(draw, result, ax, label)
+    style.check_result(result, "LossLine")
     values = finite_values(result, quantity, log=log)
-    ax = ax if ax is not None else plt.subplots()[1]
+    ax = ax if ax is not None else style.fresh_axes()
     if label is not None:
-        line = {**style.line_styles([label])[label], "label": label, **line}
+        line = {**style.added_line(ax, label), "label": label, **line}
     (drawn,) = ax.plot(result.x, values, **line)
     if quantity in {"loss", "nll"}:
         error = 2 * np.ma.masked_invalid(result.nll_stderr)
@@ -151,6 +165,8 @@ def loss_line(
     ax.set(xlabel=X_LABEL, ylabel=LABELS[quantity])
     if len(result.x) > 1:
         ax.set_xlim(result.x.min(), result.x.max())
+    if label is not None:
+        ax.legend(**style.OVER_DATA)
     return ax
 
 

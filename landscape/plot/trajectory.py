@@ -1,8 +1,9 @@
 """Training trajectories: in polar coordinates around the optimum, and in a plane."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.projections.polar import PolarAxes
@@ -19,7 +20,11 @@ POLAR_LABEL = r"radius $\|\Delta w_t\|\,/\,\|\Delta w_0\|$, angle in degrees"
 
 
 def polar_trajectory(
-    result: "PolarTrajectory", *, ax: Axes | None = None, label: str | None = None, **line: Any
+    result: "PolarTrajectory | Mapping[str, PolarTrajectory]",
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    **line: Any,
 ) -> Axes:
     """Draw a trajectory in polar coordinates around its optimum (Park & Kim, 2022, Fig. 1b).
 
@@ -28,19 +33,24 @@ def polar_trajectory(
     to 180°.
 
     Args:
-        result: The trajectory.
+        result: The trajectory of one model, or of several by label.
         ax: Polar axes to draw on; fresh ones by default.
-        label: Name in the legend; its model family decides the colour.
+        label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.plot`.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: If `ax` is not polar.
+        TypeError: If `result` is no `PolarTrajectory`.
+        ValueError: If `ax` is not polar, `result` is an empty mapping, or a mapping comes with a
+            `label`.
     """
+    if isinstance(result, Mapping):
+        return style.draw_each(partial(polar_trajectory, **line), result, ax, label)
+    style.check_result(result, "PolarTrajectory")
     if ax is None:
-        ax = plt.subplots(subplot_kw={"projection": "polar"})[1]
+        ax = style.fresh_axes("polar")
     if not isinstance(ax, PolarAxes):
         raise ValueError("`ax` must be polar axes; make it with `projection='polar'`.")
     radius, angle = np.asarray(result.radius), known_angles(result)
@@ -49,7 +59,7 @@ def polar_trajectory(
         mark: dict[str, Any] = {"color": "k", "ls": "none", "clip_on": False, "zorder": 4}
         ax.plot(0, 1, "*", ms=6, label=r"$w_\mathrm{init}$", gid="w_init", **mark)
         ax.plot(0, 0, "s", ms=4, label=r"$w_\mathrm{opt}$", gid="w_opt", **mark)
-    ax.plot(angle, radius, **{"marker": "o", "ms": 2, **_labelled(label), **line})
+    ax.plot(angle, radius, **{"marker": "o", "ms": 2, **_labelled(ax, label), **line})
     widest, farthest = np.nanmax(angle, initial=0.0), np.nanmax(radius, initial=1.0)
     wide = bool(widest > np.pi / 2) or (not fresh and ax.get_thetamax() > 90)
     ax.set_thetalim(0, np.pi if wide else np.pi / 2)
@@ -60,7 +70,11 @@ def polar_trajectory(
 
 
 def trajectory(
-    result: "Trajectory", *, ax: Axes | None = None, label: str | None = None, **line: Any
+    result: "Trajectory | Mapping[str, Trajectory]",
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    **line: Any,
 ) -> Axes:
     """Draw a trajectory projected on two directions, from its star to its square.
 
@@ -68,29 +82,36 @@ def trajectory(
     the same directions.
 
     Args:
-        result: The trajectory, coordinates `(t, 2)`.
+        result: The trajectory of one model, coordinates `(t, 2)`, or of several by label.
         ax: Axes to draw on; fresh ones by default.
-        label: Name in the legend; its model family decides the colour.
+        label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.plot`.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: If the trajectory is not projected on exactly two directions.
+        TypeError: If `result` is no `Trajectory`.
+        ValueError: If the trajectory is not projected on exactly two directions, `result` is an
+            empty mapping, or a mapping comes with a `label`.
     """
+    if isinstance(result, Mapping):
+        return style.draw_each(partial(trajectory, **line), result, ax, label)
+    style.check_result(result, "Trajectory")
     coordinates = np.asarray(result.coordinates)
     if coordinates.ndim != 2 or coordinates.shape[1] != 2:
         raise ValueError(
             f"`result` must have coordinates of shape (t, 2), got {coordinates.shape}; project "
             "it on two directions."
         )
-    ax = ax if ax is not None else plt.subplots()[1]
-    (drawn,) = ax.plot(*coordinates.T, **{"marker": "o", "ms": 2, **_labelled(label), **line})
+    ax = ax if ax is not None else style.fresh_axes()
+    (drawn,) = ax.plot(*coordinates.T, **{"marker": "o", "ms": 2, **_labelled(ax, label), **line})
     color = drawn.get_color()
     ax.plot(*coordinates[0], "*", ms=6, color=color, mec="k", mew=0.4, gid="w_init", zorder=3)
     ax.plot(*coordinates[-1], "s", ms=4, color=color, mec="k", mew=0.4, gid="w_opt", zorder=3)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
+    if label is not None:
+        ax.legend(**style.OVER_DATA)
     return ax
 
 
@@ -117,5 +138,5 @@ def _label(ax: PolarAxes, wide: bool) -> None:
     ax.legend(**legend)
 
 
-def _labelled(label: str | None) -> dict[str, str]:
-    return {} if label is None else {**style.line_styles([label])[label], "label": label}
+def _labelled(ax: Axes, label: str | None) -> dict[str, Any]:
+    return {} if label is None else {**style.added_line(ax, label), "label": label}

@@ -87,7 +87,7 @@ def test_without_a_refused_step_none_is_in_the_legend():
 
 def test_at_the_width_of_a_column_nothing_overlaps():
     with mpl.rc_context(style.rc()):
-        figure, ax = plt.subplots(figsize=style.figure_size(1), layout="constrained")
+        figure, ax = plt.subplots(figsize=(style.COLUMN_WIDTH, 2), layout="constrained")
         build_up(table(), ax=ax)
         for (a, one), (b, other) in itertools.combinations(boxes(figure), 2):
             assert not one.overlaps(other), (a, b)

@@ -12,6 +12,7 @@ from matplotlib.text import Text
 
 from landscape.plot import feature_figures, features, interactive, style
 from tests.plot.feature_cases import fourier, lesions, resnet, similarity, variance, vit
+from tests.plot.test_robustness import curve
 
 SIDES = [32, *[32] * 3, *[16] * 4, *[8] * 6, *[4] * 3]
 
@@ -280,6 +281,30 @@ def test_texts_stay_on_the_page_and_apart_in_the_style(name):
         assert not a.overlaps(b), (first, second)
     assert {tuple(text.get_fontfamily()) for text in figure.findobj(Text)} == {("STIXGeneral",)}
     assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize(("panels", "models"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (2, 5)])
+def test_figure2_is_readable_with_one_to_five_models(panels, models):
+    names = ["ResNet-50", "ViT-Ti", "Swin-T", "ConvNeXt-T", "AlterNet-50"]
+    amplitudes = {name: fourier(vit(4)) for name in names[:panels]}
+    falling = [0.7 - 0.05 * i * np.arange(1, 10) / 10 for i in range(models)]
+    curves = {name: curve(values) for name, values in zip(names, falling, strict=False)}
+    figure = feature_figures.figure2(amplitudes, curves)
+    drawn = boxes(figure)  # a layout that does not fit warns
+    for text, box in drawn:
+        assert figure.bbox.padded(1).contains(box.x0, box.y0), text
+        assert figure.bbox.padded(1).contains(box.x1, box.y1), text
+    small = [(text, box.padded(-1)) for text, box in drawn]
+    for (first, a), (second, b) in itertools.combinations(small, 2):
+        assert not a.overlaps(b), (first, second)
+    shown, ax = figure.axes[:panels], figure.axes[-1]
+    assert [panel.get_title() for panel in shown] == names[:panels]
+    assert all(panel.bbox.width > 0.1 * figure.bbox.width for panel in shown)
+    assert ax.get_ylabel() == "Δ accuracy (percentage points)"
+    assert ax.bbox.width > (0.25 if models < 3 else 0.6) * figure.bbox.width
+    legend = ax.get_legend().get_window_extent()
+    tops = [ax.transData.transform(c.lines[0].get_xydata())[:, 1].max() for c in ax.containers]
+    assert legend.x0 > ax.bbox.x1 if models > 4 else legend.y0 > max(tops)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,26 @@ def test_limits_hold_every_eigenvalue_and_zero(half, log):
     assert ax.get_ylim()[1] > max(line.get_ydata().max() for line in by_gid(ax, "density"))
 
 
+@pytest.mark.parametrize("half", ["negative", "positive", "both"])
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("spread", [1.0, 0.02], ids=["tails", "narrow"])
+def test_no_density_is_cut_off(half, log, spread):
+    values = np.exp(spread * np.random.default_rng(0).standard_normal((20, 5)))
+    values[::3] *= -1
+    ax = plot.hessian_max_spectrum(
+        {"ResNet": max_spectrum(values), "ViT": max_spectrum(3 * values)}, half=half, log=log
+    )
+    low, high = ax.get_xlim()
+    curves = by_gid(ax, "density")
+    longest = max(np.abs(curve.get_xdata()).max() for curve in curves)
+    assert max(-low, high) < max(longest, 1.6 * 3 * np.abs(values).max())  # and no longer
+    assert len(curves) == (4 if half == "both" else 2)
+    for curve in curves:
+        grid, heights = curve.get_data()
+        inside = (low <= grid) & (grid <= high)
+        assert heights[~inside].max(initial=0) <= 0.01 * heights.max()
+
+
 def test_legend_gives_estimates_with_intervals_and_counts():
     result = max_spectrum(np.r_[[-4.0, -2.0], np.full(8, 20.0)][:, None])
     entries = {

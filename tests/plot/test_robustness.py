@@ -1,5 +1,4 @@
 import itertools
-from types import SimpleNamespace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -15,6 +14,7 @@ from landscape.plot.robustness import (
     reliability_diagram,
 )
 from landscape.probes.adversarial import AdversarialRobustness
+from landscape.probes.corruption import CorruptionRobustness
 from landscape.probes.evaluate import Evaluation
 from landscape.probes.frequency import RobustnessCurve
 from landscape.results import Provenance
@@ -96,17 +96,29 @@ NAMES = ("fog", "gaussian_noise", "jpeg_compression", "defocus_blur", "shot_nois
 def table(names=NAMES, severities=(1, 2, 3, 4, 5)):
     error = np.linspace(0.02, 0.98, len(names) * len(severities))
     error = error.reshape(len(names), len(severities))
-    return SimpleNamespace(
+    return CorruptionRobustness(
         corruptions=tuple(names),
         severities=severities,
         error=error,
         error_stderr=0.01 + 0.02 * error,
+        error_increase=error - 0.0832,
+        error_increase_stderr=0.02 * error,
         nll=3 * error,
         nll_stderr=0.1 * error,
+        nll_increase=3 * error - 0.3,
+        nll_increase_stderr=0.1 * error,
+        ece=0.1 * error,
         clean_error=0.0832,
+        clean_error_stderr=0.002,
         clean_nll=0.3,
+        clean_nll_stderr=0.01,
+        clean_ece=0.02,
         mean_corruption_error=0.4567,
         mean_corruption_error_stderr=0.0049,
+        profile="cifar",
+        seed=0,
+        relative=None,
+        provenance=Provenance(),
     )
 
 
@@ -151,7 +163,7 @@ def test_curves_are_percentage_points_with_two_paired_errors():
 def test_noise_that_differs_is_named_in_the_legend():
     ax = frequency_robustness({"weak": curve(norm=0.05), "strong": curve(norm=0.2)})
     labels = ax.get_legend_handles_labels()[1]
-    assert labels[1] == "strong: clean 78.0 %, noise RMS 0.2 of full scale, rings 0.1π wide"
+    assert labels[1] == "strong:\nclean 78.0 %, noise RMS 0.2 of full scale, rings 0.1π wide"
     assert notes(ax) == []
     assert frequency_robustness(curve()).get_legend_handles_labels()[1] == ["clean 78.0 %"]
 
@@ -173,7 +185,7 @@ def test_values_that_are_not_finite_are_counted_gaps(draw):
 @pytest.mark.parametrize("accuracy", [None, 0.78 + 0.05 * FREQUENCIES, 0 * FREQUENCIES])
 def test_legend_of_the_curves_lies_above_them(accuracy):
     with mpl.rc_context(style.rc()):
-        figure, ax = plt.subplots(figsize=style.figure_size(1), layout="constrained")
+        figure, ax = plt.subplots(figsize=(style.COLUMN_WIDTH, 2), layout="constrained")
         frequency_robustness({"ResNet": curve(accuracy), "ViT": curve(accuracy)}, ax=ax)
         figure.canvas.draw()
     floor = min(text.get_window_extent().y0 for text in ax.get_legend().get_texts())
@@ -184,7 +196,7 @@ def test_legend_of_the_curves_lies_above_them(accuracy):
 def test_legend_of_the_reliability_diagram_lies_above_an_accuracy_of_one():
     results = {"ResNet": evaluation(), "ViT": evaluation(samples=9)}
     with mpl.rc_context(style.rc()):
-        figure, ax = plt.subplots(figsize=style.figure_size(1), layout="constrained")
+        figure, ax = plt.subplots(figsize=(style.COLUMN_WIDTH, 2), layout="constrained")
         reliability_diagram(results, ax=ax)
         figure.canvas.draw()
     floor = min(text.get_window_extent().y0 for text in ax.get_legend().get_texts())
@@ -347,7 +359,9 @@ STATIC = {
 def test_texts_stay_on_the_page_and_apart_at_column_width(case):
     draw, data, aspect = STATIC[case]
     with mpl.rc_context(style.rc()):
-        figure, ax = plt.subplots(figsize=style.figure_size(1, aspect=aspect), layout="constrained")
+        figure, ax = plt.subplots(
+            figsize=(style.COLUMN_WIDTH, aspect * style.COLUMN_WIDTH), layout="constrained"
+        )
         assert draw(data, ax=ax) is ax
         FigureCanvasAgg(figure).draw()
         drawn = boxes(figure)
@@ -458,3 +472,38 @@ def test_a_legend_of_a_zoo_stands_beside_the_axes(draw, result):
     assert few.get_legend().get_window_extent().x1 <= few.bbox.x1
     heights = [np.ptp(each.get_ylim()) for each in (ax, few)]
     assert heights[0] <= heights[1]  # no room is left for what stands elsewhere
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+@pytest.mark.parametrize(
+    ("draw", "make"),
+    [
+        (frequency_robustness, lambda i: curve(norm=0.1 * (i + 1))),
+        (frequency_robustness, lambda i: curve()),
+        (adversarial_robustness, lambda i: attacked()),
+        (reliability_diagram, lambda i: evaluation(samples=100 + i)),
+    ],
+    ids=["frequency of many noises", "frequency", "attack", "reliability"],
+)
+def test_legends_of_long_names_stay_on_the_page_and_off_the_curves(draw, make, count):
+    names = [f"vit_base_patch16_clip_224.openai_ft_in12k_{i}" for i in range(count)]
+    ax = draw({name: make(i) for i, name in enumerate(names)})
+    ax.figure.canvas.draw()
+    legend, inside = ax.get_legend().get_window_extent(), count <= 4
+    room = ax.bbox if inside else ax.figure.bbox
+    assert room.x0 <= legend.x0 < legend.x1 <= room.x1
+    assert room.y0 <= legend.y0 < legend.y1 <= room.y1
+    assert ax.bbox.width > 0.4 * ax.figure.bbox.width
+    if inside and draw is not adversarial_robustness:  # has no room of its own
+        tops = [
+            ax.transData.transform(np.nan_to_num(c.lines[0].get_xydata())) for c in ax.containers
+        ]
+        assert max(top[:, 1].max() for top in tops) < legend.y0
+    shown = "".join(text.get_text() for text in ax.get_legend().get_texts()).replace("\n", "")
+    assert all(name in shown for name in names)
+
+
+def test_long_names_of_interactive_figures_are_in_one_line():
+    name = "vit_base_patch16_clip_224.openai_ft_in12k_in1k"
+    figure = interactive.reliability_diagram({name: evaluation()})
+    assert figure.data[0].name == f"{name}: ECE 8.7 ± 0.4 % (noise 1.2 %)"

@@ -97,13 +97,15 @@ def test_no_text_of_a_paper_figure_is_below_six_points():
     assert style.NOTE_SIZE >= 6
 
 
-@pytest.mark.parametrize(("columns", "width"), [(1, 3.25), (2, 5.5)])
-def test_figure_sizes_are_those_of_the_templates(columns, width):
-    assert style.figure_size(columns, aspect=0.5) == (width, width / 2)
-
-
-def test_figure_size_errors():
-    with pytest.raises(ValueError, match="`columns` must be 1 or 2, got 3"):
-        style.figure_size(3)
-    with pytest.raises(ValueError, match="`aspect` must be positive, got 0"):
-        style.figure_size(1, aspect=0)
+def test_entries_of_a_legend_are_lines_that_keep_every_letter():
+    name = "a" * 45
+    few = {"ViT": "one", "": "t" * 20, name: "NEP 1\nAPE 2", "ViT-Ti": "word " * 11 + "word"}
+    entries = style.wrapped_entries(few)
+    assert entries["ViT"] == "ViT: one"
+    assert entries[""] == "t" * 20
+    assert entries[name] == f"{'a' * 30}\n{'a' * 15}: NEP 1\nAPE 2"
+    assert entries["ViT-Ti"] == "ViT-Ti:\n" + "word " * 11 + "word"
+    assert style.lines_inside(entries) == 1 + 1 + 3 + 2
+    many = style.wrapped_entries({**few, " ": "a fifth entry"})
+    assert max(len(line) for entry in many.values() for line in entry.split("\n")) <= 40
+    assert style.lines_inside(many) == 0

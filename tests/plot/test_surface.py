@@ -240,6 +240,12 @@ def test_a_surface_of_one_row_is_refused_and_a_line_of_one_point_is_a_dot(kind):
     assert plot.loss_line(line([2])).lines[1].get_xydata().tolist() == [[-1, 2.5]]
 
 
+def test_3d_axes_are_refused_for_contours():
+    deep = mpl.figure.Figure().add_subplot(projection="3d")
+    with pytest.raises(ValueError, match="`ax` must be flat axes for `kind='contour'`, got 3D"):
+        plot.loss_surface(surface(), kind="contour", ax=deep)
+
+
 def test_flat_axes_are_refused_for_3d():
     with pytest.raises(ValueError, match="`ax` must be 3D axes"):
         plot.loss_surface(surface(), ax=mpl.figure.Figure().add_subplot())

@@ -22,6 +22,7 @@ from landscape.plot.robustness import (
     ece_entry,
     legend_entries,
     noise_of,
+    sample_size,
     wilson_interval,
 )
 
@@ -133,7 +134,7 @@ def reliability_diagram(results: "Evaluation | Mapping[str, Evaluation]") -> "Fi
     from plotly import graph_objects as go
 
     by_label = style.named(results)
-    common, labels = legend_entries(by_label, ece_entry, lambda result: f"n = {result.num_samples}")
+    common, labels = legend_entries(by_label, ece_entry, sample_size)
     figure = go.Figure()
     diagonal = {"color": "#737373", "dash": "dash", "width": 1}
     figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line=diagonal)

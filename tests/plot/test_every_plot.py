@@ -1,0 +1,99 @@
+"""What all plots of a result have in common: the axes that they make, and what they refuse."""
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+from landscape import plot
+from landscape.plot import corruption
+from tests.plot.cases import (
+    density,
+    full_spectrum,
+    line,
+    polar,
+    random_spectrum,
+    surface,
+    trajectory,
+)
+from tests.plot.feature_cases import fourier, lesions, resnet, similarity, variance, vit
+from tests.plot.test_build_up import table as build_up
+from tests.plot.test_figures import boxes
+from tests.plot.test_robustness import attacked, curve, evaluation
+from tests.plot.test_robustness import table as corruptions
+
+EVERY_CORRUPTION = [name for names in corruption.GROUPS.values() for name in names]
+DRAWN = {
+    "adversarial_robustness": lambda: plot.adversarial_robustness(attacked()),
+    "build_up": lambda: plot.build_up(build_up()),
+    "cka": lambda: plot.cka(similarity(vit())),
+    "corruption_robustness": lambda: plot.corruption_robustness(corruptions(EVERY_CORRUPTION)),
+    "feature_variance": lambda: plot.feature_variance(variance(vit()), label="ViT"),
+    "feature_variance log": lambda: plot.feature_variance(variance(vit(2), 1.2), log=True),
+    "fourier_amplitude": lambda: plot.fourier_amplitude(fourier(vit())),
+    "fourier_depth": lambda: plot.fourier_depth(fourier(resnet()), label="ResNet"),
+    "frequency_robustness": lambda: plot.frequency_robustness(curve()),
+    "hessian_max_spectrum": lambda: plot.hessian_max_spectrum(random_spectrum()),
+    "hessian_spectrum": lambda: plot.hessian_spectrum(full_spectrum()),
+    "lesion_study": lambda: plot.lesion_study(lesions(vit(), skipped="ab")),
+    "loss_line": lambda: plot.loss_line(line([3, np.inf, 1, 2, 4]), label="ViT"),
+    "loss_line log": lambda: plot.loss_line(line([0.3, 0.2, 0.1, 0.3], 0.02), log=True),
+    "loss_surface": lambda: plot.loss_surface(surface()),
+    "loss_surface contour": lambda: plot.loss_surface(surface(), kind="contour"),
+    "polar_trajectory": lambda: plot.polar_trajectory(polar(), label="ViT"),
+    "polar_trajectory wide": lambda: plot.polar_trajectory(polar(angle=(0, 1, 2.6, np.nan))),
+    "reliability_diagram": lambda: plot.reliability_diagram(evaluation()),
+    "run_columns": lambda: plot.run_columns({"ResNet": [1e-3, 2e-3], "ViT": [3e-3, 4e-3]}),
+    "run_curves": lambda: plot.run_curves([1, 2], np.array([[1e5, 2e5]] * 2), label="ViT"),
+    "spectral_density": lambda: plot.spectral_density(density()),
+    "trajectory": lambda: plot.trajectory(trajectory([(1, 2), (0, 0)]), label="ViT"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_no_text_leaves_the_page(name):
+    with mpl.rc_context(mpl.rcParamsDefault):
+        figure = DRAWN[name]().figure
+        drawn = boxes(figure)
+    assert len(drawn) > 3
+    for text, box in drawn:
+        assert figure.bbox.padded(1).contains(box.x0, box.y0), text
+        assert figure.bbox.padded(1).contains(box.x1, box.y1), text
+
+
+SEVERAL = {
+    "adversarial_robustness": "AdversarialRobustness",
+    "frequency_robustness": "RobustnessCurve",
+    "hessian_max_spectrum": "HessianMaxSpectrum",
+    "reliability_diagram": "Evaluation",
+}
+ONE = {
+    "block_diagram": "Architecture",
+    "build_up": "BuildUp",
+    "cka": "CKA",
+    "corruption_robustness": "CorruptionRobustness",
+    "feature_variance": "FeatureVariance",
+    "fourier_amplitude": "FourierAmplitude",
+    "fourier_depth": "FourierAmplitude",
+    "hessian_spectrum": "HessianSpectrum",
+    "lesion_study": "LesionStudy",
+    "loss_line": "LossLine",
+    "loss_surface": "LossSurface",
+    "polar_trajectory": "PolarTrajectory",
+    "spectral_density": "SpectralDensity",
+    "trajectory": "Trajectory",
+}
+
+
+@pytest.mark.parametrize("name", [*ONE, *SEVERAL])
+def test_other_results_are_refused_by_the_name_of_what_is_drawn(name):
+    kind = ONE.get(name) or SEVERAL[name]
+    argument, several = ("results", ".* mapping") if name in SEVERAL else ("result", "")
+    other = surface() if name == "build_up" else build_up()
+    for wrong in (other, [other], None):
+        found = type(wrong).__name__
+        with pytest.raises(
+            TypeError, match=f"`{argument}` must be a `{kind}`{several}.*, got {found}"
+        ):
+            getattr(plot, name)(wrong)
+    with pytest.raises(TypeError, match=f"must be a `{kind}`"):
+        getattr(plot, name)({"a": other})

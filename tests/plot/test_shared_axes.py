@@ -1,0 +1,114 @@
+"""Several models on the same axes: one call a model, or one call with a mapping."""
+
+import numpy as np
+import pytest
+from matplotlib.container import ErrorbarContainer
+
+from landscape import plot
+from tests.plot.cases import line, polar, trajectory
+from tests.plot.feature_cases import fourier, variance, vit
+
+CASES = {
+    "loss_line": (plot.loss_line, [line([3 + k, 1 + k, 2 + k]) for k in range(4)]),
+    "feature_variance": (plot.feature_variance, [variance(vit(3), 1 + 0.1 * k) for k in range(4)]),
+    "fourier_depth": (plot.fourier_depth, [fourier(vit(3 + k)) for k in range(4)]),
+    "trajectory": (plot.trajectory, [trajectory([(1, k), (0, 0)]) for k in range(4)]),
+    "polar_trajectory": (
+        plot.polar_trajectory,
+        [polar(angle=(0, 0.1 * k, 0.2 * k, np.nan)) for k in range(4)],
+    ),
+    "run_curves": (
+        lambda values, **keywords: plot.run_curves([0, 1], values, **keywords),
+        [np.array([[k, k + 1.0], [k, k + 2.0]]) for k in range(4)],
+    ),
+}
+MAPPED = [name for name in CASES if name != "run_curves"]
+FAMILIES = ("ViT", "ResNet", "Swin")
+
+
+def looks(ax):
+    """Colour and dashes of every curve in a legend, by label."""
+    found = {}
+    for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+        handle = handle.lines[0] if isinstance(handle, ErrorbarContainer) else handle
+        if hasattr(handle, "get_linestyle") and handle.get_linestyle() in ("-", "--", ":", "-."):
+            dashes = tuple(map(str, handle._unscaled_dash_pattern))
+            found[label] = (handle.get_color(), dashes)
+    return found
+
+
+def in_turn(name, labels):
+    draw, results = CASES[name]
+    ax = None
+    for result, label in zip(results, labels, strict=False):
+        ax = draw(result, ax=ax, label=label)
+    return ax
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [("a", "b", "c"), ("ViT-Ti", "ViT-S", "ViT-B"), ("a", "ResNet", "b", "resnet50")],
+    ids=["unknown", "family", "mixed"],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_models_drawn_one_after_the_other_are_told_apart(name, labels):
+    drawn = looks(in_turn(name, labels))
+    assert [label for label in drawn if label in labels] == list(labels)
+    assert len({drawn[label] for label in labels}) == len(labels)
+    for label in labels:
+        assert drawn[label][0] == (plot.style.family_color(label) or drawn[label][0])
+    known = {plot.style.family_color(family) for family in FAMILIES}
+    assert not known & {drawn[label][0] for label in labels if len(label) == 1}
+
+
+def test_marks_and_shades_of_a_legend_take_no_colour_of_a_model():
+    alone = plot.style.line_styles(["a", "b", "c"])
+    for name in ("fourier_depth", "polar_trajectory"):
+        drawn = looks(in_turn(name, alone))
+        assert [drawn[label][0] for label in alone] == [look["color"] for look in alone.values()]
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_labelled_curves_have_a_legend(name):
+    ax = in_turn(name, ("a", "b"))
+    assert {"a", "b"} <= {text.get_text() for text in ax.get_legend().get_texts()}
+
+
+def test_a_line_without_a_label_has_no_legend():
+    assert plot.loss_line(line([3, 2, 1])).get_legend() is None
+    assert plot.trajectory(trajectory([(1, 2), (0, 0)])).get_legend() is None
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_a_mapping_draws_what_one_call_a_model_does(name):
+    draw, results = CASES[name]
+    labels = ("a", "ViT", "b")
+    one = draw(dict(zip(labels, results, strict=False)), alpha=0.5)
+    several = in_turn(name, labels)
+    assert looks(one) == looks(several)
+    for drawn, expected in zip(one.lines, several.lines, strict=True):
+        np.testing.assert_array_equal(drawn.get_xydata(), expected.get_xydata())
+    assert [curve.get_alpha() for curve in one.lines if curve.get_alpha()] != []
+    assert draw(dict(zip(labels, results, strict=False)), ax=one) is one
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_an_empty_mapping_and_one_with_a_label_are_refused(name):
+    draw, results = CASES[name]
+    with pytest.raises(ValueError, match="`results` must hold at least one result"):
+        draw({})
+    with pytest.raises(ValueError, match="`label` must be None where results come with .*'x'"):
+        draw({"a": results[0]}, label="x")
+
+
+def test_the_scale_of_a_mapping_is_that_which_was_asked_for():
+    results = dict(enumerate_labels(CASES["feature_variance"][1]))
+    assert plot.feature_variance(results, log=True).get_yscale() == "log"
+    lines = dict(enumerate_labels(CASES["loss_line"][1]))
+    ax = plot.loss_line(lines, quantity="l2", log=True)
+    assert ax.get_yscale() == "log"
+    assert ax.get_ylabel() == "L2 term (nats)"
+
+
+def enumerate_labels(results):
+    return [(f"model {i}", result) for i, result in enumerate(results)]
