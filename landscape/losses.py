@@ -53,6 +53,12 @@ def compares_entries(loss: Any) -> bool:
     )
 
 
+def is_probability(targets: Tensor) -> Tensor:
+    """Whether all rows `(n, classes, …)` are probabilities up to rounding; a boolean scalar."""
+    off = (targets.sum(1, dtype=torch.float64) - 1).abs()
+    return (targets >= 0).all() & (off <= 1e-2).all()
+
+
 def for_loss(loss: Any, outputs: Tensor) -> Tensor:
     """Return outputs of half precision in float32, which `loss` then takes its mean in.
 

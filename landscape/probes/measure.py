@@ -13,7 +13,7 @@ from landscape.linalg.recording import Repeated
 from landscape.objective import FrozenObjective, as_logits
 from landscape.probes.batch_norm import recalibrated_buffers
 from landscape.probes.forward import Forward
-from landscape.probes.metrics import Accuracy, CalibrationError, LossError
+from landscape.probes.metrics import Accuracy, CalibrationError, LossError, check_classes
 from landscape.probes.weights import MovedWeights
 
 L2 = Literal["squared", "norms"]
@@ -60,6 +60,8 @@ class PointMeter:
         self.columns = ("nll", "nll_stderr", "l2", *metrics)
         self.passes = 2 if recalibrate else 1
         with torch.no_grad():
+            if metrics:
+                check_classes(frozen.batches)
             forward = Forward(frozen)
             weights = MovedWeights(self._start, vectors, channels_last=forward.channels_last)
         row = _Row(frozen, forward, weights, metrics, l2, recalibrate)

@@ -7,13 +7,14 @@ among its outputs makes every metric of the point NaN.
 import copy
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from landscape.batches import PreparedBatch
-from landscape.losses import counts_labels, for_loss, loss_settings, sample_weights
+from landscape.losses import counts_labels, for_loss, is_probability, loss_settings, sample_weights
 from landscape.probes.calibration import CalibrationBins, largest_probability
 
 
@@ -88,6 +89,25 @@ class CalibrationError:
     def result(self) -> Tensor:
         """Return the expected calibration error."""
         return self._bins.error()
+
+
+def check_classes(batches: Iterable[PreparedBatch]) -> None:
+    """Refuse floating targets that are no class probabilities.
+
+    Regression and several labels a sample are: what the largest entry is says nothing there.
+
+    Raises:
+        ValueError: If a row has one entry, a negative one, or a sum other than 1.
+    """
+    for batch in batches:
+        t = batch.targets
+        if t is None or not t.is_floating_point():
+            return
+        if t.dim() < 2 or t.shape[1] < 2 or not is_probability(t):
+            raise ValueError(
+                "`metrics` must be ('loss',) where the targets are no class labels, got floating "
+                f"targets {tuple(t.shape)} that are no probabilities of two or more classes."
+            )
 
 
 def hits(logits: Tensor, targets: Tensor | None, ignore: int) -> tuple[Tensor, Tensor]:

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from landscape.batches import Inputs, Placement, Transform, split_batch
-from landscape.losses import amount_averaged, is_classification, is_elementwise, loss_settings
+from landscape.losses import amount_averaged, is_classification, is_probability, loss_settings
 from landscape.objective import Loss, as_logits
 from landscape.restore import eval_mode
 from landscape.training.data import DeviceImages
 
 # Mean loss of a batch, the amount it is averaged over, correct and counted predictions: scalars.
 Tally = tuple[Tensor, Tensor, Tensor, Tensor]
-
-_ROUNDING = 1e-2  # of a sum of probabilities in half precision
 
 
 @dataclass(frozen=True)
@@ -268,7 +266,7 @@ def _correct(loss: Loss, logits: Tensor, targets: Tensor) -> tuple[Tensor | floa
     probabilities; so several labels a sample, or numbers to be fitted, are none.
     """
     no_classes = float("nan"), 1.0
-    if logits.ndim < 2 or logits.shape[1] < 2 or is_elementwise(loss):
+    if logits.ndim < 2 or logits.shape[1] < 2:
         return no_classes
     predicted = logits.argmax(1)
     if not targets.is_floating_point():
@@ -280,6 +278,5 @@ def _correct(loss: Loss, logits: Tensor, targets: Tensor) -> tuple[Tensor | floa
         return no_classes
     correct = (predicted == targets.argmax(1)).sum()
     if not is_classification(loss):
-        off = (targets.sum(1, dtype=torch.float64) - 1).abs()
-        correct = torch.where((targets >= 0).all() & (off < _ROUNDING).all(), correct, torch.nan)
+        correct = torch.where(is_probability(targets), correct, torch.nan)
     return correct, float(predicted.numel())

@@ -487,6 +487,33 @@ def test_fixed_statistics_stay_and_recalibrated_ones_are_those_of_training():
     assert again.provenance.num_forwards == 18
 
 
+@pytest.mark.parametrize(
+    ("classes", "loss", "targets"),
+    [
+        (1, nn.BCEWithLogitsLoss(), torch.ones(8, 1)),
+        (3, nn.BCEWithLogitsLoss(), torch.ones(8, 3).tril()),
+        (1, F.mse_loss, torch.randn(8, 1)),
+        (3, F.mse_loss, torch.randn(8, 3)),
+    ],
+    ids=["binary", "several labels", "regression", "several outputs"],
+)
+def test_accuracy_is_refused_where_the_targets_are_no_classes(classes, loss, targets):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, classes)).double()
+    data, objective = [(make_batches((8,))[0][0], targets)], Objective(loss=loss)
+    with pytest.raises(ValueError, match=r"`metrics` must be \('loss',\) where the targets are no"):
+        loss_line(model, data, points=3, objective=objective, metrics=("accuracy",))
+    line = loss_line(model, data, points=[0.0], objective=objective, metrics="loss")
+    assert line.nll[0] == pytest.approx(loss(model(data[0][0]), targets.double()).item())
+
+
+def test_a_regression_on_one_hot_targets_has_an_accuracy():
+    model, (x, y) = make_model("conv"), make_batches((9,))[0]
+    objective = Objective(loss=F.mse_loss)
+    line = loss_line(model, [(x, F.one_hot(y, 3).double())], points=[0.0], objective=objective)
+    model.eval()
+    assert line.accuracy[0] == np.mean(model(x).argmax(1).numpy() == y.numpy())
+
+
 def test_recalibration_needs_two_values_a_channel():
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"got 1 in '2'; choose a batch size that leaves no"):

@@ -114,7 +114,7 @@ def several(outputs, targets):
         (nn.BCEWithLogitsLoss(), torch.ones(8, 3).tril(), False),
         (nn.BCEWithLogitsLoss(), torch.eye(3)[torch.arange(8) % 3], True),
         (nn.MSELoss(), torch.ones(8, 1), False),
-        (F.mse_loss, torch.eye(3)[torch.arange(8) % 3], False),
+        (F.mse_loss, torch.eye(3)[torch.arange(8) % 3], True),
         (several, torch.arange(24.0).view(8, 3), False),
         (several, torch.tensor([[2.0, -1.0, 0.0]]).repeat(8, 1), False),
         (several, torch.arange(24).view(8, 3), False),
