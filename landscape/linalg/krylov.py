@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from landscape.linalg.gram_schmidt import CHUNK, inner, length, orthogonalise
 from landscape.linalg.operators import VectorSpace
 
 BEYOND_DOUBT = 1e60
@@ -135,11 +136,11 @@ class KrylovSpace:
         """
         self.read()
         v = vector.to(self._basis)
-        v = v / _norm(v)
+        v = v / length(v)
         v, coordinates = orthogonalise(v, self._basis[: self.size])
         chains, starts = self._pending.shape
         self._frontier.append(v)
-        self._alive.append(bool(_norm(v) > _NEGLIGIBLE))
+        self._alive.append(bool(length(v) > _NEGLIGIBLE))
         self._coupling = np.pad(self._coupling, ((0, 0), (0, 1)))
         self._starts = np.pad(self._starts, ((0, 0), (0, 1)))
         self._starts[: self.size, starts] = coordinates.double().cpu().numpy()
@@ -225,16 +226,16 @@ class KrylovSpace:
         """
         r = self._frontier[chain]
         m = self.size
-        norm = _norm(r)
+        norm = length(r)
         tiny = torch.finfo(r.dtype).tiny  # of a chain that has ended unread, nothing is left
         q: Tensor = torch.div(r, norm.clamp_min(tiny), out=self._basis[m])
         if chain != self._fresh or (self._reads == 1 and self._is_small(norm)):
             # What rounding left of the basis has grown with the steps since, or with 1 / norm,
             # which two passes of Gram-Schmidt allow for.
             rest, _ = orthogonalise(q, self._basis[:m], self._reads > 1)
-            torch.div(rest, _norm(rest).clamp_min(tiny), out=q)
+            torch.div(rest, length(rest).clamp_min(tiny), out=q)
         # Move the component along q from the frontier (R) to the basis (V).
-        shares = [norm if other == chain else _dot(f, q) for other, f in enumerate(self._frontier)]
+        shares = [norm if other == chain else inner(f, q) for other, f in enumerate(self._frontier)]
         for other, frontier in enumerate(self._frontier):
             if other != chain:
                 frontier.addcmul_(q, shares[other], value=-1)
@@ -251,7 +252,7 @@ class KrylovSpace:
         self.size = m = step.row + 1
         spent = self._frontier[step.chain]  # its direction is in the basis: memory to write to
         w, column = orthogonalise(product.to(self._basis), self._basis[:m], self._reads > 1, spent)
-        step.coefficients = torch.cat([step.shares, column, _norm(w)[None]])
+        step.coefficients = torch.cat([step.shares, column, length(w)[None]])
         self._frontier[step.chain] = w
         self._fresh = step.chain
         if len(self._unread) >= self._reads or self.full or len(self.alive) > 1:
@@ -352,7 +353,7 @@ class KrylovSpace:
         self._history = []
         small = ritz.coordinates[:, keep]
         rotation = torch.from_numpy(np.ascontiguousarray(small.T)).to(self._basis)
-        for columns in torch.split(self._basis, _CHUNK, dim=1):  # slices: in place
+        for columns in torch.split(self._basis, CHUNK, dim=1):  # slices: in place
             columns[:kept] = rotation @ columns[:m]
         coupling = small.T @ self._coupling[:m]
         starts = small.T @ self._starts[:m]
@@ -374,7 +375,7 @@ class KrylovSpace:
         r, count = self._frontier, len(self._frontier)
         upper = np.triu_indices(count)
         products = [
-            _norm(r[i]).double().square() if i == j else _dot(r[i], r[j]).double()
+            length(r[i]).double().square() if i == j else inner(r[i], r[j]).double()
             for i, j in zip(*upper, strict=True)
         ]
         gram = np.zeros((count, count))
@@ -400,92 +401,8 @@ class _Step:
     coefficients: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def orthogonalise(
-    w: Tensor, basis: Tensor, always_twice: bool = False, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Take from a vector its components along orthonormal ones.
-
-    Args:
-        w: Vector of shape `(dim,)`; not changed.
-        basis: Orthonormal vectors, one a row, shape `(m, dim)`.
-        always_twice: Make the second pass without a look at whether it is needed, for which the
-            host would have to wait for the device.
-        out: Like `w`; where the rest may be written.
-
-    Returns:
-        The rest of `w`, orthogonal to the basis to 1e-13 of its length (float32: 1e-5), and the
-        components, shape `(m,)`.
-    """
-    if _is_long(w):
-        return _orthogonalise_in_parts(w, basis, torch.empty_like(w) if out is None else out)
-    total = basis @ w
-    rest = torch.addmv(w, basis.T, total, alpha=-1, out=out)
-    # One pass leaves what the basis itself lacks of orthogonality times |total|, which is more than
-    # |rest| for a spectrum that is not centred on 0: it would grow from step to step.
-    left = basis @ rest
-    limit = _ORTHOGONAL if w.dtype == torch.float64 else _ORTHOGONAL_SINGLE
-    if always_twice or not left.norm() <= limit * rest.norm():
-        rest.addmv_(basis.T, left, alpha=-1)
-        total += left
-    return rest, total
-
-
-def _orthogonalise_in_parts(w: Tensor, basis: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Do what `orthogonalise` does in parts that stay in cache, with sums in float64.
-
-    What the first pass leaves along the basis is measured while a part is in cache.
-    """
-    columns = torch.split(basis, _CHUNK, dim=1)
-    parts = list(zip(columns, torch.split(w, _CHUNK), torch.split(rest, _CHUNK), strict=True))
-    total = torch.zeros(len(basis), dtype=torch.float64)
-    for rows, piece, _ in parts:
-        total += (rows @ piece).double()
-    left = torch.zeros_like(total)
-    for rows, piece, kept in parts:
-        torch.addmv(piece, rows.T, total.to(w), alpha=-1, out=kept)
-        left += rows @ kept
-    if left.norm() > _ORTHOGONAL_SINGLE * _norm(rest):
-        for rows, _, kept in parts:
-            kept.addmv_(rows.T, left.to(w), alpha=-1)
-        total += left
-    return rest, total
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return aᵀb; PyTorch's own loses three digits of 20 million numbers in float32 on a CPU."""
-    if not _is_long(a):
-        return a @ b
-    pieces = zip(torch.split(a, _CHUNK), torch.split(b, _CHUNK), strict=True)
-    total: Tensor = torch.stack([x @ y for x, y in pieces]).double().sum()
-    return total
-
-
-def _norm(v: Tensor) -> Tensor:
-    if v.is_cuda or v.dtype == torch.float64:
-        plain: Tensor = v.norm()
-        return plain
-    square = _dot(v, v)
-    if _SQUARES[0] < square < _SQUARES[1]:
-        return square.double().sqrt()
-    exact: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64)
-    return exact
-
-
-def are_long(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether sums over vectors want care, and passes over them go through memory."""
-    return device.type == "cpu" and dtype == torch.float32 and dim > _CHUNK
-
-
-def _is_long(v: Tensor) -> bool:
-    return are_long(len(v), v.dtype, v.device)
-
-
 _TINY = 1e-200
-_SQUARES = 1e-25, 1e35  # what a sum of squares in float32 tells without under- or overflow
 _CANCELLED = 1e-3  # of the scale of A
 _NEGLIGIBLE = 1e-10  # of a unit start vector: it lies in the space already
-_ORTHOGONAL = 1e-13  # a unit vector's component along the basis that does no harm ...
-_ORTHOGONAL_SINGLE = 1e-5  # ... to products in float32 (Simon, 1984: the root of ε would do)
 _OVERFLOWS = 1e100  # its square is a number, and so is what a product makes of it
 _SMALLER = 1e-60  # what is left, 1e40, has a square that is still beyond doubt
-_CHUNK = 1 << 18  # entries of each vector that are worked on at a time

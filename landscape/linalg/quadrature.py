@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from landscape._checks import check_at_least
-from landscape.linalg.krylov import orthogonalise
+from landscape.linalg.gram_schmidt import are_long, inner, length, orthogonalise
 from landscape.linalg.operators import SymmetricOperator
 from landscape.linalg.search import BASIS_BYTES, random_unit_vector
 from landscape.results import Provenance, Result
@@ -145,20 +145,22 @@ def lanczos_quadrature(
         ValueError: If a product is not finite.
     """
     num_steps = min(num_steps, operator.dim)
-    window = int(np.clip(basis_bytes // (8 * operator.dim), 2, num_steps))
-    basis = torch.zeros(window, operator.dim, dtype=torch.float64, device=operator.device)
+    long = are_long(operator.dim, operator.dtype, operator.device)
+    dtype = torch.float32 if long else torch.float64
+    window = int(np.clip(basis_bytes // (dtype.itemsize * operator.dim), 2, num_steps))
+    basis = torch.zeros(window, operator.dim, dtype=dtype, device=operator.device)
     diagonal: list[torch.Tensor] = []
     off: list[torch.Tensor] = []
-    q = start.double()
+    q = start.to(dtype)
     every = 1 if operator.device.type == "cpu" else _READS
     rounding = 10 * torch.finfo(operator.dtype).eps
     for step in range(num_steps):
         basis[step % window] = q
-        w = operator.matvec(q.to(operator.dtype)).double()
+        w = operator.matvec(q.to(operator.dtype)).to(dtype)
         tick()
-        diagonal.append(q @ w)
+        diagonal.append(inner(q, w).double())
         w, _ = orthogonalise(w, basis[: step + 1], every > 1)
-        off.append(w.norm())
+        off.append(length(w).double())
         q = w / off[-1].clamp_min(torch.finfo(w.dtype).tiny)
         if (step + 1) % every == 0 or step + 1 == num_steps:
             alpha, beta = torch.stack([torch.stack(diagonal), torch.stack(off)]).cpu().numpy()

@@ -9,7 +9,8 @@ import torch
 from landscape._checks import check_at_least, check_choice
 from landscape.linalg.certificate import OWN, chances, check_certify, watched
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, rank, select
-from landscape.linalg.krylov import KrylovSpace, RitzPairs, are_long
+from landscape.linalg.gram_schmidt import are_long
+from landscape.linalg.krylov import KrylovSpace, RitzPairs
 from landscape.linalg.operators import VectorSpace, generator_on
 
 Products = Generator[torch.Tensor, torch.Tensor, None]
