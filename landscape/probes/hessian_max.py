@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import nn
 
 from landscape._checks import check_at_least
@@ -61,9 +62,10 @@ class HessianMaxSpectrum(Result):
         residuals: ‖Hv − λv‖ of each, shape `(batches, k)`.
         converged: Whether each error estimate is at most `tol` · |λ|, shape `(batches, k)`.
         nep: Negative max eigenvalue proportion, ∫_{-∞}^0 p(λ)dλ, over all eigenvalues gathered.
-        nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high).
+        nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high); for fewer
+            than ten it is a rough one, for a single one NaN.
         ape: Average of the positive max eigenvalues, ∫_0^∞ λp(λ)dλ / ∫_0^∞ p(λ)dλ; NaN if none.
-        ape_interval: 95 % bootstrap interval of `ape` over mini-batches, (low, high).
+        ape_interval: That of `ape`.
         num_hvps: Mini-batch Hessian-vector products in all.
         provenance: Where it came from.
         errors: Estimates of the eigenvalues' errors (`Eigenpairs`), shape `(batches, k)`.
@@ -361,13 +363,23 @@ def _ape(eigenvalues: np.ndarray) -> float:
 def _bootstrap(
     eigenvalues: np.ndarray, count: int, generator: torch.Generator
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the 95 % percentile intervals of NEP and APE over resampled mini-batches."""
+    """Return 95 % intervals of NEP and APE over resampled mini-batches, NaN for a single one.
+
+    Percentiles of a bootstrap cover too little where there are few mini-batches: resamples spread
+    by √((n − 1)/n) of what they should, and a normal distribution's quantile stands where Student's
+    should. So the percentiles are those further out that a normal distribution has there
+    (Hesterberg, 2015, sec. 4.4, the expanded percentile interval).
+    """
     batches = len(eigenvalues)
+    if batches < 2:
+        return (float("nan"),) * 2, (float("nan"),) * 2
+    quantile = stats.t.ppf(0.975, batches - 1) * np.sqrt(batches / (batches - 1))
+    tail = 100 * stats.norm.cdf(-quantile)
     draws = torch.randint(
         batches, (count, batches), generator=generator, device=generator.device
     ).cpu()
     samples = [(_nep(eigenvalues[rows]), _ape(eigenvalues[rows])) for rows in draws.numpy()]
     with warnings.catch_warnings():  # no resample has a positive one: the interval is NaN
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
-        low, high = np.nanpercentile(np.array(samples), [2.5, 97.5], axis=0)
+        low, high = np.nanpercentile(np.array(samples), [tail, 100 - tail], axis=0)
     return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))

@@ -9,6 +9,7 @@ from torch import nn
 
 import landscape
 from landscape import Objective
+from landscape.intervals import mean_interval
 from landscape.models import create_model
 from landscape.training import load_images
 from tests import oracles
@@ -122,6 +123,21 @@ def test_max_spectrum_misses_no_eigenvalue_of_any_mini_batch(name):
     ):
         assert low <= value <= high
         assert low < high
+
+
+def test_intervals_over_few_mini_batches_are_wider_than_percentiles(generator):
+    """Of a normal mean, half the width is t · s / √n with s over n − 1."""
+    for count in (8, 200):
+        sharpness = torch.randn(count, generator=generator).double() + 20
+        data = [(s.sqrt().view(1, 1), torch.zeros(1, 1).double()) for s in sharpness]
+        objective = Objective(loss=lambda out, y: 0.5 * (out - y).square().mean())
+        result = landscape.hessian_max_spectrum(Scale(), data, objective=objective, k=1)
+        expected = mean_interval(sharpness)
+        assert result.ape == pytest.approx(expected[0], rel=1e-9)
+        half = (result.ape_interval[1] - result.ape_interval[0]) / 2
+        assert half == pytest.approx((expected[2] - expected[1]) / 2, rel=0.15)
+    alone = landscape.hessian_max_spectrum(Scale(), data[:1], objective=objective, k=1)
+    assert np.isnan([*alone.nep_interval, *alone.ape_interval]).all()
 
 
 def test_max_spectrum_at_a_zero_head_has_multiple_eigenvalues():
