@@ -10,7 +10,7 @@ from landscape.plot import style
 if TYPE_CHECKING:
     from landscape.training.build_up_table import BuildUp
 
-_LABELS = {"accuracy": "Validation accuracy (%)", "nll": "Validation NLL (nats)"}
+SCORE_LABELS = {"accuracy": "Validation accuracy (%)", "nll": "Validation NLL (nats)"}
 
 
 def build_up(result: "BuildUp", *, ax: Axes | None = None, **line: Any) -> Axes:
@@ -50,7 +50,7 @@ def build_up(result: "BuildUp", *, ax: Axes | None = None, **line: Any) -> Axes:
         bars: dict[str, Any] = {"fmt": "none", "ecolor": shade, "elinewidth": 0.6, "zorder": 1}
         ax.errorbar(step[chosen], value[chosen], yerr=error[chosen], **bars)
     ax.set_xticks(step, labels=["\n".join(map(str, reversed(row))) for row in result.msas.tolist()])
-    ax.set(xlim=(-0.5, len(step) - 0.5), ylabel=_LABELS[result.criterion])
+    ax.set(xlim=(-0.5, len(step) - 0.5), ylabel=SCORE_LABELS[result.criterion])
     ax.set_xlabel("MSAs per stage, the last stage on top")
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.16 * (high - low))  # room for the legend above every bar

@@ -190,7 +190,7 @@ def spectral_density(result: "SpectralDensity", *, ax: Axes | None = None, **lin
     ax = ax if ax is not None else style.fresh_axes()
     label = rf"density, $\sigma$ = {_number(result.sigma)}"
     (drawn,) = ax.plot(result.grid, result.values, **{"label": label, **line})
-    floor = 0.1 / (result.dim * result.sigma * np.sqrt(2 * np.pi))
+    floor = density_floor(result)
     low = np.maximum(result.values - 2 * result.values_stderr, floor)
     high = np.maximum(result.values + 2 * result.values_stderr, floor)
     ax.fill_between(result.grid, low, high, color=drawn.get_color(), alpha=0.25, lw=0)
@@ -198,6 +198,11 @@ def spectral_density(result: "SpectralDensity", *, ax: Axes | None = None, **lin
     ax.set_ylim(floor, 3 * max(float(np.max(high)), floor))
     ax.set(xlabel=LABEL, ylabel="Density (1/nats)")
     return ax
+
+
+def density_floor(result: "SpectralDensity") -> float:
+    """Return a tenth of the peak that a single eigenvalue makes, mass 1/dim smoothed by σ."""
+    return float(0.1 / (result.dim * result.sigma * np.sqrt(2 * np.pi)))
 
 
 def hessian_spectrum(result: "HessianSpectrum", *, ax: Axes | None = None, **line: Any) -> Axes:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from landscape.plot import style
+from landscape.plot import interactive, style
 from landscape.plot.build_up import build_up
 from landscape.results import Provenance
 from landscape.training import BuildUp
@@ -95,3 +95,17 @@ def test_at_the_width_of_a_column_nothing_overlaps():
         for bars in ax.collections:
             for low, high in bars.get_segments():
                 assert not legend.contains(*ax.transData.transform(high)), low
+
+
+@pytest.mark.parametrize("criterion", ["accuracy", "nll"])
+def test_the_interactive_table_tells_the_msas_of_each_network(criterion):
+    result = table(criterion)
+    value = 100 * result.accuracy if criterion == "accuracy" else result.nll
+    error = 200 * result.accuracy_stderr if criterion == "accuracy" else 2 * result.nll_stderr
+    kept, refused = interactive.build_up(result).data
+    for trace, chosen in ((kept, result.kept), (refused, ~result.kept)):
+        np.testing.assert_array_equal(trace.x, np.flatnonzero(chosen))
+        np.testing.assert_allclose(trace.y, value[chosen])
+        np.testing.assert_allclose(trace.error_y.array, error[chosen])
+    assert refused.customdata[0] == "0, 0, 0, 2"
+    assert kept.line.color == style.family_color("alternet")

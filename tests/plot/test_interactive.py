@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 
 from landscape import plot
-from tests.plot.cases import max_spectrum, polar, random_spectrum, surface
+from tests.plot.cases import (
+    density,
+    full_spectrum,
+    line,
+    max_spectrum,
+    polar,
+    random_spectrum,
+    surface,
+    trajectory,
+)
 
 
 def test_surfaces_are_the_results_with_gaps_and_a_common_scale():
@@ -84,6 +93,66 @@ def test_spectra_have_halves_apart_and_every_eigenvalue(log):
 def test_a_spectrum_without_negative_eigenvalues_is_drawn():
     figure = plot.interactive.hessian_max_spectrum(max_spectrum([[2.0], [3.0]]))
     assert [len(trace.x) for trace in figure.data] == [0, 0, 0, 2]
+
+
+def test_lines_have_bands_and_gaps():
+    results = {"ResNet": line([3.0, 2.0, 2.5]), "ViT": line([2.0, np.inf, 1.0])}
+    figure = plot.interactive.loss_line(results)
+    curves = [trace for trace in figure.data if trace.fill is None]
+    for curve, (name, result) in zip(curves, results.items(), strict=True):
+        finite = np.where(np.isfinite(result.loss), result.loss, np.nan)
+        np.testing.assert_array_equal(curve.y, finite)
+        np.testing.assert_array_equal(curve.x, result.x)
+        assert (curve.name, curve.line.color) == (name, plot.style.family_color(name))
+    bands = [trace for trace in figure.data if trace.fill == "toself"]
+    assert [len(band.x) for band in bands] == [6, 2, 2]  # in pieces around the gap
+    np.testing.assert_allclose(bands[0].y, [3.7, 2.7, 3.2, 2.8, 2.3, 3.3])
+    assert figure.layout.yaxis.title.text == "Loss: NLL + L2 (nats)"
+    assert plot.interactive.loss_line(results, log=True).layout.yaxis.type == "log"
+    accuracy = plot.interactive.loss_line(results["ViT"], quantity="l2")
+    assert [trace.fill for trace in accuracy.data] == [None]
+
+
+def test_trajectories_go_from_star_to_square():
+    (trace,) = plot.interactive.trajectory(trajectory([[0, 1], [1, 1], [2, 0.5]])).data
+    assert (tuple(trace.x), tuple(trace.y)) == ((0, 1, 2), (1, 1, 0.5))
+    assert trace.marker.symbol == ("star", "circle", "square")
+    assert tuple(trace.customdata) == (0, 1, 2)
+    with pytest.raises(ValueError, match=r"shape \(t, 2\), got \(2, 3\)"):
+        plot.interactive.trajectory(trajectory(np.zeros((2, 3))))
+
+
+def test_densities_are_those_of_the_result_above_what_one_eigenvalue_makes():
+    result = density()
+    band, curve = plot.interactive.spectral_density({"ViT": result}).data
+    np.testing.assert_array_equal(curve.y, result.values)
+    np.testing.assert_array_equal(curve.x, result.grid)
+    floor = 0.1 / (result.dim * result.sigma * np.sqrt(2 * np.pi))
+    assert min(band.y) == pytest.approx(floor)
+    assert curve.name == "ViT, σ = 0.3"
+
+
+@pytest.mark.parametrize("with_density", [True, False])
+def test_edges_show_eigenvalues_with_residuals_hollow_where_not_converged(with_density):
+    result = full_spectrum(with_density)
+    figure = plot.interactive.hessian_spectrum(result)
+    largest, smallest = figure.data[-2:]
+    assert len(figure.data) == 2 + 2 * with_density
+    np.testing.assert_array_equal(largest.x, result.largest.values)
+    np.testing.assert_array_equal(largest.error_x.array, result.largest.residuals)
+    np.testing.assert_array_equal(np.array(smallest.customdata)[:, 1], result.smallest.errors)
+    assert largest.marker.symbol == ("triangle-up", "triangle-up")
+    assert smallest.marker.symbol == ("triangle-down", "triangle-down-open")
+    assert figure.layout.title.text == "trace 20 ± 1.5"
+    both = plot.interactive.hessian_spectrum({"ResNet": result, "ViT": result})
+    assert both.layout.title.text == "ResNet: trace 20 ± 1.5; ViT: trace 20 ± 1.5"
+
+
+def test_every_result_with_axes_of_its_own_has_an_interactive_figure():
+    static = {"block_diagram"}  # of structure: there is nothing to read off
+    assert set(plot.__all__[: plot.__all__.index("run_columns")]) - static == set(
+        plot.interactive.__all__
+    )
 
 
 def test_pages_are_small_and_load_plotly_from_the_network_address_only(tmp_path):

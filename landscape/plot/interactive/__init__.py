@@ -3,6 +3,13 @@
 Write one with `figure.write_html(path, include_plotlyjs="cdn")`.
 """
 
+from landscape.plot.interactive.curves import (
+    build_up,
+    hessian_spectrum,
+    loss_line,
+    spectral_density,
+    trajectory,
+)
 from landscape.plot.interactive.features import (
     cka,
     feature_variance,
@@ -20,9 +27,14 @@ from landscape.plot.interactive.robustness import (
 
 __all__ = [
     # surfaces, trajectories, spectra
+    "build_up",
     "hessian_max_spectrum",
+    "hessian_spectrum",
+    "loss_line",
     "loss_surface",
     "polar_trajectory",
+    "spectral_density",
+    "trajectory",
     # representations
     "cka",
     "feature_variance",

@@ -1,0 +1,291 @@
+"""Lines, projected trajectories, spectra and tables of a build-up as plotly figures."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.colors import to_hex, to_rgb
+
+from landscape.plot import style
+from landscape.plot.build_up import SCORE_LABELS
+from landscape.plot.hessian import density_floor
+from landscape.plot.interactive.look import LOOK, plotly_line
+from landscape.plot.scale import LABELS, Quantity, finite_values
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from landscape.linalg.quadrature import SpectralDensity
+    from landscape.probes.hessian import HessianSpectrum
+    from landscape.probes.surface import LossLine
+    from landscape.probes.trajectory import Trajectory
+    from landscape.training.build_up_table import BuildUp
+
+
+def loss_line(
+    results: "LossLine | Mapping[str, LossLine]", *, quantity: Quantity = "loss", log: bool = False
+) -> "Figure":
+    """Draw a quantity along one direction, with a band of two standard errors each side.
+
+    Hovering shows the coordinate and the value. Points that are not finite break the line.
+
+    Args:
+        results: One line, or several by label.
+        quantity: What to draw.
+        log: Logarithmic height.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        TypeError: If a result is of another kind.
+        ValueError: If `quantity` was not evaluated, `log` meets values that are not positive, or
+            `results` is empty.
+    """
+    from plotly import graph_objects as go
+
+    named = style.named(results, "LossLine")
+    styles = style.line_styles(named)
+    figure = go.Figure()
+    for name, result in named.items():
+        values = finite_values(result, quantity, log=log).filled(np.nan)
+        if quantity in {"loss", "nll"}:
+            error = 2 * np.where(np.isfinite(result.nll_stderr), result.nll_stderr, 0.0)
+            _add_band(figure, result.x, values - error, values + error, styles[name], name)
+        figure.add_trace(
+            go.Scatter(
+                x=result.x,
+                y=values,
+                name=name,
+                legendgroup=name,
+                mode="lines+markers",
+                marker={"size": 4},
+                line=plotly_line(styles[name]),
+                hovertemplate=f"a = %{{x:.3g}}<br>{quantity} = %{{y:.4g}}",
+            )
+        )
+    figure.update_xaxes(title_text="a")
+    figure.update_yaxes(title_text=LABELS[quantity], type="log" if log else "linear")
+    figure.update_layout(**LOOK)
+    return figure
+
+
+def trajectory(results: "Trajectory | Mapping[str, Trajectory]") -> "Figure":
+    """Draw trajectories projected on two directions; hovering shows the step.
+
+    Args:
+        results: One trajectory, coordinates `(t, 2)`, or several by label.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        TypeError: If a result is of another kind.
+        ValueError: If one is not projected on exactly two directions, or `results` is empty.
+    """
+    from plotly import graph_objects as go
+
+    named = style.named(results, "Trajectory")
+    styles = style.line_styles(named)
+    figure = go.Figure()
+    for name, result in named.items():
+        coordinates = np.asarray(result.coordinates)
+        if coordinates.ndim != 2 or coordinates.shape[1] != 2:
+            raise ValueError(
+                f"`results` must have coordinates of shape (t, 2), got {coordinates.shape}; "
+                "project on two directions."
+            )
+        ends = ["star", *["circle"] * (len(coordinates) - 2), "square"][-len(coordinates) :]
+        figure.add_trace(
+            go.Scatter(
+                x=coordinates[:, 0],
+                y=coordinates[:, 1],
+                customdata=result.steps,
+                name=name,
+                mode="lines+markers",
+                marker={"symbol": ends, "size": 8},
+                line=plotly_line(styles[name]),
+                hovertemplate="step %{customdata}<br>a = %{x:.3g}<br>b = %{y:.3g}",
+            )
+        )
+    figure.update_xaxes(title_text="a")
+    figure.update_yaxes(title_text="b")
+    figure.update_layout(**LOOK)
+    return figure
+
+
+def spectral_density(results: "SpectralDensity | Mapping[str, SpectralDensity]") -> "Figure":
+    """Draw eigen-densities on a logarithmic scale, with bands of two standard errors each side.
+
+    Args:
+        results: One density, or several by label.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        TypeError: If a result is of another kind.
+        ValueError: If `results` is empty.
+    """
+    from plotly import graph_objects as go
+
+    named = style.named(results, "SpectralDensity")
+    styles = style.line_styles(named)
+    figure = go.Figure()
+    lowest, highest = np.inf, 0.0
+    for name, result in named.items():
+        floor = density_floor(result)
+        low = np.maximum(result.values - 2 * result.values_stderr, floor)
+        high = np.maximum(result.values + 2 * result.values_stderr, floor)
+        lowest, highest = min(lowest, floor), max(highest, float(high.max()))
+        _add_band(figure, result.grid, low, high, styles[name], name)
+        figure.add_trace(
+            go.Scatter(
+                x=result.grid,
+                y=result.values,
+                name=f"{name}, σ = {result.sigma:.3g}".removeprefix(", "),
+                legendgroup=name,
+                mode="lines",
+                line=plotly_line(styles[name]),
+                hovertemplate="λ = %{x:.4g}<br>density %{y:.3g}",
+            )
+        )
+    figure.update_xaxes(title_text="Hessian eigenvalue λ")
+    span = np.log10([lowest, 3 * max(highest, lowest)]).tolist()
+    figure.update_yaxes(title_text="Density (1/nats)", type="log", range=span)
+    figure.update_layout(**LOOK)
+    return figure
+
+
+def hessian_spectrum(results: "HessianSpectrum | Mapping[str, HessianSpectrum]") -> "Figure":
+    """Draw eigen-densities with the eigenvalues at their edges; hovering shows each and its error.
+
+    Triangles up are the largest eigenvalues, triangles down the smallest; hollow where one has not
+    converged.
+
+    Args:
+        results: One spectrum, or several by label; without a density the edges are drawn alone.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        TypeError: If a result is of another kind.
+        ValueError: If `results` is empty.
+    """
+    from plotly import graph_objects as go
+
+    named = style.named(results, "HessianSpectrum")
+    styles = style.line_styles(named)
+    densities = {n: r.density for n, r in named.items() if r.density is not None}
+    figure = spectral_density(densities) if densities else go.Figure(layout=LOOK)
+    span = figure.layout.yaxis.range
+    for row, (name, result) in enumerate(named.items()):
+        height = 0.05 * (row + 1)
+        if span is not None:
+            height = 10 ** (span[0] + height * (span[1] - span[0]))
+        for pairs, side, symbol in (
+            (result.largest, "largest", "triangle-up"),
+            (result.smallest, "smallest", "triangle-down"),
+        ):
+            hollow = ["" if converged else "-open" for converged in pairs.converged]
+            figure.add_trace(
+                go.Scatter(
+                    x=pairs.values,
+                    y=np.full(len(pairs.values), height),
+                    error_x={"array": pairs.residuals, "thickness": 1},
+                    customdata=np.stack([pairs.residuals, pairs.errors], axis=-1),
+                    name=f"{name}, {side}".removeprefix(", "),
+                    legendgroup=name,
+                    mode="markers",
+                    marker={
+                        "symbol": [symbol + each for each in hollow],
+                        "color": styles[name]["color"],
+                        "size": 9,
+                    },
+                    hovertemplate="λ = %{x:.6g} ± %{customdata[1]:.1g}"
+                    "<br>residual %{customdata[0]:.1g}",
+                )
+            )
+    traces = [f"{r.trace:.4g} ± {r.trace_stderr:.2g}" for r in named.values()]
+    labelled = [f"{n}: trace {t}".removeprefix(": ") for n, t in zip(named, traces, strict=True)]
+    figure.update_layout(title="; ".join(labelled))
+    figure.update_xaxes(title_text="Hessian eigenvalue λ")
+    if span is None:
+        figure.update_yaxes(visible=False, range=[0, 1])
+    return figure
+
+
+def build_up(result: "BuildUp") -> "Figure":
+    """Draw the validation score of every network that was tried; hovering shows its MSAs.
+
+    Args:
+        result: The table.
+
+    Returns:
+        The plotly figure; bars are two standard errors each side.
+
+    Raises:
+        TypeError: If `result` is no `BuildUp`.
+    """
+    from plotly import graph_objects as go
+
+    style.check_result(result, "BuildUp")
+    accuracy = result.criterion == "accuracy"
+    value = 100 * result.accuracy if accuracy else result.nll
+    error = 200 * result.accuracy_stderr if accuracy else 2 * result.nll_stderr
+    steps = np.arange(len(value))
+    figure = go.Figure()
+    for chosen, name, mode, color, symbol in (
+        (result.kept, "kept", "lines+markers", style.family_color("alternet"), "circle"),
+        (~result.kept, "refused", "markers", to_hex(style.MUTED), "circle-open"),
+    ):
+        figure.add_trace(
+            go.Scatter(
+                x=steps[chosen],
+                y=value[chosen],
+                error_y={"array": error[chosen]},
+                customdata=[", ".join(map(str, row)) for row in result.msas[chosen].tolist()],
+                name=name,
+                mode=mode,
+                marker={"symbol": symbol, "size": 8},
+                line={"color": color},
+                hovertemplate="MSAs per stage: %{customdata}<br>%{y:.4g}",
+            )
+        )
+    figure.update_xaxes(title_text="Network")
+    figure.update_yaxes(title_text=SCORE_LABELS[result.criterion])
+    figure.update_layout(**LOOK)
+    return figure
+
+
+def _add_band(
+    figure: "Figure",
+    x: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    line: dict[str, Any],
+    name: str,
+) -> None:
+    """Shade what lies between two curves, in pieces where these are finite."""
+    from plotly import graph_objects as go
+
+    red, green, blue = (round(255 * part) for part in to_rgb(line["color"]))
+    finite = np.isfinite(low) & np.isfinite(high)
+    starts = np.flatnonzero(finite & ~np.append(False, finite[:-1]))
+    stops = np.flatnonzero(finite & ~np.append(finite[1:], False)) + 1
+    for start, stop in zip(starts, stops, strict=True):
+        piece = slice(start, stop)
+        figure.add_trace(
+            go.Scatter(
+                x=np.concatenate([x[piece], x[piece][::-1]]),
+                y=np.concatenate([high[piece], low[piece][::-1]]),
+                fill="toself",
+                fillcolor=f"rgba({red}, {green}, {blue}, 0.2)",
+                line={"width": 0},
+                mode="lines",
+                legendgroup=name,
+                showlegend=False,
+                hoverinfo="skip",
+            )
+        )
