@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import nn
 
 from landscape._checks import check_at_least
@@ -370,6 +369,8 @@ def _bootstrap(
     should. So the percentiles are those further out that a normal distribution has there
     (Hesterberg, 2015, sec. 4.4, the expanded percentile interval).
     """
+    from scipy import stats  # slow to import
+
     batches = len(eigenvalues)
     if batches < 2:
         return (float("nan"),) * 2, (float("nan"),) * 2
