@@ -7,7 +7,6 @@ shuffling loader).
 """
 
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_data
-from landscape.restore import global_streams
+from landscape._streams import OwnStreams
 
 Inputs = Tensor | Mapping[str, Any]
 Transform = Callable[[Any, Any, torch.Generator], tuple[Any, Any]]
@@ -57,40 +56,16 @@ def one_pass(data: Iterable[Any]) -> Iterator[Any]:
     Args:
         data: Any iterable.
     """
-    with global_streams:
-        outside = _streams()
-        torch.default_generator.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002, the global stream is what data draw from
-        random.seed(0)
-        inside = _streams()
-        _set_streams(outside)
+    streams = OwnStreams()
     batches: Iterator[Any] | None = None
     while True:
-        with global_streams:
-            outside = _streams()
-            _set_streams(inside)
+        with streams.entered():
+            batches = iter(data) if batches is None else batches
             try:
-                batches = iter(data) if batches is None else batches
                 raw = next(batches)
             except StopIteration:
                 return
-            finally:
-                inside = _streams()
-                _set_streams(outside)
         yield raw
-
-
-_Streams = tuple[Tensor, Any, Any]
-
-
-def _streams() -> _Streams:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-
-
-def _set_streams(states: _Streams) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-    random.setstate(states[2])
 
 
 class FrozenBatches:
@@ -196,8 +171,11 @@ class FrozenBatches:
             drawn = self._prepare(raw, index)
             count += 1
             known = self._prints[index : index + 1]
-            if not known or not torch.allclose(
-                _fingerprint(drawn), known[0], rtol=0, atol=0, equal_nan=True
+            found = _fingerprint(drawn)
+            if (
+                not known
+                or found.shape != known[0].shape
+                or not torch.allclose(found, known[0], rtol=0, atol=0, equal_nan=True)
             ):
                 raise ValueError(_CHANGED.format(index))
             yield drawn

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_materialised
-
-global_streams = threading.RLock()
-"""Held by who sets the global random streams; the lock of a model (`exclusive`) is taken first."""
+from landscape._streams import OwnStreams
 
 Cache = tuple[nn.Module, str]
 """A module, and the name of an attribute of it."""
@@ -197,15 +195,19 @@ def own_randomness(model: nn.Module) -> Iterator[None]:
     """Let a model that is random in evaluation mode draw from a fixed seed.
 
     Functional dropout is, for example. The global streams of the CPU and of the model's devices are
-    put back afterwards; meanwhile other threads that want the same wait.
+    put back afterwards.
     """
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    with global_streams, torch.random.fork_rng(devices=list(devices)):
-        torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed other devices too
+    states = {device: torch.cuda.get_rng_state(device) for device in devices}
+    try:
         for device in devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(0)
-        yield
+        with OwnStreams().entered():
+            yield
+    finally:
+        for device, state in states.items():
+            torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager

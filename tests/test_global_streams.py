@@ -1,6 +1,8 @@
 """Probes neither move the global random streams nor depend on them."""
 
+import queue
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -104,6 +106,27 @@ def test_a_pass_lets_the_caller_draw_between_batches():
     for _ in one_pass(loader):
         break
     assert global_numbers() == expected[0]
+
+
+def test_data_made_in_a_thread_that_probes_too():
+    teacher, student = Residual(), Residual()
+    batch = (torch.rand(6, 3, 4, 4), torch.arange(6) % 3)
+
+    class Prefetched:
+        def __iter__(self):
+            made = queue.Queue(1)
+
+            def make():
+                for _ in range(3):
+                    landscape.evaluate(teacher, [batch])
+                    made.put(batch)
+
+            threading.Thread(target=make, daemon=True).start()
+            return (made.get(timeout=20) for _ in range(3))
+
+    state = torch.get_rng_state()
+    assert landscape.evaluate(student, Prefetched()).num_samples == 18
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_exception_in_the_data_leaves_them():

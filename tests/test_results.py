@@ -55,6 +55,8 @@ def test_results_compare_and_hash_by_what_they_hold(tmp_path):
     again = Nested.load(result.save(tmp_path / "a.npz"))
     assert again == result == pickle.loads(pickle.dumps(result))
     assert len({result, again}) == 1
+    zeros = (replace(result, number=0.0), replace(result, number=-0.0))
+    assert len(set(zeros)) == 1
     others = (
         replace(result, number=1.0),
         replace(result, interval=(0.5, 0.0)),

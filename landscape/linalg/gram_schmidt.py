@@ -32,7 +32,7 @@ def orthogonalise(
     # |rest| for a spectrum that is not centred on 0: it would grow from step to step.
     left = basis @ rest
     limit = _ORTHOGONAL if w.dtype == torch.float64 else _ORTHOGONAL_SINGLE
-    if always_twice or not left.norm() <= limit * rest.norm():
+    if always_twice or not length(left) <= limit * length(rest):
         rest.addmv_(basis.T, left, alpha=-1)
         total += left
     return rest, total
@@ -52,7 +52,7 @@ def _orthogonalise_in_parts(w: Tensor, basis: Tensor, rest: Tensor) -> tuple[Ten
     for rows, piece, kept in parts:
         torch.addmv(piece, rows.T, total.to(w), alpha=-1, out=kept)
         left += rows @ kept
-    if left.norm() > _ORTHOGONAL_SINGLE * length(rest):
+    if not left.norm() <= _ORTHOGONAL_SINGLE * length(rest):
         for rows, _, kept in parts:
             kept.addmv_(rows.T, left.to(w), alpha=-1)
         total += left

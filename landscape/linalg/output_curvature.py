@@ -38,6 +38,7 @@ class _OutputCurvature(CurvatureOperator):
                     continue
                 for column in range(vectors.shape[1]):
                     out[:, column].add_(product(vectors[:, column]), alpha=batch.weight)
+                del product  # and its graph, before the next is made
         return out
 
     def _multiplication(self, batch: PreparedBatch) -> Callable[[Tensor], Tensor] | None:
@@ -79,7 +80,8 @@ class _OutputCurvature(CurvatureOperator):
     def _shares(self, batch: PreparedBatch) -> Tensor:
         """Return a_n over its sum in the batch, shape `(n,)`."""
         if batch.targets is None:
-            return torch.full((batch.size,), 1 / batch.size, device=self.device)
+            shares = torch.ones(batch.size, dtype=self.dtype, device=self.device)
+            return shares / batch.size
         a = sample_weights(self.frozen.objective.loss, batch.targets)
         return (a / a.sum()).to(self.dtype)
 
@@ -184,6 +186,8 @@ class EmpiricalFisherOperator(_OutputCurvature):
         each: Tensor
         try:
             each = vmap(one)(*pairs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # a loss that selects by its targets, for example
             each = torch.stack(list(map(one, *pairs)))
         return each

@@ -302,7 +302,9 @@ class EigenSearch:
         eps = torch.finfo(self._vectors.dtype).eps
         floor = 10 * eps * np.abs(self._ritz.values).max(initial=0.0)
         if not self._rough:
-            floor = max(floor, 2 * self.space.asymmetry)
+            # Zeros of a low-rank matrix have no more digits than this; what is no symmetric matrix
+            # at all must not pass.
+            floor = max(floor, min(2 * self.space.asymmetry, 100 * floor))
         bounds: np.ndarray = np.maximum(tol * np.abs(values), floor)
         return bounds
 

@@ -120,7 +120,7 @@ def cka(
     # Not inference_mode: a model that caches what it computes could not train on.
     with ExitStack() as stack, torch.no_grad():
         # In one order for all threads, or two of them might wait for each other.
-        models = sorted({model_a, model_a if model_b is None else model_b}, key=id)
+        models = sorted({model_a, model_a if model_b is None else model_b}, key=_number)
         for context in (exclusive, untouched):
             for model in models:
                 stack.enter_context(context(model))
@@ -169,6 +169,10 @@ def cka(
     )
 
 
+def _number(model: nn.Module) -> int:
+    return id(getattr(model, "_orig_mod", model))  # of what `exclusive` locks
+
+
 def _check_first(sizes: list[int], size: int) -> None:
     """Refuse a first batch that is too small: the others will hardly be larger."""
     if not sizes:
@@ -193,7 +197,7 @@ def _gram(feature: Tensor) -> Tensor:
     x = feature.flatten(1)
     rounded = 4 * torch.finfo(x.dtype).eps * x.norm()  # what may be left of equal rows
     x = x - x.mean(0)
-    x = torch.where(x.norm() > rounded, x, torch.zeros_like(x))
+    x = torch.where(x.norm() <= rounded, torch.zeros_like(x), x)  # NaN stays NaN
     with rounding("full"):  # as the caller lets a GPU round are the features, not their products
         gram = (x @ x.T).double().fill_diagonal_(0)
     n = len(gram)

@@ -61,7 +61,7 @@ class PointMeter:
         self.passes = 2 if recalibrate else 1
         with torch.no_grad():
             if metrics:
-                check_classes(frozen.batches)
+                check_classes(next(iter(frozen.batches)).targets)
             forward = Forward(frozen)
             weights = MovedWeights(self._start, vectors, channels_last=forward.channels_last)
         row = _Row(frozen, forward, weights, metrics, l2, recalibrate)

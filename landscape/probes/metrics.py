@@ -7,7 +7,6 @@ among its outputs makes every metric of the point NaN.
 import copy
 import functools
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ class CalibrationError:
         return self._bins.error()
 
 
-def check_classes(batches: Iterable[PreparedBatch]) -> None:
+def check_classes(targets: Tensor | None) -> None:
     """Refuse floating targets that are no class probabilities.
 
     Regression and several labels a sample are: what the largest entry is says nothing there.
@@ -99,15 +98,13 @@ def check_classes(batches: Iterable[PreparedBatch]) -> None:
     Raises:
         ValueError: If a row has one entry, a negative one, or a sum other than 1.
     """
-    for batch in batches:
-        t = batch.targets
-        if t is None or not t.is_floating_point():
-            return
-        if t.dim() < 2 or t.shape[1] < 2 or not is_probability(t):
-            raise ValueError(
-                "`metrics` must be ('loss',) where the targets are no class labels, got floating "
-                f"targets {tuple(t.shape)} that are no probabilities of two or more classes."
-            )
+    if targets is None or not targets.is_floating_point():
+        return
+    if targets.dim() < 2 or targets.shape[1] < 2 or not is_probability(targets):
+        raise ValueError(
+            "`metrics` must be ('loss',) where the targets are no class labels, got floating "
+            f"targets {tuple(targets.shape)} that are no probabilities of two or more classes."
+        )
 
 
 def hits(logits: Tensor, targets: Tensor | None, ignore: int) -> tuple[Tensor, Tensor]:

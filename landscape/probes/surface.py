@@ -172,8 +172,9 @@ def loss_surface(
         The surface.
 
     Raises:
-        ValueError: If an argument is out of range, the directions belong to another model, or the
-            file to resume from to another surface.
+        ValueError: If an argument is out of range, the directions belong to another model, the file
+            to resume from to another surface, or the targets are no classes: those of a regression
+            or of several labels a sample want `metrics="loss"`.
     """
     x, y = axes(span, points)
     fields = scan(

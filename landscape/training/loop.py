@@ -58,14 +58,15 @@ def check_optimizer(
         names: What the caller calls them.
 
     Raises:
-        ValueError: If it has parameters that are not the model's, or none that requires a gradient,
-            or needs a closure.
+        ValueError: If it has other parameters instead of the model's, or none that requires a
+            gradient, or needs a closure.
     """
     its, own = names
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     ours = set(model.parameters())
     foreign = sum(p not in ours for p in parameters)
-    if foreign:
+    missing = any(p.requires_grad for p in ours.difference(parameters))
+    if foreign and missing:  # those of a loss may be there beside all of the model's
         raise ValueError(
             f"`{its}` must be on the parameters of `{own}`, got {foreign} of {len(parameters)} "
             "that are not; make it when the model is complete, with all that is to be trained."

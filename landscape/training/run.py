@@ -146,7 +146,8 @@ def make_run(
     if step.clip is not None and not step.clip > 0:
         raise ValueError(f"`clip` must be positive or None, got {step.clip}.")
     reduction = loss_settings(step.loss)[2]
-    if reduction not in {"mean", "batchmean"}:
+    own = isinstance(step.loss, nn.Module) and not type(step.loss).__module__.startswith("torch.")
+    if reduction not in {"mean", "batchmean"} and not own:  # one's own may take the mean itself
         raise ValueError(
             f"`loss` must reduce by 'mean' over samples, got reduction={reduction!r}; leave it out."
         )

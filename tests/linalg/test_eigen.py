@@ -320,6 +320,19 @@ def test_zeros_of_a_low_rank_operator_converge_to_the_rounding_of_products(which
     assert pairs.num_matvecs < 30
 
 
+def test_an_operator_that_is_not_symmetric_does_not_converge():
+    class Skew(SymmetricOperator):
+        def _matmat(self, vectors):
+            return matrix @ vectors
+
+    matrix = planted([21.0, -20.0, *BULK]).matrix
+    noise = torch.randn(292, 292, generator=torch.Generator().manual_seed(0)).double()
+    matrix = matrix + 0.05 * (noise - noise.T)
+    with pytest.warns(UserWarning, match="have not converged"):
+        pairs = top_eigenpairs(Skew(292, torch.float64, torch.device("cpu")), 2, max_iter=60)
+    assert (pairs.errors > 1e-3 * np.abs(pairs.values)).all()
+
+
 def test_nothing_is_missing_where_every_chain_has_ended():
     for spectrum, k in (([1.0] * 50, 3), ([0.0] * 30, 2), ([5, 4, 3, 2, 1] + [0] * 95, 5)):
         pairs = top_eigenpairs(planted(spectrum), k)

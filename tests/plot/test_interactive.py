@@ -144,6 +144,13 @@ def test_edges_show_eigenvalues_with_residuals_hollow_where_not_converged(with_d
     assert largest.marker.symbol == ("triangle-up", "triangle-up")
     assert smallest.marker.symbol == ("triangle-down", "triangle-down-open")
     assert figure.layout.title.text == "trace 20 ± 1.5"
+    mixed = plot.interactive.hessian_spectrum({"one": full_spectrum(False), "two": result})
+    colors = {trace.name.split(",")[0]: set() for trace in mixed.data if trace.name}
+    for trace in mixed.data:
+        if trace.name:
+            colors[trace.name.split(",")[0]].add(trace.marker.color or trace.line.color)
+    assert [len(each) for each in colors.values()] == [1, 1]
+    assert len(set.union(*colors.values())) == 2
     both = plot.interactive.hessian_spectrum({"ResNet": result, "ViT": result})
     assert both.layout.title.text == "ResNet: trace 20 ± 1.5; ViT: trace 20 ± 1.5"
 

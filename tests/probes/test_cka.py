@@ -217,6 +217,14 @@ def test_features_that_are_equal_but_for_rounding_have_no_similarity():
     assert result.values[1, 1] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_feature_that_is_not_finite_makes_its_row_nan(bad):
+    model, blocks = branches(one=torch.eye(6).double(), two=torch.ones(6, 6).double())
+    data = vectors((16, 16, 16))
+    data[1][0][3, 2] = bad
+    assert np.isnan(cka(model, data, blocks_a=blocks).values).all()
+
+
 def test_a_small_last_batch_is_left_out_with_a_warning_and_counted():
     model, blocks = filters()
     whole = images((10, 10, 3))

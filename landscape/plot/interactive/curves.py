@@ -51,7 +51,10 @@ def loss_line(
         values = finite_values(result, quantity, log=log).filled(np.nan)
         if quantity in {"loss", "nll"}:
             error = 2 * np.where(np.isfinite(result.nll_stderr), result.nll_stderr, 0.0)
-            _add_band(figure, result.x, values - error, values + error, styles[name], name)
+            low = values - error
+            if log:  # a logarithmic axis has no place for less
+                low = np.maximum(low, np.nanmin(values) / 10)
+            _add_band(figure, result.x, low, values + error, styles[name], name)
         figure.add_trace(
             go.Scatter(
                 x=result.x,
@@ -127,10 +130,13 @@ def spectral_density(results: "SpectralDensity | Mapping[str, SpectralDensity]")
         TypeError: If a result is of another kind.
         ValueError: If `results` is empty.
     """
+    named = style.named(results, "SpectralDensity")
+    return _densities(named, style.line_styles(named))
+
+
+def _densities(named: dict[str, Any], styles: Mapping[str, dict[str, Any]]) -> "Figure":
     from plotly import graph_objects as go
 
-    named = style.named(results, "SpectralDensity")
-    styles = style.line_styles(named)
     figure = go.Figure()
     lowest, highest = np.inf, 0.0
     for name, result in named.items():
@@ -178,7 +184,7 @@ def hessian_spectrum(results: "HessianSpectrum | Mapping[str, HessianSpectrum]")
     named = style.named(results, "HessianSpectrum")
     styles = style.line_styles(named)
     densities = {n: r.density for n, r in named.items() if r.density is not None}
-    figure = spectral_density(densities) if densities else go.Figure(layout=LOOK)
+    figure = _densities(densities, styles) if densities else go.Figure(layout=LOOK)
     span = figure.layout.yaxis.range
     for row, (name, result) in enumerate(named.items()):
         height = 0.05 * (row + 1)

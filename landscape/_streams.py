@@ -1,0 +1,62 @@
+"""The global random streams of the CPU: PyTorch's, NumPy's and Python's, set and put back."""
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+States = tuple[Tensor, Any, Any]
+
+
+class OwnStreams:
+    """The global random streams as one user sees them, from a fixed seed on.
+
+    Contexts of several threads may overlap: what was there before the first is put back after the
+    last. Nobody waits, so other threads that draw meanwhile draw from the streams as they are set.
+    """
+
+    def __init__(self) -> None:
+        self._inside: States | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Go on with the streams where they were left, and put back those found afterwards."""
+        with _guard:
+            before = _read()
+            if not _open:
+                _outside[:] = [before]
+            _open.append(self)
+            if self._inside is None:
+                # `torch.manual_seed` would also seed the devices.
+                torch.default_generator.manual_seed(0)
+                np.random.seed(0)  # noqa: NPY002, the global stream is what data draw from
+                random.seed(0)
+            else:
+                _write(self._inside)
+        try:
+            yield
+        finally:
+            with _guard:
+                self._inside = _read()
+                _open.remove(self)
+                _write(before if _open else _outside[0])
+
+
+_guard = threading.Lock()
+_open: list[OwnStreams] = []
+_outside: list[States] = []
+
+
+def _read() -> States:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+
+def _write(states: States) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    random.setstate(states[2])
