@@ -206,10 +206,16 @@ class _Made:
     ) -> None:
         self.x, self.weight, self.bias, self.more = x, weight, bias, more
         self._out, self._versions = out, (out._version, x._version)
+        self._node = out.grad_fn
+        learned = any(t is not None and t.requires_grad for t in (x, weight, bias))
+        self._cut = learned and out.grad_fn is None  # made under `no_grad`
 
     def is_still(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the output, and neither it nor the input has changed since."""
-        return tensor is self._out and (tensor._version, self.x._version) == self._versions
+        """Whether a tensor is the output, and neither it, its graph nor the input has changed."""
+        if tensor is not self._out or self._cut or tensor._backward_hooks:
+            return False
+        unchanged = (tensor._version, self.x._version) == self._versions
+        return unchanged and tensor.grad_fn is self._node
 
     def is_learned(self) -> bool:
         """Whether input and weights both require a gradient."""
@@ -250,7 +256,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     mask = attn_mask
-    if dropout_p or is_causal or enable_gqa:
+    if dropout_p or is_causal or enable_gqa or not (q.numel() and k.numel() and v.numel()):
         return None
     if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         return None

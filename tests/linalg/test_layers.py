@@ -340,3 +340,75 @@ def test_a_dropped_graph_is_freed():
             assert graph() is None
     finally:
         gc.enable()
+
+
+class Cut(nn.Module):
+    """Layers that are made anew with their neighbours, with a cut in the graph between these."""
+
+    def __init__(self, cut, *layers):
+        super().__init__()
+        self.first, self.second = nn.Sequential(*layers[:-1]), layers[-1]
+        self.cut, self.head = cut, nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.head(self.second(self.cut(self.first, x)).flatten(1))
+
+
+def under_no_grad(first, x):
+    with torch.no_grad():
+        return first(x)
+
+
+def detached(first, x):
+    y = first(x)
+    return y.detach() if y._is_view() else y.detach_()
+
+
+def begun_again(first, x):
+    return under_no_grad(first, x).requires_grad_()
+
+
+def hooked(first, x):
+    y = first(x)
+    if y.requires_grad:
+        y.register_hook(lambda g: 0.5 * g)
+    return y
+
+
+@pytest.mark.parametrize("cut", [under_no_grad, detached, begun_again, hooked])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+        lambda: (nn.LayerNorm(2), nn.Linear(2, 5)),
+        lambda: (nn.Linear(2, 5), nn.GELU(), nn.Linear(5, 2)),
+        lambda: (nn.Linear(2, 5), nn.GELU()),
+    ],
+    ids=["conv", "layer norm", "mlp", "gelu"],
+)
+def test_a_cut_between_layers_stays_one(layers, cut, generator):
+    model, batches = Cut(cut, *layers()), make_batches((7,))
+    x, y = batches[0]
+    model.double()(x)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    model.eval()
+    operator = HessianOperator(model, batches)
+    v = torch.randn(operator.dim, generator=generator, dtype=torch.float64)
+    parameters = list(model.parameters())
+    loss = F.cross_entropy(model(x), y)
+    kept = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, **kept)])
+    product = torch.autograd.grad(gradient @ v, parameters, allow_unused=True)
+    parts = [
+        torch.zeros_like(p) if h is None else h for p, h in zip(parameters, product, strict=True)
+    ]
+    torch.testing.assert_close(operator.gradient(), gradient.detach())
+    torch.testing.assert_close(operator.matvec(v), torch.cat([h.flatten() for h in parts]))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4)])
+def test_attention_over_nothing_is_pytorchs(shape):
+    q = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    with cheap_second_derivatives():
+        assert F.scaled_dot_product_attention(q, q, q).shape == shape
