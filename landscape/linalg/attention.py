@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from landscape.linalg.bilinear import apply
+from landscape.linalg.bilinear import apply, check_last
 from landscape.linalg.gpu import has_kernels
 
 LONGEST = 1 << 13  # row of keys that a kernel of a GPU holds
@@ -73,6 +73,7 @@ class _AttentionBack(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        check_last()
         q, k, v, g = ctx.saved_tensors[:4]
         outs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, g)]
         for part in _parts([*grads, *ctx.saved_tensors, *outs]):

@@ -22,6 +22,19 @@ def apply(layer: Any, *args: Any) -> Any:
     return layer.apply(*args)
 
 
+def check_last() -> None:
+    """Refuse a third derivative, in which what a layer has kept would count as a constant.
+
+    Raises:
+        RuntimeError: If the second derivative that is computed is to be differentiated again.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "`model` must not take a gradient with `create_graph=True` in its forward pass through "
+            "GELU, attention or a norm: that would need their third derivatives."
+        )
+
+
 def multiply(
     a: Tensor,
     b: Tensor,

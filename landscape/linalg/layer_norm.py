@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from landscape.linalg.bilinear import apply
+from landscape.linalg.bilinear import apply, check_last
 from landscape.linalg.gpu import has_kernels
 
 _layer_norm: Any = torch.ops.aten.native_layer_norm
@@ -59,6 +59,7 @@ class _LayerNormBack(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        check_last()
         tangents = [grad.contiguous() for grad in grads]
         return (*curvature(*ctx.saved_tensors, *tangents), None, None)
 

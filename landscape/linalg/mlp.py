@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from landscape.linalg.bilinear import apply, multiply
+from landscape.linalg.bilinear import apply, check_last, multiply
 from landscape.linalg.gpu import has_kernels
 
 CACHED = 1 << 18
@@ -114,6 +114,7 @@ class _MlpBack(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        check_last()
         # With t = v W₁ᵀ + x U₁ᵀ + u₁, the tangent of h:
         # ⟨b, (v, U₁, u₁, U₂, u₂)⟩ = ⟨(g W₂) ∘ φ'(h), t⟩ + ⟨g, φ(h) U₂ᵀ + u₂⟩
         v, to1, shift1, to2, shift2 = grads

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from landscape.linalg.bilinear import apply
+from landscape.linalg.bilinear import apply, check_last
 
 _threshold_backward: Any = torch.ops.aten.threshold_backward
 _layer_norm: Any = torch.ops.aten.native_layer_norm
@@ -115,6 +115,7 @@ class _GeluBack(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        check_last()
         (v,) = grads
         curved, first = ctx.saved_tensors
         return v * curved, v * first, None, None
@@ -169,6 +170,7 @@ class _NormaliseBack(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        check_last()
         # ⟨b, (v, u, w)⟩ = ⟨g, s ∘ v + ρ ∘ u ∘ (x − μ) + w⟩
         v, u, shift = grads
         x, g, s, mean, rho = ctx.saved_tensors
@@ -228,6 +230,7 @@ class _StandardiseBack(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        check_last()
         # With dz = ρ P dx and dρ = −ρ² mean(z dx):
         # ⟨v, db⟩ = −ρ mean(z dx) ⟨v, b⟩ − ρ [mean(g z) ⟨v, dz⟩ + mean(v z) ⟨g, dz⟩]
         (v,) = grads

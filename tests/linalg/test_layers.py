@@ -412,3 +412,25 @@ def test_attention_over_nothing_is_pytorchs(shape):
     q = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     with cheap_second_derivatives():
         assert F.scaled_dot_product_attention(q, q, q).shape == shape
+
+
+class Energy(nn.Module):
+    """Its outputs are a gradient of its own."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.energy = nn.Sequential(*layers)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.flatten(1).detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return slope[:, :3]
+
+
+def test_a_gradient_within_the_model_is_refused_where_it_would_be_wrong():
+    batches = make_batches((7,))
+    for middle in (nn.GELU(), nn.LayerNorm(16)):
+        model = Energy(nn.Linear(16, 16), middle, nn.Linear(16, 1)).double()
+        with pytest.raises(RuntimeError, match="must not take a gradient with `create_graph=True`"):
+            HessianOperator(model, batches)
