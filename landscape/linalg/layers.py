@@ -17,6 +17,7 @@ up to rounding.
 | linear, GELU, linear | row by row, in cache |
 | layer norm, attention | closed forms, with what they share computed once |
 | hard sigmoid | PyTorch has no second derivative of it |
+| group norm | PyTorch's second derivative in the bias alone crashes in channels-last format |
 | weight norm | PyTorch's second derivative (2.13, 2.14) is wrong |
 | `normalize` | PyTorch's second derivative is NaN at a vector of zeros, as in padded windows |
 
@@ -70,6 +71,7 @@ class _Replacing(TorchFunctionMode):
             F.batch_norm: self._batch_norm,
             F.linear: self._linear,
             F.layer_norm: self._layer_norm,
+            F.group_norm: _group_norm,
             F.relu: _relu,
             torch.relu: _relu,
             F.gelu: self._gelu,
@@ -220,6 +222,20 @@ class _Made:
     def is_learned(self) -> bool:
         """Whether input and weights both require a gradient."""
         return self.x.requires_grad and self.weight is not None and self.weight.requires_grad
+
+
+def _group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if x.requires_grad or (weight is not None and weight.requires_grad):
+        return None
+    # In channels-last format PyTorch's second derivative in the bias alone reads what is not there,
+    # and crashes (2.13).
+    return F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
 
 
 def _relu(x: Tensor, inplace: bool = False) -> Tensor | None:

@@ -10,9 +10,10 @@ from torch import nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from landscape import HessianOperator
+from landscape import HessianOperator, Objective
 from landscape.linalg.layer_norm import layer_norm
 from landscape.linalg.layers import cheap_second_derivatives
+from tests import oracles
 from tests.cases import make_batches, make_model
 
 BAND = torch.ones(5, 5, dtype=torch.bool).tril(1)
@@ -434,3 +435,22 @@ def test_a_gradient_within_the_model_is_refused_where_it_would_be_wrong():
         model = Energy(nn.Linear(16, 16), middle, nn.Linear(16, 1)).double()
         with pytest.raises(RuntimeError, match="must not take a gradient with `create_graph=True`"):
             HessianOperator(model, batches)
+
+
+@pytest.mark.parametrize("chosen", [["1.bias"], ["1.bias", "4.weight"], ["1.*"], ["0.*", "1.bias"]])
+def test_a_group_norm_of_which_some_parameters_are_chosen(chosen):
+    """In the bias alone PyTorch's own crashes behind a convolution in channels-last format."""
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 1),
+        nn.GroupNorm(2, 4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    ).double()
+    batches, names = make_batches((7,)), [n for n, _ in model.named_parameters()]
+    names = [
+        n for n in names if n in chosen or n.startswith(tuple(c[:2] for c in chosen if "*" in c))
+    ]
+    operator = HessianOperator(model, batches, Objective(parameters=chosen))
+    matrix = operator @ torch.eye(operator.dim, dtype=torch.float64)
+    torch.testing.assert_close(matrix, oracles.dense(model, batches, names=names))
