@@ -27,7 +27,7 @@ class OwnStreams:
     def entered(self) -> Iterator[None]:
         """Go on with the streams where they were left, and put back those found afterwards."""
         with _guard:
-            before = _read()
+            before = read_streams()
             if not _open:
                 _outside[:] = [before]
             _open.append(self)
@@ -37,14 +37,14 @@ class OwnStreams:
                 np.random.seed(0)  # noqa: NPY002, the global stream is what data draw from
                 random.seed(0)
             else:
-                _write(self._inside)
+                write_streams(self._inside)
         try:
             yield
         finally:
             with _guard:
-                self._inside = _read()
+                self._inside = read_streams()
                 _open.remove(self)
-                _write(before if _open else _outside[0])
+                write_streams(before if _open else _outside[0])
 
 
 _guard = threading.Lock()
@@ -52,11 +52,17 @@ _open: list[OwnStreams] = []
 _outside: list[States] = []
 
 
-def _read() -> States:
+def read_streams() -> States:
+    """Return the states of all three."""
     return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
 
 
-def _write(states: States) -> None:
+def write_streams(states: States) -> None:
+    """Set all three.
+
+    Args:
+        states: What `read_streams` returned.
+    """
     torch.set_rng_state(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
     random.setstate(states[2])

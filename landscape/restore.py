@@ -197,14 +197,21 @@ def own_randomness(model: nn.Module) -> Iterator[None]:
     Functional dropout is, for example. The global streams of the CPU and of the model's devices are
     put back afterwards.
     """
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    states = {device: torch.cuda.get_rng_state(device) for device in devices}
-    try:
+    with device_streams(model) as devices:
         for device in devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(0)
         with OwnStreams().entered():
             yield
+
+
+@contextmanager
+def device_streams(model: nn.Module) -> Iterator[set[torch.device]]:
+    """Put back the random streams of the CUDA devices that a model is on, which are yielded."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    states = {device: torch.cuda.get_rng_state(device) for device in devices}
+    try:
+        yield devices
     finally:
         for device, state in states.items():
             torch.cuda.set_rng_state(state, device)

@@ -85,6 +85,14 @@ class _OutputCurvature(CurvatureOperator):
         a = sample_weights(self.frozen.objective.loss, batch.targets)
         return (a / a.sum()).to(self.dtype)
 
+    def _check_loss(self, of_what: str) -> None:
+        """Refuse a loss that the model brings."""
+        if self.frozen.objective.loss is None:
+            raise ValueError(
+                f"`loss` must be a function of {of_what}, got None; pass the loss that the model "
+                "takes as `Objective(loss=…)`."
+            )
+
     @abstractmethod
     def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
         """Return the curvature of the batch's mean loss in the outputs, times `tangent`."""
@@ -101,11 +109,7 @@ class GaussNewtonOperator(_OutputCurvature):
     """
 
     def _setup(self) -> None:
-        if self.frozen.objective.loss is None:
-            raise ValueError(
-                "`loss` must be a function of the outputs for a Gauss-Newton matrix, got None; "
-                "pass the loss that the model takes as `Objective(loss=…)`."
-            )
+        self._check_loss("the outputs for a Gauss-Newton matrix")
         super()._setup()
 
     def _output_product(self, batch: PreparedBatch, outputs: Tensor, tangent: Tensor) -> Tensor:
@@ -165,11 +169,7 @@ class EmpiricalFisherOperator(_OutputCurvature):
     """
 
     def _setup(self) -> None:
-        if self.frozen.objective.loss is None:
-            raise ValueError(
-                "`loss` must be a function of outputs and targets for an empirical Fisher matrix, "
-                "got None; pass the loss that the model takes as `Objective(loss=…)`."
-            )
+        self._check_loss("outputs and targets for an empirical Fisher matrix")
         super()._setup()
 
     def _outputs(self, leaves: dict[str, Tensor], batch: PreparedBatch) -> Tensor:

@@ -105,7 +105,7 @@ def spectral_density(
     low, high = float(known.min()), float(known.max())
     if sigma is None:
         sigma = (high - low) / 100 or abs(high) / 100 or 1.0
-    check_density(2, 1, sigma)
+    _check_sigma(sigma)
     # 8 standard deviations of margin and at most half of one between points: integral 1 to 1e-12.
     margin = 8 * sigma
     points = max(points, int(np.ceil(2 * (high - low + 2 * margin) / sigma)) + 1)
@@ -222,6 +222,15 @@ def check_density(num_steps: int, num_probes: int, sigma: float | None) -> None:
     """
     check_at_least("num_steps", num_steps, 2)  # one step tells a mean, and no spread
     check_at_least("num_probes", num_probes, 1)
+    _check_sigma(sigma)
+
+
+def _check_sigma(sigma: float | None) -> None:
+    """Refuse a width that is not positive.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if sigma is not None and not sigma > 0:
         raise ValueError(f"`sigma` must be positive, got {sigma}.")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from landscape._streams import read_streams, write_streams
+from landscape.restore import device_streams
 
 
 class GlobalStream:
@@ -49,14 +50,12 @@ def same_random_state(model: nn.Module) -> Iterator[None]:
 
     Of PyTorch those of the CPU and of the CUDA devices that the model is on.
     """
-    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    states = read_streams()
     try:
-        with torch.random.fork_rng(devices=list(cuda)):
+        with device_streams(model):
             yield
     finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)
+        write_streams(states)
 
 
 @contextmanager

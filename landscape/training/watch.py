@@ -178,7 +178,7 @@ class Watch:
         status, seconds = SKIPPED, 0.0
         if spent + last <= allowed:
             start = perf_counter()
-            with same_random_state(model):  # a loader draws a seed each time it is iterated over
+            with same_random_state(model):  # one's own may pass over a loader, which draws a seed
                 result = self._probes[name](model)
             if not isinstance(result, Result):
                 raise TypeError(
