@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from landscape.linalg import hessian, mini_batches, recorded_hessian, recording
-from tests.cases import Replayed
+from tests.cases import Replayed, Stream
 
 torch.set_num_threads(1)
 
@@ -22,7 +22,7 @@ def recorded(monkeypatch):
         monkeypatch.setattr(module, "Recording", Replayed)
         monkeypatch.setattr(module, "trial", lambda work: (work(), True))
     for module in (mini_batches, recording):
-        monkeypatch.setattr(module, "side_stream", lambda device, place=0: object())
+        monkeypatch.setattr(module, "side_stream", lambda device, place=0: Stream())
     for module in (hessian, recorded_hessian, recording):
         monkeypatch.setattr(module, "apart", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)

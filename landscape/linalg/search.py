@@ -125,7 +125,8 @@ class EigenSearch:
             tick: Called after each product.
 
         Raises:
-            ValueError: If `certify` is a number outside (0, 1), or a product is not finite.
+            ValueError: If `certify` is a number outside (0, 1), `first` is no direction, or a
+                product is not finite.
         """
 
         def product(v: torch.Tensor) -> torch.Tensor:
@@ -133,6 +134,8 @@ class EigenSearch:
             tick()
             return found
 
+        if first is not None:
+            first = start_vector(first, self.space.dim)
         steps = self.steps(starts=starts, certify=certify, min_iter=min_iter, first=first)
         multiply(steps, product)
 
@@ -150,7 +153,7 @@ class EigenSearch:
             starts: As in `run`, like the arguments below.
             certify: Look for multiple and missed eigenvalues afterwards.
             min_iter: Fewest products.
-            first: Start vector, or vectors whose sum is taken.
+            first: Start vector, shape `(dim,)`, as `start_vector` returns it.
 
         Raises:
             ValueError: If `certify` is a number outside (0, 1), or a product is not finite.
@@ -158,9 +161,7 @@ class EigenSearch:
         admitted = check_certify(certify)
         space = self.space
         if first is not None:
-            _check_start(first, space.dim)
-            own = first.sum(0) if first.dim() == 2 else first
-            space.start(self._mixed(own) if admitted else own)
+            space.start(self._mixed(first) if admitted else first)
             self._own = True
         while len(space.alive) < starts:
             space.start(self._random())
@@ -365,6 +366,29 @@ def check_tol(tol: float) -> None:
         raise ValueError(f"`tol` must be positive, got {tol}.")
 
 
+def start_vector(start: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the vector to start from: the sum of those given.
+
+    Args:
+        start: Shape `(dim,)` or `(m, dim)`.
+        dim: Number of parameters.
+
+    Raises:
+        ValueError: If it has another shape, or its sum is zero or not finite.
+    """
+    if start.dim() not in (1, 2) or start.shape[-1] != dim or not len(start):
+        raise ValueError(
+            f"`start` must have shape ({dim},) or (m, {dim}), got {tuple(start.shape)}."
+        )
+    total = start if start.is_floating_point() else start.double()
+    total = total.sum(0) if start.dim() == 2 else total
+    if not total.isfinite().all():
+        raise ValueError("`start` must be finite, got NaN or infinity.")
+    if not total.any():
+        raise ValueError("`start` must not be zero, nor vectors whose sum is.")
+    return total
+
+
 def multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Make the products that are asked for.
 
@@ -405,12 +429,3 @@ def _basis_size(
         return min(max_basis, dim), dtype
     room = BASIS_BYTES // (dtype.itemsize * dim) - 8  # work vectors
     return min(needed, max(room, fewest)), dtype
-
-
-def _check_start(start: torch.Tensor, dim: int) -> None:
-    if start.dim() not in (1, 2) or start.shape[-1] != dim or not len(start):
-        raise ValueError(
-            f"`start` must have shape ({dim},) or (m, {dim}), got {tuple(start.shape)}."
-        )
-    if not start.any():
-        raise ValueError("`start` must not be zero.")

@@ -20,7 +20,7 @@ from landscape.linalg.gradient import Precision
 from landscape.linalg.hessian import HessianOperator, Memory
 from landscape.linalg.krylov import RitzPairs
 from landscape.linalg.quadrature import SpectralDensity, check_density, density_of, spectral_density
-from landscape.linalg.search import EigenSearch, check_tol, multiply
+from landscape.linalg.search import EigenSearch, check_tol, multiply, start_vector
 from landscape.linalg.trace import FEWEST, TraceEstimate, hutch_plus_plus
 from landscape.objective import Objective
 from landscape.provenance import provenance
@@ -140,6 +140,7 @@ def hessian_spectrum(
     seed = generator.initial_seed()
     frozen = objective.freeze(model, data)
     k = min(k, frozen.space.dim)
+    first = first if first is None else start_vector(first, frozen.space.dim)
     if engine == "pyhessian":
         from landscape.probes import pyhessian_engine
 

@@ -4,10 +4,10 @@ The Hessian is that of the objective on frozen data, loss and weight decay, in e
 Leaving out the weight decay or the augmentation is a common mistake (Park & Kim, 2022, sec. 2).
 """
 
-import itertools
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.gradient import Precision, check_precision
 from landscape.linalg.hessian import HessianOperator, Memory, check_finite_losses
 from landscape.linalg.mini_batches import MiniBatchHessian
-from landscape.linalg.search import EigenSearch, Products
+from landscape.linalg.search import EigenSearch, Products, start_vector
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective
 from landscape.probes.hessian import (
@@ -39,6 +39,9 @@ from landscape.results import Provenance, Result
 Work = Generator[None, None, None]
 """Pauses while the device works on what it has started."""
 
+Item = tuple[int, PreparedBatch]
+"""Number and data of a mini-batch."""
+
 BASIS = 32
 """Basis vectors a mini-batch besides the wanted where several are solved side by side, a heuristic:
 15 to 25 products are made, and beyond it the search restarts."""
@@ -50,6 +53,8 @@ products a second as with one, and of 4 to 8 it gains nothing (ViT-Ti) to a thir
 FEWEST = 4
 """Mini-batches that each place should have by default, a heuristic: to record them takes the time
 of 10 to 20 products."""
+
+_NAP = 1e-4  # seconds between two looks whether a product is made
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,7 @@ def hessian_max_spectrum(
     seed = generator.initial_seed()
     frozen = objective.freeze(model, data, check_mean=False)
     check_precision(precision, frozen.space)
+    first = first if first is None else start_vector(first, frozen.space.dim)
     if k > frozen.space.dim:
         raise ValueError(f"`k` must be at most the dimension {frozen.space.dim}, got {k}.")
     _check_finite(frozen)
@@ -231,8 +237,12 @@ class _Solver:
     ) -> None:
         self._frozen, self._k, self._certify, self._memory = frozen, k, certify, memory
         self._precision: Precision = precision
-        self._settings: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "generator": generator}
+        self._settings: dict[str, Any] = {"tol": tol, "max_iter": max_iter}
         self._settings |= {"wanted": {"top": (k, "LM")}, "rough": precision != "full"}
+        # A generator each: what one draws does not depend on how far the others have come.
+        self._seeds = torch.randint(
+            1 << 62, (frozen.num_batches,), generator=generator, device=generator.device
+        ).tolist()
         self._group, self._first = group, first
         self._tried: set[Any] = set()
         self._basis_dtype = torch.promote_types(frozen.space.dtype, torch.float32)
@@ -246,14 +256,16 @@ class _Solver:
         """
         self._tick = tick
         self._rows: dict[int, Eigenpairs] = {}
-        self._queue: Iterator[tuple[int, PreparedBatch]] = enumerate(self._frozen.batches)
+        self._queue = _Queue(self._frozen.batches)
         # Streams need not wait for the current one: the check of the losses has.
         crew = [self._hire(0)]
         self._turn(crew[0])  # it takes a mini-batch, and so tells what memory that needs
-        self.size = self._room(crew[0])
+        self.size = self._queue.places = self._room(crew[0])
         crew += [self._hire(place) for place in range(1, self.size)]
         while crew:
-            crew = [worker for worker in crew if self._turn(worker)]
+            for worker in _ready(crew):
+                if not self._turn(worker):
+                    crew.remove(worker)
             if not crew and len(self._rows) < self._frozen.num_batches:
                 crew = [self._hire(0)]  # the last one ran out of memory beside others
         return [self._rows[index] for index in range(len(self._rows))]
@@ -272,7 +284,7 @@ class _Solver:
 
     def _hire(self, place: int) -> "_Worker":
         hessian = MiniBatchHessian(self._frozen, self._precision, self._memory, place, self._tried)
-        return _Worker(hessian, self._work)
+        return _Worker(place, hessian, self._work)
 
     def _turn(self, worker: "_Worker") -> bool:
         """Let a worker take in its product and start the next; return whether it goes on."""
@@ -286,16 +298,16 @@ class _Solver:
             if self.size == 1:
                 raise
             self.size -= 1
-            self._queue = itertools.chain([worker.item], self._queue)
+            self._queue.leave(worker.place, worker.item)
             return False
         return True
 
     def _work(self, worker: "_Worker") -> Work:
         hessian, first = worker.hessian, self._first
-        while (item := next(self._queue, None)) is not None:
+        while (item := self._queue.next(worker.place)) is not None:
             worker.item = index, batch = item
             hessian.load(batch)
-            search = self._search(compact=hessian.recorded and self._group != 1)
+            search = self._search(index, compact=hessian.recorded and self._group != 1)
             steps = search.steps(starts=1, certify=self._certify, first=first)
             yield from _multiply(steps, hessian.matvec)
             if self._precision != "full":
@@ -304,32 +316,84 @@ class _Solver:
             self.kept += hessian.kept
             self._tick()
 
-    def _search(self, compact: bool) -> EigenSearch:
-        """Return a search, if compact one whose basis leaves memory for others."""
-        if not compact:
-            return EigenSearch(self._frozen.space, max_basis=None, **self._settings)
-        return EigenSearch(
-            self._frozen.space,
-            max_basis=self._k + BASIS,
-            basis_dtype=self._basis_dtype,
-            **self._settings,
-        )
+    def _search(self, index: int, compact: bool) -> EigenSearch:
+        """Return the search of a mini-batch, if compact with a basis that leaves memory for others.
+
+        Args:
+            index: Number of the mini-batch.
+            compact: Whether there are others.
+        """
+        space = self._frozen.space
+        generator = torch.Generator(space.device).manual_seed(self._seeds[index])
+        room: dict[str, Any] = {"max_basis": None}
+        if compact:
+            room = {"max_basis": self._k + BASIS, "basis_dtype": self._basis_dtype}
+        return EigenSearch(space, generator=generator, **room, **self._settings)
 
 
 class _Worker:
     """Solves one mini-batch after another.
 
     Attributes:
+        place: Number of its place.
         hessian: Its operator.
         work: What it does, in turns.
         item: Number and data of the mini-batch at hand.
     """
 
-    item: tuple[int, PreparedBatch]
+    item: Item
 
-    def __init__(self, hessian: MiniBatchHessian, work: Callable[["_Worker"], Work]) -> None:
-        self.hessian = hessian
+    def __init__(
+        self, place: int, hessian: MiniBatchHessian, work: Callable[["_Worker"], Work]
+    ) -> None:
+        self.place, self.hessian = place, hessian
         self.work = work(self)
+
+
+class _Queue:
+    """Mini-batches, each for a place that does not depend on which place is done first.
+
+    So what a search starts from, and with it the result, is the same in every run.
+
+    Attributes:
+        places: Number of places.
+    """
+
+    def __init__(self, batches: Iterable[PreparedBatch]) -> None:
+        self.places = 1
+        self._batches: Iterator[Item] = enumerate(batches)
+        self._waiting: dict[int, deque[Item]] = defaultdict(deque)
+        self._left: set[int] = set()
+
+    def next(self, place: int) -> Item | None:
+        """Return the next mini-batch of a place, then those of places that were given up."""
+        while not self._waiting[place]:
+            item = next(self._batches, None)
+            if item is None:
+                given_up = [self._waiting[p] for p in sorted(self._left) if self._waiting[p]]
+                return given_up[0].popleft() if given_up else None
+            self._waiting[item[0] % self.places].append(item)
+        return self._waiting[place].popleft()
+
+    def leave(self, place: int, item: Item) -> None:
+        """Give a place up, with the mini-batch that it was at."""
+        self._left.add(place)
+        self._waiting[place].appendleft(item)
+
+
+def _ready(crew: Sequence[_Worker]) -> list[_Worker]:
+    """Return those for whom the device has nothing left to do; waits until there is one.
+
+    One alone may queue what comes next.
+    """
+    streams = [worker.hessian.stream for worker in crew]
+    if len(crew) == 1 or None in streams:
+        return list(crew)
+    while True:
+        ready = [w for w, s in zip(crew, streams, strict=True) if s is None or s.query()]
+        if ready:
+            return ready
+        time.sleep(_NAP)
 
 
 def _multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor]) -> Work:

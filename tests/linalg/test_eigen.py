@@ -393,8 +393,13 @@ def test_bad_input_is_refused():
             MatrixOperator(torch.tensor([[1.0, entry], [entry, 4.0]]))
     with pytest.raises(TypeError, match=r"torch\.Generator"):
         top_eigenpairs(operator, 1, generator=3)
-    with pytest.raises(ValueError, match="`start` must not be zero"):
-        top_eigenpairs(operator, 1, start=torch.zeros(3))
+    v = torch.tensor([1.0, -2.0, 0.5])
+    for start in (torch.zeros(3), torch.stack([v, -v])):
+        with pytest.raises(ValueError, match="`start` must not be zero"):
+            top_eigenpairs(operator, 1, start=start)
+    for entry in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`start` must be finite"):
+            top_eigenpairs(operator, 1, start=torch.tensor([1.0, entry, 1.0]))
 
 
 def step(space, operator, chain):

@@ -11,7 +11,7 @@ from landscape.linalg.gradient import GradientGraph
 from landscape.linalg.mini_batches import MiniBatchHessian
 from landscape.models import create_model
 from landscape.probes import hessian_max
-from tests.cases import Replayed, assert_untouched, make_batches, make_model, snapshot
+from tests.cases import Replayed, Stream, assert_untouched, make_batches, make_model, snapshot
 
 OBJECTIVE = Objective(weight_decay=0.05)
 
@@ -148,6 +148,25 @@ def test_side_by_side_finds_what_one_after_the_other_does(name, on, request):
     assert single.provenance.settings["group"] == (1 if on == "cpu" else 2)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_result_does_not_depend_on_which_is_done_first(seed, recorded, monkeypatch):
+    """Eight mini-batches, three at a time, by a device that is done with each at random."""
+    model, batches = make_model("conv"), make_batches((4,) * 8)
+    in_turns = landscape.hessian_max_spectrum(model, batches, group=3)
+    dice = np.random.default_rng(seed)
+    asked = []
+
+    def query(self):
+        asked.append(dice.random() < 0.3)
+        return asked[-1]
+
+    monkeypatch.setattr(Stream, "query", query)
+    at_random = landscape.hessian_max_spectrum(model, batches, group=3)
+    assert set(asked) == {True, False}
+    np.testing.assert_array_equal(at_random.eigenvalues, in_turns.eigenvalues)
+    assert at_random.num_hvps == in_turns.num_hvps
+
+
 def test_the_next_mini_batch_takes_the_place_of_one_that_is_done(monkeypatch):
     """Mini-batches of equal images have a Hessian of low rank, and are done early."""
     model = make_model("attention")
@@ -249,7 +268,7 @@ def test_models_in_half_precision():
     alone, together = (
         landscape.hessian_max_spectrum(model, batches, k=1, group=group) for group in (1, 2)
     )
-    np.testing.assert_allclose(together.eigenvalues, alone.eigenvalues, rtol=0.02)
+    np.testing.assert_allclose(together.eigenvalues, alone.eigenvalues, rtol=0.05)
 
 
 class Keyed(nn.Module):
