@@ -9,7 +9,7 @@
 | of the peak | floating-point operations of a product over its time, against the best `a @ b` |
 | W1, W3 | 5 eigenvalues largest by magnitude of one batch and of 4, certified, in gradients |
 | W4 | density of 80 steps over the time of 80 products |
-| W5 | 64 mini-batches of 16 side by side, also in TF32, and a few one by one and by PyHessian |
+| W5 | 64 mini-batches of 16 side by side (at 224 pixels 16), in TF32, one by one, by PyHessian |
 | surface | a point of a 9 x 9 surface, directions drawn, over a forward pass at batch 128 |
 
 Models are untrained but for 20 steps on Fashion-MNIST, at 32 x 32 and, where the name says so, at
@@ -247,7 +247,8 @@ def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
     by one, and one through PyHessian, again only if that was quick.
     """
     model, device = subject.model, subject.device
-    batches = subject.data(4 if quick else 64, 4 if quick else 16)
+    count = 64 if subject.image_size == 32 else 16
+    batches = subject.data(4 if quick else count, 4 if quick else 16)
     on_gpu = device.type == "cuda"
     few = batches[:2]
     turns: dict[str, list[float]] = {}
