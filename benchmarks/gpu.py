@@ -103,6 +103,7 @@ def main() -> None:
                 measured["of_the_peak"] = measured["product_flops_per_s"] / content["peak"]
             row = rows.setdefault(name, {"model": name}) | measured
             row.setdefault("seconds", {})[piece] = time.perf_counter() - began
+            row.setdefault("commits", {})[piece] = where["commit"]
             rows[name] = row
             print(json.dumps({"model": name} | measured, indent=1), flush=True)
             if output is not None:  # after each: the next may not fit
@@ -376,7 +377,8 @@ def table(content: dict[str, Any]) -> str:
         "# GPU benchmark",
         "",
         f"{where['device']}, PyTorch {where['versions']['torch']}; {where['began']}, commit "
-        f"{where['commit']}. Peak of `a @ b`: {content['peak'] / 1e12:.0f} TFLOP/s in float32"
+        f"{where['commit']} (what was measured earlier: `commits` in the JSON). Peak of `a @ b`: "
+        f"{content['peak'] / 1e12:.0f} TFLOP/s in float32"
         + (f", {content['peak_tf32'] / 1e12:.0f} in TF32." if content["peak_tf32"] else "."),
         "",
         "Milliseconds of a plain gradient as PyTorch makes it, of it as a CUDA graph, of a Hessian "
