@@ -277,21 +277,25 @@ class FrozenObjective:
         self._call({name: t.detach().requires_grad_() for name, t in floating.items()}, inputs)
 
     def _check_repeatable(self, once: Tensor, inputs: Inputs, size: int) -> None:
-        if size > 2 * _FEW:
-            some = rows_of(inputs, size, slice(0, _FEW))
-            with suppress(Exception):  # who wants batches of one size is called with all again
-                once, inputs = self.logits(self.space.values, some), some
-        _check_same(once, self._logits_again(inputs))
+        values, awake = self.space.values, self.space.awake
+        few = [rows_of(inputs, size, slice(0, _FEW))] if size > 2 * _FEW else []
+        # Who wants batches of one size is called with all again.
+        for rows in few if awake is values else [*few, inputs]:
+            with suppress(Exception):
+                once = self.logits(awake, rows)
+                values, inputs = awake, rows
+                break
+        _check_same(once, self._logits_again(values, inputs))
 
-    def _logits_again(self, inputs: Inputs) -> Tensor:
+    def _logits_again(self, values: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         try:
             with torch.enable_grad(), disable_saved_tensors_hooks(_HOOKED):
-                return self.logits(self.space.values, inputs)
+                return self.logits(values, inputs)
         except RuntimeError as error:
             if _HOOKED not in str(error):
                 raise
         self.recomputes = True
-        return self.logits(self.space.values, inputs)
+        return self.logits(values, inputs)
 
     def _check_targets(self, logits: Tensor, targets: Tensor | None) -> None:
         if targets is None:

@@ -6,6 +6,7 @@ in the order of `model.named_parameters()`. A tied parameter is one parameter, u
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from landscape._checks import check_materialised, nearest
 from landscape.restore import exclusive
 
 Choice = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+
+_SMALL = 0.1
 
 
 class ParameterSpace:
@@ -61,6 +64,20 @@ class ParameterSpace:
         self.dtype = first.dtype
         for value in self.values.values():
             self.dtype = torch.promote_types(self.dtype, value.dtype)
+
+    @cached_property
+    def awake(self) -> dict[str, Tensor]:
+        """The values, with small numbers in the place of tensors that are zero throughout.
+
+        Behind a layer of zeros, such as a head before training, nothing of a model shows: not that
+        it draws random numbers, nor that it mixes the samples of a batch.
+        """
+        asleep = {n: v for n, v in self.values.items() if v.is_floating_point() and not v.any()}
+        if not asleep:
+            return self.values
+        generator = torch.Generator().manual_seed(0)
+        noise = {n: torch.randn(v.shape, generator=generator) for n, v in asleep.items()}
+        return self.values | {n: (_SMALL * noise[n]).to(v) for n, v in asleep.items()}
 
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """Return the tensors (by name, or in order) as one vector of shape `(dim,)`."""

@@ -467,6 +467,17 @@ def test_some_samples_show_whether_a_model_repeats_itself(samples, size, calls):
         Objective().freeze(Counting(Noisy(), size), batches)
 
 
+@pytest.mark.parametrize("samples", [6, 40])
+def test_a_head_of_zeros_hides_nothing(samples):
+    """As a head is before training, or the last layer of a branch."""
+    model = nn.Sequential(Noisy(), nn.Linear(3, 3, dtype=torch.float64))
+    nn.init.zeros_(model[1].weight)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="deterministic"):
+        Objective().freeze(model, make_batches((samples,)))
+    assert_untouched(model, before)
+
+
 def test_bad_models_and_settings_are_refused():
     batches = make_batches((6,))
     frozen = make_model("conv").requires_grad_(False)

@@ -35,6 +35,12 @@ def batch_statistics():
     )
 
 
+def behind_a_head_of_zeros():
+    model = nn.Sequential(batch_statistics(), nn.Linear(3, 3))
+    nn.init.zeros_(model[1].weight)
+    return model
+
+
 def plain(model, directions, batches, a, b, loss=F.cross_entropy):
     """The mean loss at one point by hand: a float64 copy, every batch whole."""
     net = copy.deepcopy(model).double().eval()
@@ -132,8 +138,9 @@ def test_batch_norms_are_folded_where_that_changes_nothing(kind, norms, monkeypa
         (lambda: make_model("tied"), torch.float64, (True, False)),
         (Viewed, torch.float32, (True, False)),
         (batch_statistics, torch.float32, (False, False)),
+        (behind_a_head_of_zeros, torch.float32, (False, False)),
     ],
-    ids=["conv", "conv float64", "attention", "tied", "view", "batch statistics"],
+    ids=["conv", "conv float64", "attention", "tied", "view", "batch statistics", "zeros"],
 )
 def test_batches_are_cut_only_where_that_changes_nothing(make, dtype, way):
     model, batches = make().to(dtype).train(), make_batches(SIZES, dtype)
