@@ -83,8 +83,9 @@ def fit_ensemble(
     starting operations is what takes time; at larger batches a CPU is busy with one model, and a
     loop over the members is faster. This is a heuristic: on one core small ResNets and ViTs were
     faster under `vmap` at batch 8, the more so the smaller they are, and all but the smallest
-    slower at batch 32 (`benchmarks/training.py`). A step under `vmap` needs the memory
-    of all members' activations. Validation goes member by member either way.
+    slower at batch 32 (`benchmarks/training.py`). What `vmap` cannot run, such as a cross-entropy
+    with class weights and label smoothing, is trained in a loop too. A step under `vmap` needs the
+    memory of all members' activations. Validation goes member by member either way.
 
     Args:
         models: At least one, alike in everything but their weights.
@@ -163,15 +164,11 @@ def fit_ensemble(
         )
         for k, model in enumerate(models)
     ]
-    at_once = method == "vmap" or (method == "auto" and not bfloat16 and _pays(runs))
-    if at_once:
-        stacking.check_stackable([member.step for member in runs])
-        lengths = [member.num_batches for member in runs]
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                f"`data` must give all members equally many batches, got {lengths}; take subsets "
-                'of equal length, or method="loop".'
-            )
+    if method == "vmap":
+        _check_stackable(runs)
+    at_once = method == "vmap" or (
+        method == "auto" and not bfloat16 and _pays(runs) and _stackable(runs)
+    )
     return _train(runs, resume, at_once, callbacks or [()] * count, progress)
 
 
@@ -249,6 +246,31 @@ def _pays(runs: Sequence[Run]) -> bool:
         targets = None if first is None else split_batch(first, 0)[1]
         size = 0 if targets is None else len(targets)
     return bool(size <= _LARGEST_BATCH_ON_CPU)
+
+
+def _check_stackable(runs: Sequence[Run]) -> None:
+    """Refuse runs that cannot go all at once."""
+    stacking.check_stackable([member.step for member in runs])
+    lengths = [member.num_batches for member in runs]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"`data` must give all members equally many batches, got {lengths}; take subsets "
+            'of equal length, or method="loop".'
+        )
+
+
+def _stackable(runs: Sequence[Run]) -> bool:
+    """Return whether all can go at once: a forward pass of the first batch is tried."""
+    try:
+        _check_stackable(runs)
+        with ExitStack() as contexts:
+            for member in runs:
+                contexts.enter_context(run.training(member, channels_last=False))
+            stack = contexts.enter_context(stacking.stacked([member.step for member in runs]))
+            together.rehearse(stack, Draws(runs[0].step.model), runs)
+    except Exception:  # where it is an error of the user's, the loop will say so
+        return False
+    return True
 
 
 def _check_models(models: Sequence[nn.Module]) -> None:

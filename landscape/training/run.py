@@ -175,6 +175,7 @@ def training(run: Run, channels_last: bool) -> Iterator[None]:
             yield
         finally:
             optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)  # of those that the optimizer does not have
             if not isinstance(run.schedule, LRScheduler):
                 for group, rate in zip(optimizer.param_groups, run.rates, strict=True):
                     group["lr"] = rate

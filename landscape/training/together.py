@@ -60,6 +60,27 @@ def run_epoch(
     bar.set_postfix(loss=f"{sum(own.loss() for own in trained) / len(runs):.4f}")
 
 
+def rehearse(stack: Stack, draws: Draws, runs: Sequence[Run]) -> None:
+    """Make a forward pass of the first batch, after which everything is as before.
+
+    Args:
+        stack: The models of the runs.
+        draws: Their dropout masks.
+        runs: The runs.
+
+    Raises:
+        Exception: Where it fails.
+    """
+    before = {name: tensor.clone() for name, tensor in stack.state.items()}
+    streams = [run.global_stream(member, 0) for member in runs]
+    try:
+        with torch.no_grad():
+            next(_tallies(stack, draws, runs, 0, streams), None)
+    finally:
+        for name, tensor in stack.state.items():
+            tensor.copy_(before[name])
+
+
 def call(callbacks: Sequence[Sequence[Callback]], runs: Sequence[Run], done: int) -> None:
     """Call what each member has, with its model and the number of epochs done."""
     for own, member in zip(callbacks, runs, strict=True):
@@ -86,11 +107,27 @@ def _train_epoch(
 ) -> loop.Means:
     """Take one step a batch with all members; return means of values `(members,)`."""
     means = loop.Means()
+    for tally in _tallies(stack, draws, runs, epoch, streams):
+        stack.update(tally[0])
+        means.add(*tally)
+        bar.update(len(runs))
+    loop.check_any(means)
+    return means
+
+
+def _tallies(
+    stack: Stack,
+    draws: Draws,
+    runs: Sequence[Run],
+    epoch: int,
+    streams: Sequence[surroundings.GlobalStream],
+) -> Iterator[loop.Tally]:
+    """Yield what each batch counts, after the learning rates of its step were set."""
     batches = [_batches(draws, *pair, epoch) for pair in zip(runs, streams, strict=True)]
     for index in itertools.count():
         taken = [batch for own in batches if (batch := next(own, None)) is not None]
         if not taken:
-            break
+            return
         if len(taken) < len(runs):
             raise ValueError(
                 f"`data` must give all members equally many batches, got {index} for some and "
@@ -102,11 +139,7 @@ def _train_epoch(
         masks = [torch.stack(own) for own in zip(*(batch[2] for batch in taken), strict=True)]
         with streams[0].entered():  # for random layers other than dropout
             tally = stack.losses(inputs, targets, masks)
-        stack.update(tally[0])
-        means.add(*tally)
-        bar.update(len(runs))
-    loop.check_any(means)
-    return means
+        yield tally
 
 
 def _batches(

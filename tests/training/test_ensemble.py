@@ -343,6 +343,23 @@ def test_method_is_chosen_by_the_batch_size_on_a_cpu(data, batch_size, count, me
         assert fit_ensemble(make_models(count=count), given, epochs=1).method == method
 
 
+def test_what_vmap_cannot_run_goes_in_a_loop(data):
+    """A cross-entropy with class weights and label smoothing has no batching rule."""
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    settings = {"epochs": 1, "loss": nn.CrossEntropyLoss(weight, label_smoothing=0.1)}
+    models = make_models(count=2)
+    alone = copy.deepcopy(models[1])
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    assert fit_ensemble(models, data, **settings).method == "loop"
+    assert torch.equal(torch.get_rng_state(), state)
+    fit(alone, data, seed=1, **settings)
+    assert_close(models[1], alone, rtol=0.0)
+    with pytest.raises(RuntimeError):
+        fit_ensemble(models, data, method="vmap", **settings)
+    assert fit_ensemble([net(3), net(3)], [data, data.subset(8)], epochs=1).method == "loop"
+
+
 def net(width=4):
     return nn.Sequential(nn.Flatten(), nn.Linear(192, width))
 
