@@ -104,7 +104,8 @@ def fingerprint(
 ) -> dict[str, str]:
     """Return what the values of a surface depend on, as digests by name.
 
-    The data may be cut into other batches. Two losses of one name look the same here.
+    The data may be cut into other batches, unless `other` says how they are. Two losses of one
+    name look the same here.
 
     Args:
         frozen: The objective on its model and data; they are read once.

@@ -15,6 +15,7 @@ from landscape._checks import check_at_least, check_choice, check_generator
 from landscape._progress import track
 from landscape.objective import Objective
 from landscape.probes.adaptive import interpolate
+from landscape.probes.batch_norm import has_batch_statistics
 from landscape.probes.directions import Directions, random_directions
 from landscape.probes.measure import L2, BatchNorm, PointMeter
 from landscape.probes.record import PointRecord, fingerprint, open_record
@@ -78,6 +79,8 @@ def scan(
     marks: dict[str, str] = {}
     if resume is not None:
         texts = {name: repr(value) for name, value in settings.items()}
+        if batch_norm == "recalibrate" or has_batch_statistics(model):
+            texts["batch sizes"] = repr([batch.size for batch in frozen.batches])
         marks = fingerprint(frozen, vectors, grid=repr(grid), **texts)
 
     with open_record(resume, marks, len(grid), len(meter.columns)) as record, torch.no_grad():

@@ -741,6 +741,20 @@ def test_the_same_data_in_other_batches_go_on(tmp_path):
     assert again.provenance.num_forwards == 1
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_other_batches_are_another_surface_where_norms_see_batches(kept, tmp_path):
+    """A norm that is recalibrated, or keeps no statistics."""
+    path = tmp_path / "points"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(3, track_running_stats=kept)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), norm).double()
+    arguments = {"points": 2, "resume": path, "batch_norm": "recalibrate" if kept else "fixed"}
+    loss_surface(model, make_batches((9, 4)), **arguments)
+    with pytest.raises(ValueError, match="`resume` must hold .* another batch sizes"):
+        loss_surface(model, make_batches((13,)), **arguments)
+
+
 def test_a_call_that_fails_at_once_leaves_no_file(tmp_path):
     path, data = tmp_path / "points", [(torch.ones(4, 3), torch.ones(4))]
     arguments = {"objective": Objective(loss=lambda o, t: F.mse_loss(o[:, 0], t)), "resume": path}
