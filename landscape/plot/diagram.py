@@ -123,16 +123,18 @@ def figure11(results: "Mapping[str, Architecture]") -> Figure:
     with mpl.rc_context(style.rc()):
         rows = max(diagram_rows(result, 1) for result in results.values())
         width = style.COLUMN_WIDTH if len(results) == 1 else style.TEXT_WIDTH
-        height = rows * _LINE + 32
+        titles = [style.wrapped_title(name, len(results)) for name in results]
+        top = 30 + 10 * max(title.count("\n") for title in titles)
+        height = rows * _LINE + top + 2
         figure = Figure(figsize=(width, height / 72))
         axes = figure.subplots(1, len(results), squeeze=False)[0]
         figure.subplots_adjust(
-            left=0.005, right=0.995, bottom=2 / height, top=1 - 30 / height, wspace=0.04
+            left=0.005, right=0.995, bottom=2 / height, top=1 - top / height, wspace=0.04
         )
-        for ax, (name, result) in zip(axes, results.items(), strict=True):
+        for ax, title, result in zip(axes, titles, results.values(), strict=True):
             block_diagram(result, ax=ax, columns=1, legend=False)
             ax.set_ylim(rows, 0)
-            ax.set_title(name)
+            ax.set_title(title)
         kinds = [kind for result in results.values() for kind in result.kinds]
         figure.legend(handles=kind_handles(kinds), loc="upper center", ncols=5, **_LEGEND)
     return figure

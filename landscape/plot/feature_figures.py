@@ -54,7 +54,7 @@ def figure2a(results: "Mapping[str, FourierAmplitude]") -> Figure:
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             fourier_amplitude(result, ax=ax, colorbar=False)
-            ax.set_title(name)
+            ax.set_title(style.wrapped_title(name, len(results)))
         _label_first(axes[0])
         color_bar(figure, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
         figure.draw_without_rendering()  # ticks are made now, in this style
@@ -93,7 +93,7 @@ def figure2(
         _share(axes)
         for ax, (name, result) in zip(axes, amplitudes.items(), strict=True):
             fourier_amplitude(result, ax=ax, colorbar=False)
-            ax.set_title(name)
+            ax.set_title(style.wrapped_title(name, len(amplitudes) + beside))
         _label_first(axes)
         color_bar(first, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
         frequency_robustness(curves, ax=second.subplots())
@@ -155,7 +155,7 @@ def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") ->
     with mpl.rc_context(style.rc()):
         figure, axes = _panels(2.1 * rows, names, rows)
         for ax, name in zip(axes[0], names, strict=True):
-            ax.set_title(name)
+            ax.set_title(style.wrapped_title(name, len(names)))
         if ckas:
             _draw_matrices(figure, dict(zip(names, axes[0], strict=True)), ckas)
         if lesions:
@@ -180,7 +180,9 @@ def panels(results: "Mapping[str, Result]") -> Figure:
         figure, axes = _panels(2.3, results)
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             result.plot(ax=ax)
-            ax.set_title(name, loc="left")  # notes stand at the right
+            ax.set_title(
+                style.wrapped_title(name, 2 * len(results) - 1), loc="left"
+            )  # notes stand at the right
         figure.draw_without_rendering()
     return figure
 
@@ -221,7 +223,7 @@ def _against_depth(results: Mapping[str, Any], draw: Callable[..., Axes], **look
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             draw(result, ax=ax, label=name, **look)
-            ax.set_title(name)
+            ax.set_title(style.wrapped_title(name, len(results)))
         _label_first(axes[0])
         _one_legend(figure, axes[0], omit=results)
         figure.draw_without_rendering()
@@ -241,7 +243,7 @@ def _share(axes: Sequence[Axes]) -> None:
     """Give axes one vertical scale; before anything is drawn."""
     for ax in axes[1:]:
         ax.sharey(axes[0])
-        ax.tick_params(labelleft=False)
+        ax.tick_params(which="both", labelleft=False)
 
 
 def _label_first(axes: Sequence[Axes]) -> None:

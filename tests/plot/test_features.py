@@ -224,9 +224,22 @@ def test_figure9_is_logarithmic_where_one_network_would_hide_another(growth, sca
     figure = feature_figures.figure9(results)
     assert {ax.get_yscale() for ax in figure.axes} == {scale}
     assert len({ax.get_ylim() for ax in figure.axes}) == 1
+    for which in ("major", "minor"):  # the scale stands at the first panel alone
+        ticks = [ax.yaxis.get_tick_params(which)["labelleft"] for ax in figure.axes]
+        assert ticks == [True, *[False] * (len(results) - 1)]
     low, high = figure.axes[0].get_ylim()
     for result in results.values():
         assert low < result.variance.min() < result.variance.max() < high
+
+
+def test_long_titles_take_several_lines():
+    name = "timm/vit_base_patch16_clip_224.openai_ft_in12k_in1k"
+    first, *others = fouriers().values()
+    figure = feature_figures.figure2a({name: first, "short": others[0], "third": others[0]})
+    figure.draw_without_rendering()
+    boxes = [ax.title.get_window_extent() for ax in figure.axes[:3]]
+    assert "".join(figure.axes[0].get_title().split("\n")) == name
+    assert boxes[0].x1 < boxes[1].x0 < boxes[1].x1 < boxes[2].x0
 
 
 def test_figure10_has_matrices_over_bars_with_one_scale_each():
