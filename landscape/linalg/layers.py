@@ -152,7 +152,7 @@ class _Replacing(TorchFunctionMode):
             before, h, *slopes = last.more
             tables = [_rows(t) for t in (x.detach(), *slopes)]
             out = mlp(before.x, before.weight, before.bias, _rows(h), weight, bias, tables)
-            return out.view(*x.shape[:-1], len(weight))
+            return _like_rows(out, x)
         last = self._normed
         if last is not None and last.is_still(x) and x.numel() >= weight.numel():
             # (z s + t) wᵀ + bias = z (w s)ᵀ + (w t + bias)
@@ -162,7 +162,7 @@ class _Replacing(TorchFunctionMode):
             if last.weight is not None:
                 weight = weight * last.weight
         rows = _rows(x)
-        out = linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
+        out = _like_rows(linear(rows, weight, bias), x)
         self._widened = _Made(out, rows, weight, bias)
         return out
 
@@ -297,6 +297,11 @@ def _covered(argument: Any) -> bool:
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _like_rows(out: Tensor, x: Tensor) -> Tensor:
+    """Return what was made of the rows of `x` in its shape; as a view only where that differs."""
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _pair(size: int | Sequence[int]) -> list[int]:
