@@ -1,6 +1,7 @@
 """Checks of arguments shared by the probes: name, rule, value, remedy."""
 
 import difflib
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,19 @@ def check_at_least(name: str, value: float, minimum: float) -> None:
     """
     if not value >= minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+
+
+def check_count(name: str, value: object, minimum: int) -> None:
+    """Refuse what is no whole number, or below its minimum.
+
+    Raises:
+        ValueError: If `value` is one of these.
+    """
+    try:
+        whole = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}.") from None
+    check_at_least(name, whole, minimum)
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -20,7 +20,8 @@ class OwnStreams:
     last. Nobody waits, so other threads that draw meanwhile draw from the streams as they are set.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
         self._inside: States | None = None
 
     @contextmanager
@@ -32,10 +33,7 @@ class OwnStreams:
                 _outside[:] = [before]
             _open.append(self)
             if self._inside is None:
-                # `torch.manual_seed` would also seed the devices.
-                torch.default_generator.manual_seed(0)
-                np.random.seed(0)  # noqa: NPY002, the global stream is what data draw from
-                random.seed(0)
+                seed_streams(self._seed)
             else:
                 write_streams(self._inside)
         try:
@@ -50,6 +48,14 @@ class OwnStreams:
 _guard = threading.Lock()
 _open: list[OwnStreams] = []
 _outside: list[States] = []
+
+
+def seed_streams(seed: int) -> None:
+    """Seed all three."""
+    # `torch.manual_seed` would also seed the devices.
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002, the global stream is what data draw from
+    random.seed(seed)
 
 
 def read_streams() -> States:

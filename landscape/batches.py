@@ -6,14 +6,14 @@ again at each pass, and a fingerprint of every batch tells when they are not the
 shuffling loader).
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from landscape._checks import check_data
 from landscape._streams import OwnStreams
@@ -81,8 +81,7 @@ class FrozenBatches:
         self,
         data: Iterable[Any],
         *,
-        device: torch.device,
-        dtype: torch.dtype,
+        placement: "Placement",
         transform: Transform | None,
         seed: int,
         amount: Callable[[Tensor | None, int], Tensor | float],
@@ -94,8 +93,7 @@ class FrozenBatches:
 
         Args:
             data: Re-iterable of batches, each `(x, y)` or a mapping.
-            device: Where the batches go.
-            dtype: Precision of their floating-point entries.
+            placement: Where the batches go, and in what precision.
             transform: Random transform of a batch, or `None`.
             seed: Seed of its stream.
             amount: `amount(targets, size)`, the weight of a batch in the mean over all data.
@@ -107,7 +105,7 @@ class FrozenBatches:
             ValueError: If the data hold no sample, or none that counts.
         """
         check_data(data)
-        self._data, self._placement = data, Placement(device, dtype)
+        self._data, self._placement = data, placement
         self._transform, self._seed, self._labels = transform, seed, labels
         self._kept: list[_Drawn] | None = []
         self._prints: list[Tensor] = []
@@ -115,6 +113,11 @@ class FrozenBatches:
 
     def __len__(self) -> int:
         return self.num_batches
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether all are kept, so that a pass over them costs nothing."""
+        return self._kept is not None
 
     def __iter__(self) -> Iterator[PreparedBatch]:
         """Yield the same batches in the same order at every pass, but for those of weight 0.
@@ -184,12 +187,14 @@ class FrozenBatches:
 
     def _prepare(self, raw: Any, index: int) -> "_Drawn":
         inputs, targets = split_batch(raw, index)
-        inputs, targets = self._placement.place(inputs), self._placement.place(targets)
+        placement = self._placement
+        inputs, targets = placement.place(inputs), placement.place_targets(targets)
         size = _size(inputs, targets)
         if self._transform is not None:
             generator = torch.Generator().manual_seed(_mix(self._seed, index))
-            inputs, targets = self._transform(inputs, targets, generator)
-            inputs, targets = self._placement.place(inputs), self._placement.place(targets)
+            with OwnStreams(_mix(self._seed, index)).entered():  # some draw from the global ones
+                inputs, targets = self._transform(copied(inputs), copied(targets), generator)
+            inputs, targets = placement.place(inputs), placement.place_targets(targets)
             if _size(inputs, targets) != size:
                 raise ValueError(
                     f"`transform` must keep the number of samples, got {size} -> "
@@ -209,7 +214,7 @@ class Placement:
 
     Attributes:
         device: Device of its parameters.
-        dtype: Precision of its floating-point parameters.
+        dtype: Precision of its floating-point parameters, of its first layer where they differ.
     """
 
     device: torch.device
@@ -217,11 +222,16 @@ class Placement:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Placement":
-        """Read them off the first floating-point parameter or buffer; float32 on CPU without."""
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
-            if tensor.is_floating_point():
-                return cls(tensor.device, tensor.dtype)
-        return cls(torch.device("cpu"), torch.float32)
+        """Read them off a layer, another parameter or a buffer; float32 on CPU without."""
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        layers = (t for t in tensors if not is_lazy(t) and t.dim() > 1)
+        first = next(layers, tensors[0] if tensors else torch.zeros(()))
+        return cls(first.device, first.dtype if tensors else torch.float32)
+
+    def place_targets(self, targets: Any) -> Any:
+        """Return targets on the device, in the precision, or in float32 where that is half."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return Placement(self.device, dtype).place(targets)
 
     def place(self, value: Any) -> Any:
         """Return tensors (in mappings too) on the device, floating-point ones in the precision."""
@@ -257,7 +267,8 @@ def stream_batches(model: nn.Module, data: Iterable[Any]) -> "Iterator[_Drawn]":
 def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
     total = 0
     for index, raw in enumerate(one_pass(data)):
-        inputs, targets = (placement.place(part) for part in split_batch(raw, index))
+        inputs, targets = split_batch(raw, index)
+        inputs, targets = placement.place(inputs), placement.place_targets(targets)
         size = _size(inputs, targets)
         total += size
         if size:
@@ -268,18 +279,41 @@ def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
         raise ValueError("`data` must yield at least one sample, got none; is it empty?")
 
 
-def rows_of(inputs: Inputs, size: int, rows: slice | Tensor) -> Any:
+def rows_of(
+    inputs: Inputs, size: int, rows: slice | Tensor, names: Collection[str] | None = None
+) -> Any:
     """Return some samples of the inputs of a batch.
 
     Args:
         inputs: A tensor, or keyword arguments; what does not have a row a sample is left whole.
         size: Number of samples.
         rows: Which of them, a slice or indices.
+        names: Of a mapping, which entries may have a row a sample; by default those as long.
     """
     if isinstance(inputs, Mapping):
-        return {name: rows_of(value, size, rows) for name, value in inputs.items()}
-    cuts = isinstance(inputs, Tensor) and inputs.dim() > 0 and len(inputs) == size
-    return inputs[rows] if cuts else inputs
+        return {
+            name: rows_of(value, size, rows) if names is None or name in names else value
+            for name, value in inputs.items()
+        }
+    return inputs[rows] if _has_rows(inputs, size) else inputs
+
+
+def names_of_rows(inputs: Inputs, size: int) -> frozenset[str]:
+    """Return which entries of a mapping are as long as its samples are many."""
+    if not isinstance(inputs, Mapping):
+        return frozenset()
+    return frozenset(name for name, value in inputs.items() if _has_rows(value, size))
+
+
+def _has_rows(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
+
+
+def copied(values: Any) -> Any:
+    """Return a tensor, or a mapping of tensors, that a transform may change in place."""
+    if isinstance(values, Mapping):
+        return {name: copied(value) for name, value in values.items()}
+    return values.clone() if isinstance(values, Tensor) else values
 
 
 def versions_of(inputs: Inputs) -> list[int]:

@@ -10,7 +10,8 @@ of L (or two products with its Hessian) would belong to two different functions.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -147,8 +148,7 @@ class FrozenObjective:
         device = self.space.device
         batches = FrozenBatches(
             data,
-            device=device,
-            dtype=Placement.of(model).dtype,
+            placement=Placement.of(model),
             transform=objective.transform,
             seed=objective.seed,
             amount=functools.partial(amount_averaged, objective.loss),
@@ -254,8 +254,13 @@ class FrozenObjective:
             self._check_repeatable(once, inputs, size)
             self._check_targets(once, batch.targets)
             self._check_labels(once, label_range)
-            with _explained("`loss` on", once, batch.targets):
-                loss = self.loss(once, batch)
+            with _explained("`loss` on", once, batch.targets), self._loss_left_as_found():
+                loss, again = (self.loss(once, batch) for _ in range(2))
+            if not torch.equal(loss, again) and not (loss.isnan() & again.isnan()).all():
+                raise ValueError(
+                    "`loss` must be deterministic, got two different values for one batch; put a "
+                    "loss module in evaluation mode."
+                )
             if loss.dim() != 0:
                 raise ValueError(
                     f"`loss` must return a scalar mean, got shape {tuple(loss.shape)}."
@@ -275,6 +280,29 @@ class FrozenObjective:
         parameters = {**self.space.fixed, **self.space.values}
         floating = {name: t for name, t in parameters.items() if t.is_floating_point()}
         self._call({name: t.detach().requires_grad_() for name, t in floating.items()}, inputs)
+
+    @contextmanager
+    def _loss_left_as_found(self) -> Iterator[None]:
+        """Refuse a loss module that keeps something of what it sees, and put that back.
+
+        Raises:
+            ValueError: If it does.
+        """
+        loss = self.objective.loss
+        buffers = list(loss.buffers()) if isinstance(loss, nn.Module) else []
+        before = [buffer.clone() for buffer in buffers]
+        yield
+        now = list(loss.buffers()) if isinstance(loss, nn.Module) else []
+        pairs = zip(now, before, strict=True)
+        if any(a is not b for a, b in zip(now, buffers, strict=True)) or any(
+            not torch.equal(a, b) for a, b in pairs
+        ):
+            for buffer, value in zip(now, before, strict=True):
+                buffer.copy_(value)
+            raise ValueError(
+                "`loss` must keep nothing of what it sees, got a module that changes its buffers; "
+                "put it in evaluation mode."
+            )
 
     def _check_repeatable(self, once: Tensor, inputs: Inputs, size: int) -> None:
         values, awake = self.space.values, self.space.awake
@@ -330,21 +358,49 @@ class FrozenObjective:
             )
 
     def _check_mean(self, logits: Tensor, batch: PreparedBatch, loss: float) -> None:
+        """Refuse a loss that is no mean: over two parts of a batch, and over single samples.
+
+        Those are of two batches: one may hold a single class, which hides its weight.
+        """
         targets = batch.targets
         if targets is None or self.objective.loss is None:
             return
         logits = for_loss(self.objective.loss, logits)
         cut = batch.size // 3 or 1
-        parts = [(logits[:cut], targets[:cut]), (logits[cut:], targets[cut:])]
-        amounts = [float(amount_averaged(self.objective.loss, t, len(t))) for _, t in parts]
-        if not min(amounts) > 0:
+        self._compare_mean([(logits[:cut], targets[:cut]), (logits[cut:], targets[cut:])], loss)
+        rows = [(logits[i : i + 1], targets[i : i + 1]) for i in range(min(batch.size, _FEW))]
+        with suppress(Exception):  # who wants samples of one size, or several of them, is spared
+            index = self.num_batches - 1 if getattr(self.batches, "are_kept", False) else 1
+            other = next(itertools.islice(self.batches, index, None))
+            few = min(other.size, _FEW)
+            inputs = rows_of(other.inputs, other.size, slice(0, few))
+            outputs = for_loss(self.objective.loss, self.logits(self.space.values, inputs))
+            assert other.targets is not None  # as the first batch has them
+            more = [(outputs[i : i + 1], other.targets[i : i + 1]) for i in range(few)]
+            torch.cat([rows[0][0], more[0][0]]), torch.cat([rows[0][1], more[0][1]])
+            rows += more
+        whole = torch.cat([o for o, _ in rows]), torch.cat([t for _, t in rows])
+        try:
+            total = float(self.objective.loss(*whole))
+            values = [float(self.objective.loss(o, t)) for o, t in rows]
+        except Exception:
             return
-        mean = sum(
-            a * float(self.objective.loss(o, t)) for a, (o, t) in zip(amounts, parts, strict=True)
-        ) / sum(amounts)
+        self._compare_mean(rows, total, values)
+
+    def _compare_mean(
+        self, parts: Sequence[tuple[Tensor, Tensor]], loss: float, values: Sequence[float] = ()
+    ) -> None:
+        function = self.objective.loss
+        assert function is not None  # a model's own has no parts
+        values = values or [float(function(*part)) for part in parts]
+        amounts = [float(amount_averaged(function, t, len(t))) for _, t in parts]
+        counted = [(a, v) for a, v in zip(amounts, values, strict=True) if a > 0]
+        if len(counted) < 2:
+            return
+        mean = sum(a * v for a, v in counted) / sum(a for a, _ in counted)
         if abs(mean - loss) > 1e-2 * max(abs(mean), abs(loss)):
             raise ValueError(
-                f"`loss` must be a mean over samples, got {loss:.6g} for a batch whose two parts "
+                f"`loss` must be a mean over samples, got {loss:.6g} for a batch whose parts "
                 f"average to {mean:.6g}; pass class weights as `nn.CrossEntropyLoss(weight=…)`, "
                 "or all samples as one batch."
             )

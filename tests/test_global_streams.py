@@ -50,6 +50,29 @@ def _streams_put_back():
     np.random.set_state(numpy)
 
 
+@pytest.mark.parametrize("attack", ["noise", "fgsm", "pgd"])
+def test_noise_does_not_depend_on_the_default_precision(attack):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    data = [(torch.rand(9, 3, 8, 8), torch.arange(9) % 4)]
+
+    def run():
+        if attack == "noise":
+            found = landscape.frequency_robustness(model, data, frequencies=[0.5], width=0.4)
+        else:
+            found = landscape.adversarial_robustness(model, data, attack=attack, radii=[0.1])
+        return np.asarray(found.nll)
+
+    expected = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(found, expected)
+
+
 class Augmented(Dataset):
     """Draws from all three global streams, as data sets with random crops do."""
 

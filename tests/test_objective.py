@@ -1,4 +1,5 @@
 import functools
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -476,6 +477,110 @@ def test_a_head_of_zeros_hides_nothing(samples):
     with pytest.raises(ValueError, match="deterministic"):
         Objective().freeze(model, make_batches((samples,)))
     assert_untouched(model, before)
+
+
+CLASSES = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
+
+
+class Summed(nn.CrossEntropyLoss):
+    """A mean over samples, of a class whose own is none."""
+
+    def forward(self, outputs, targets):
+        own = F.cross_entropy(outputs, targets, reduction="none")
+        return (own * self.weight[targets]).mean()
+
+
+def weighted(outputs, targets):
+    return F.cross_entropy(outputs, targets, weight=CLASSES)
+
+
+def root(outputs, targets):
+    return F.mse_loss(outputs, F.one_hot(targets, 3).double()).sqrt()
+
+
+@pytest.mark.parametrize("loss", [weighted, root])
+@pytest.mark.parametrize("sizes", [(20, 20, 20), (10,) * 6])
+def test_a_loss_that_is_no_mean_is_refused_though_a_batch_holds_one_class(loss, sizes, generator):
+    x = torch.randn(60, 4, 4, 4, generator=generator, dtype=torch.float64)
+    y = torch.arange(3).repeat_interleave(20)
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    model = make_model("conv")
+    Objective(loss=loss).freeze(model, [(x, y)])
+    with pytest.raises(ValueError, match="`loss` must be a mean over samples"):
+        Objective(loss=loss).freeze(model, batches)
+    own = Objective(loss=Summed(weight=CLASSES))
+    assert own.freeze(model, batches).value() == pytest.approx(own.freeze(model, [(x, y)]).value())
+
+
+def test_a_loss_that_draws_or_remembers_is_refused():
+    class Dropped(nn.Module):
+        def forward(self, outputs, targets):
+            return F.cross_entropy(F.dropout(outputs, 0.5), targets)
+
+    class Centred(nn.Module):
+        def __init__(self, assigned):
+            super().__init__()
+            self.assigned = assigned
+            self.register_buffer("centre", torch.zeros(3, dtype=torch.float64))
+
+        def forward(self, outputs, targets):
+            loss = F.cross_entropy(outputs - self.centre, targets)
+            moved = 0.9 * self.centre + 1e-9 * outputs.detach().mean(0)
+            if self.assigned:
+                self.centre = moved
+            else:
+                self.centre.copy_(moved)
+            return loss
+
+    with pytest.raises(ValueError, match="`loss` must be deterministic"):
+        Objective(loss=Dropped()).freeze(make_model("conv"), make_batches((6,)))
+    for assigned in (False, True):
+        loss = Centred(assigned)
+        with pytest.raises(ValueError, match="`loss` must keep nothing of what it sees"):
+            Objective(loss=loss).freeze(make_model("conv"), make_batches((6,)))
+        assert not loss.centre.any()
+
+
+def test_a_transform_may_write_in_place_and_draw_from_the_global_streams():
+    def noisy(x, y, generator):
+        x += 0.1 * torch.randn_like(x) * random.random()
+        return x, y
+
+    batches = make_batches((6, 6))
+    before = [x.clone() for x, _ in batches]
+    values = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        state = torch.get_rng_state()
+        values.append(Objective(transform=noisy).freeze(make_model("conv"), batches).value())
+        assert torch.equal(torch.get_rng_state(), state)
+    assert values[0] == values[1]
+    assert all(map(torch.equal, before, [x for x, _ in batches]))
+    other = Objective(transform=noisy, seed=1).freeze(make_model("conv"), batches).value()
+    assert other != values[0]
+    same = [batches[0]] * 2
+    drawn = [b.inputs for b in Objective(transform=noisy).freeze(make_model("conv"), same).batches]
+    assert not torch.equal(*drawn)
+
+
+def test_inputs_and_targets_are_not_narrowed_for_a_factor_in_half_precision():
+    class Factor(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+            self.layer = nn.Linear(5, 1)
+
+        def forward(self, x):
+            return self.scale.float() * self.layer(x)
+
+    model, x = Factor(), 100 + torch.rand(8, 5)
+    y = model(x).detach() + 0.01
+    value = Objective(loss=F.mse_loss).freeze(model, [(x, y)]).value()
+    assert value == pytest.approx(1e-4, rel=1e-2)
+    half = nn.Linear(5, 1).half()
+    large = [(x.half(), torch.full((8, 1), 7e4))]
+    assert Objective(loss=F.mse_loss).freeze(half, large).value() == pytest.approx(4.9e9, rel=0.01)
 
 
 def test_bad_models_and_settings_are_refused():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from landscape._checks import check_at_least, check_choice, check_generator
+from landscape._checks import check_choice, check_count, check_generator
 from landscape.corruptions import blur, digital, jpeg, noise, weather
 from landscape.corruptions.severities import (
     CIFAR,
@@ -98,7 +98,7 @@ def corrupt(
     """
     check_corruption(name, severity, profile)
     check_images(images)
-    check_at_least("start", start, 0)
+    check_count("start", start, 0)
     generator = check_generator(generator)
     drawn = torch.randint(1 << 62, (1,), generator=generator, device=generator.device)
     place = CORRUPTIONS.index(name) * len(SEVERITIES) + severity

@@ -18,7 +18,7 @@ from torch.func import vmap
 from landscape.batches import PreparedBatch
 from landscape.linalg.gradient import twice_differentiable
 from landscape.linalg.hessian import CurvatureOperator, warn_independent
-from landscape.losses import compares_entries, sample_weights
+from landscape.losses import makes_no_softmax, sample_weights
 
 
 class _OutputCurvature(CurvatureOperator):
@@ -137,7 +137,7 @@ class FisherOperator(_OutputCurvature):
 
     def _setup(self) -> None:
         loss = self.frozen.objective.loss
-        if compares_entries(loss):
+        if makes_no_softmax(loss):
             raise ValueError(
                 "`loss` must be that of a softmax for a Fisher matrix, got "
                 f"{getattr(loss, '__name__', loss)}; see `GaussNewtonOperator`."

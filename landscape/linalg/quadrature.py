@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape.linalg.gram_schmidt import are_long, inner, length, orthogonalise
 from landscape.linalg.operators import SymmetricOperator
 from landscape.linalg.search import BASIS_BYTES, random_unit_vector
@@ -220,8 +220,8 @@ def check_density(num_steps: int, num_probes: int, sigma: float | None) -> None:
     Raises:
         ValueError: If one is out of range.
     """
-    check_at_least("num_steps", num_steps, 2)  # one step tells a mean, and no spread
-    check_at_least("num_probes", num_probes, 1)
+    check_count("num_steps", num_steps, 2)  # one step tells a mean, and no spread
+    check_count("num_probes", num_probes, 1)
     _check_sigma(sigma)
 
 

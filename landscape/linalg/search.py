@@ -6,7 +6,7 @@ from math import sqrt
 import numpy as np
 import torch
 
-from landscape._checks import check_at_least, check_choice
+from landscape._checks import check_choice, check_count
 from landscape.linalg.certificate import OWN, chances, check_certify, watched
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, rank, select
 from landscape.linalg.gram_schmidt import are_long
@@ -74,10 +74,10 @@ class EigenSearch:
         """
         total = sum(k for k, _ in wanted.values())
         for k, _ in wanted.values():
-            check_at_least("k", k, 1)
+            check_count("k", k, 1)
             if k > vectors.dim:
                 raise ValueError(f"`k` must be at most the dimension {vectors.dim}, got {k}.")
-        check_at_least("max_iter", max_iter, min(total, vectors.dim))
+        check_count("max_iter", max_iter, min(total, vectors.dim))
         check_tol(tol)
         check_choice("basis_dtype", basis_dtype, (None, torch.float64, torch.float32))
         long = are_long(vectors.dim, vectors.dtype, vectors.device)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape.linalg.operators import SymmetricOperator, generator_on
 from landscape.results import Provenance, Result
 
@@ -59,7 +59,7 @@ def hutch_plus_plus(
     Raises:
         ValueError: If `num_matvecs` is below 6, or a product is not finite.
     """
-    check_at_least("num_matvecs", num_matvecs, FEWEST)
+    check_count("num_matvecs", num_matvecs, FEWEST)
     size = min(num_matvecs // 3, operator.dim)
     sketch = operator @ _signs(operator, size, generator)
     tick(size)

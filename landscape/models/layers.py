@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 
 
 class DropPath(nn.Module):
@@ -164,7 +164,7 @@ def init_with_attention(model: nn.Module) -> None:
 def check_sizes(**sizes: int) -> None:
     """Refuse any size, given by its argument's name, that is below 1."""
     for name, value in sizes.items():
-        check_at_least(name, value, 1)
+        check_count(name, value, 1)
 
 
 def check_side(name: str, side: int, multiple: int) -> int:

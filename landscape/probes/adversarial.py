@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_at_least, check_choice, check_generator
+from landscape._checks import check_choice, check_count, check_generator
 from landscape.objective import predict
 from landscape.probes.attacks import Target
 from landscape.probes.pixels import Channels, PixelScale, split_image
@@ -136,8 +136,8 @@ def adversarial_robustness(
     check_choice("attack", attack, get_args(Attack))
     check_choice("norm", norm, get_args(Norm))
     balls = increasing("radii", radii)
-    check_at_least("steps", steps, 1)
-    check_at_least("restarts", restarts, 1)
+    check_count("steps", steps, 1)
+    check_count("restarts", restarts, 1)
     if step_size is not None and not 0 < step_size < np.inf:
         raise ValueError(f"`step_size` must be positive and finite, got {step_size}.")
     if attack == "fgsm":

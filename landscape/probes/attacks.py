@@ -111,9 +111,9 @@ class Target:
     def _point(self, generator: torch.Generator) -> Tensor:
         shape = self._x.shape[1:]
         if self._norm == "linf":
-            return 2 * torch.rand(shape, generator=generator) - 1
-        point = torch.randn(shape, generator=generator)
-        length = torch.rand((), generator=generator) ** (1 / point.numel())
+            return 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
+        point = torch.randn(shape, generator=generator, dtype=torch.float32)
+        length = torch.rand((), generator=generator, dtype=torch.float32) ** (1 / point.numel())
         point *= length / torch.linalg.vector_norm(point)
         return point
 

@@ -121,6 +121,7 @@ def read_trail(
                     f"{'the last' if model is None else 'the model'}; names begin with "
                     f"{next(iter(state))!r} here and {next(iter(expected))!r} there."
                 )
+    names = names if model is not None else _without_ties(names, states)
     known = all(step is not None for step in steps)
     return Trail(
         states=states,
@@ -229,6 +230,22 @@ def _parameter_names(state: State, model: nn.Module | None) -> tuple[str, ...]:
         seen.add(place)
         names.append(name)
     return tuple(names)
+
+
+def _without_ties(names: Sequence[str], states: Sequence[State]) -> tuple[str, ...]:
+    """Leave out what moves as an earlier entry does: a tied weight in state dicts of copies."""
+    kept: dict[tuple[torch.Size, tuple[float, ...]], list[str]] = {}
+    for name in names:
+        sums = tuple(float(state[name].double().sum()) for state in states)
+        alike = kept.setdefault((states[-1][name].shape, sums), [])
+        moves = any(not torch.equal(state[name], states[-1][name]) for state in states)
+        tied = moves and any(
+            all(torch.equal(state[name], state[other]) for state in states) for other in alike
+        )
+        if not tied:
+            alike.append(name)
+    chosen = {name for group in kept.values() for name in group}
+    return tuple(name for name in names if name in chosen)
 
 
 def _describe(source: Source) -> str:

@@ -195,9 +195,9 @@ def _grams(blocks: Blocks, inputs: Any) -> Tensor:
 
 def _gram(feature: Tensor) -> Tensor:
     x = feature.flatten(1)
-    rounded = 4 * torch.finfo(x.dtype).eps * x.norm()  # what may be left of equal rows
+    rounded = 4 * torch.finfo(x.dtype).eps * x.norm(dim=0)  # what may be left of equal entries
     x = x - x.mean(0)
-    x = torch.where(x.norm() <= rounded, torch.zeros_like(x), x)  # NaN stays NaN
+    x = torch.where(x.norm(dim=0) <= rounded, torch.zeros_like(x), x)  # NaN stays NaN
     with rounding("full"):  # as the caller lets a GPU round are the features, not their products
         gram = (x @ x.T).double().fill_diagonal_(0)
     n = len(gram)

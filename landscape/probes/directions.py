@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_at_least, check_choice, check_generator, nearest
+from landscape._checks import check_choice, check_count, check_generator, nearest
 from landscape.parameters import Choice, ParameterSpace, aliases
 from landscape.provenance import weights_provenance
 from landscape.results import Provenance, Result
@@ -37,6 +37,10 @@ POSITION_PARAMETERS = ("*pos_embed*", "*position_embed*", "*relative_position*",
 """Position embeddings and relative position biases: Park & Kim (2022) do not move them."""
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WEIGHTS = (  # where a module keeps its weight: plain, parametrised, with hooks
+    "weight", "parametrizations.weight.original", "parametrizations.weight.original1",
+    "weight_orig", "weight_v",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def random_directions(
     Raises:
         ValueError: If an argument is out of range or no parameter is left to move.
     """
-    check_at_least("num", num, 1)
+    check_count("num", num, 1)
     check_choice("normalization", normalization, ("filter", "layer", "input", None))
     generator = check_generator(generator)
     started = time.perf_counter()
@@ -272,9 +276,12 @@ def _match_norms(noise: Tensor, value: Tensor, over: Sequence[int]) -> Tensor:
 
 
 def _transposed_groups(model: nn.Module) -> Mapping[str, int]:
-    first = aliases(model)
-    return {
-        first[f"{name}.weight" if name else "weight"]: module.groups
-        for name, module in model.named_modules()
-        if isinstance(module, _TRANSPOSED)
-    }
+    first, shapes = aliases(model), {n: p.shape for n, p in model.named_parameters()}
+    groups = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _TRANSPOSED):
+            for weight in _WEIGHTS:
+                known = first.get(f"{name}.{weight}" if name else weight)
+                if known is not None and shapes[known] == module.weight.shape:
+                    groups[known] = module.groups
+    return groups

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape.objective import predict
 from landscape.probes.calibration import NUM_BINS, CalibrationBins
 from landscape.probes.scores import Moments, Truth, Truths, tracked_batches
@@ -116,7 +116,7 @@ def evaluate(
         ValueError: If `num_bins` is below 1, or outputs or targets are not those of a classifier;
             ignored labels are refused.
     """
-    check_at_least("num_bins", num_bins, 1)
+    check_count("num_bins", num_bins, 1)
     start = time.perf_counter()
     batches = tracked_batches(model, data, "Evaluation", progress)
     truths, moments, bins = Truths(), Moments(), CalibrationBins(num_bins)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landscape.batches import Inputs, rows_of
+from landscape.batches import Inputs, names_of_rows, rows_of
 from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
 from landscape.probes.folding import Pair, calls_of, folded
@@ -70,8 +70,16 @@ class Forward:
             return 0, False, []
         size = min(batch.size, 2 * PART)
         inputs = rows_of(batch.inputs, batch.size, slice(0, size))
-        with eagerly(), _largest_output(frozen.model) as largest, calls_of(frozen.model) as calls:
-            expected = frozen.logits(frozen.space.awake, inputs)
+        self._parts.names = names_of_rows(batch.inputs, batch.size)
+        try:
+            with (
+                eagerly(),
+                _largest_output(frozen.model) as largest,
+                calls_of(frozen.model) as calls,
+            ):
+                expected = frozen.logits(frozen.space.awake, inputs)
+        except RuntimeError:  # it wants all of a batch
+            return 0, False, []
         part = min(max(CACHE * size // max(largest), PART), 4 * PART)
         convolves = any(isinstance(module, nn.Conv2d) for module in frozen.model.modules())
         last = (True, False) if convolves and frozen.space.dtype == torch.float32 else (False,)
@@ -109,6 +117,8 @@ class Forward:
 class _Parts(nn.Module):
     """A model called on parts of a batch: one exchange of its parameters for all of them."""
 
+    names: frozenset[str] = frozenset()  # entries of a mapping that have a row a sample
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -118,7 +128,7 @@ class _Parts(nn.Module):
         count = -(-size // part)
         ends = [size * i // count for i in range(count + 1)]
         for start, end in itertools.pairwise(ends):
-            rows = rows_of(inputs, size, slice(start, end))
+            rows = rows_of(inputs, size, slice(start, end), self.names)
             if isinstance(rows, Mapping):
                 outputs.append(as_logits(self.model(**rows)))
                 continue

@@ -15,6 +15,7 @@ the same at every frequency; its L2 norm over an image of c channels is then nor
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -173,7 +174,8 @@ class _RingNoise:
     def draw(self, x: Tensor) -> "Iterable[Tensor]":
         """Yield noise like `x` in pixel units for each ring, from one draw; at least float32."""
         # A draw a sample: numbers drawn together would depend on how many they are.
-        delta = torch.stack([torch.randn(x.shape[1:], generator=self._generator) for _ in x])
+        one = partial(torch.randn, generator=self._generator, dtype=torch.float32)
+        delta = torch.stack([one(x.shape[1:]) for _ in x])
         dtype = torch.promote_types(x.dtype, torch.float32)
         spectrum = torch.fft.rfft2(delta.to(x.device, dtype))
         size = tuple(x.shape[2:])

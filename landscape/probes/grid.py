@@ -21,7 +21,7 @@ def spans(
     Raises:
         ValueError: If `span` is none of these.
     """
-    if isinstance(span, int | float):
+    if isinstance(span, int | float | np.number):
         ends = [-float(span), float(span)] * 2
     else:
         ends = [float(end) for end in span]

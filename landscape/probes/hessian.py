@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from landscape._checks import check_at_least, check_choice, check_generator
+from landscape._checks import check_choice, check_count, check_generator
 from landscape._progress import count
 from landscape.linalg.certificate import check_certify
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
@@ -125,7 +125,7 @@ def hessian_spectrum(
         TypeError: If `data` is not a re-iterable of batches.
     """
     began = time.perf_counter()
-    check_at_least("num_probes", num_probes, 1)
+    check_count("num_probes", num_probes, 1)
     generator = check_arguments(k, engine, tol, certify, start, precision, generator)
     if max_iter is None:
         max_iter = max(200, 80 * num_probes)
@@ -286,7 +286,7 @@ def hessian_trace(
         TypeError: If `data` is not a re-iterable of batches.
     """
     began = time.perf_counter()
-    check_at_least("num_matvecs", num_matvecs, FEWEST)
+    check_count("num_matvecs", num_matvecs, FEWEST)
     generator = check_generator(generator)
     seed = generator.initial_seed()
     operator = HessianOperator(model, data, objective, memory=memory)
@@ -351,7 +351,7 @@ def check_arguments(
     generator: torch.Generator | None,
 ) -> torch.Generator:
     """Refuse bad arguments of a spectrum, and return the generator to use."""
-    check_at_least("k", k, 1)
+    check_count("k", k, 1)
     check_tol(tol)
     check_certify(certify)
     check_choice("engine", engine, ("native", "pyhessian"))

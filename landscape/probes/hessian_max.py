@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape._progress import count
 from landscape.batches import PreparedBatch
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
@@ -148,10 +148,10 @@ def hessian_max_spectrum(
     """
     began = time.perf_counter()
     generator = check_arguments(k, engine, tol, certify, start, precision, generator)
-    check_at_least("max_iter", max_iter, k if engine == "native" else 1)
-    check_at_least("num_bootstrap", num_bootstrap, 1)
+    check_count("max_iter", max_iter, k if engine == "native" else 1)
+    check_count("num_bootstrap", num_bootstrap, 1)
     if group is not None:
-        check_at_least("group", group, 1)
+        check_count("group", group, 1)
     if group is not None and engine != "native":
         raise ValueError(f"`group` needs engine='native', got {engine!r}.")
     first = start_vectors(start)

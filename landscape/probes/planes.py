@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from landscape._checks import check_at_least
+from landscape._checks import check_at_least, check_count
 from landscape.parameters import Choice, ParameterSpace
 from landscape.probes.checkpoints import Checkpoints, Source, State, read_state, read_trail
 from landscape.probes.directions import Directions, other_parameters, to_array
@@ -35,7 +35,7 @@ def eigen_directions(
     Raises:
         ValueError: If there are no vectors, fewer than `num`, or of another length.
     """
-    check_at_least("num", num, 1)
+    check_count("num", num, 1)
     started = time.perf_counter()
     vectors = spectrum
     if not isinstance(spectrum, np.ndarray | torch.Tensor):
@@ -93,7 +93,7 @@ def pca_directions(
         ValueError: If there are fewer than `num + 1` checkpoints, one is not finite, or they differ
             in fewer directions than `num`.
     """
-    check_at_least("num", num, 1)
+    check_count("num", num, 1)
     started = time.perf_counter()
     trail = read_trail(checkpoints, model=model, at_least=num + 1)
     origin = trail.states[-1]

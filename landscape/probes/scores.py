@@ -54,7 +54,7 @@ class Truth:
 
 
 class LargestSoFar:
-    """Largest values over batches, checked after the first batch and at the end.
+    """Largest values over batches, on a GPU checked after the first batch and at the end.
 
     So that the host need not wait for the device in between.
     """
@@ -66,10 +66,10 @@ class LargestSoFar:
 
     def add(self, values: Tensor) -> None:
         """Add the values `(k,)` of one batch."""
-        if self._largest is None:
-            self._largest = values
+        first = self._largest is None
+        self._largest = values if self._largest is None else torch.maximum(self._largest, values)
+        if first or values.device.type == "cpu":
             self.finish()
-        self._largest = torch.maximum(self._largest, values)
 
     def finish(self) -> None:
         """Check all that was added."""

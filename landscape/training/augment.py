@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape.batches import Transform
 from landscape.training.data import denormalize, normalize
 
@@ -93,7 +93,7 @@ class RandomCrop:
     fill: float = 0.0
 
     def __post_init__(self) -> None:
-        check_at_least("padding", self.padding, 0)
+        check_count("padding", self.padding, 0)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the cropped images `(n, c, h, w)` and the labels as they are."""
@@ -107,7 +107,7 @@ class RandomCrop:
         first = torch.arange(c, device=order.device) + c * order.view(n, 1)
         rows = (first * padded.shape[2] + top[order].view(n, 1)).unsqueeze(2)
         rows = rows + torch.arange(h, device=order.device)
-        lines = padded.view(-1, padded.shape[3]).index_select(
+        lines = padded.reshape(-1, padded.shape[3]).index_select(
             0, rows.flatten().to(x.device, non_blocking=True)
         )
         lines = lines.view(n, c, h, -1)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape.results import write_atomically
 
 Named = int | Literal["init", "warmup", "last"]
@@ -82,13 +82,13 @@ def plan(
     named: dict[Named, int] = {}
     for name in checkpoints:
         epoch = name if isinstance(name, int) else known.get(name)
-        if epoch is None or not 0 <= epoch <= epochs:
+        if epoch is None or not 0 <= epoch <= epochs or epoch != int(epoch):
             raise ValueError(
                 f"`checkpoints` must be epochs from 0 to {epochs}, 'init', 'last', or 'warmup' "
-                f"where `schedule` has `warmup_epochs`, got {name!r}."
+                f"where `schedule` has whole `warmup_epochs`, got {name!r}."
             )
-        named[name] = epoch
-    check_at_least("trajectory", trajectory, 0)
+        named[name] = int(epoch)
+    check_count("trajectory", trajectory, 0)
     every = range(0, epochs, int(trajectory)) if trajectory else ()
     kept = (*every, epochs) if trajectory else ()
     return Saves(None if folder is None else Path(folder), named, kept)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape.batches import Transform
 from landscape.training.seeding import stream
 
@@ -74,7 +74,8 @@ class DeviceImages:
     `x` is float32 `(batch, c, h, w)`, normalised; `y` is int64 `(batch,)` unless `augment` changes
     it. Iterating draws nothing from the global random state and always yields the same batches:
     those of epoch 0. `batches(epoch)` gives those of another epoch: the order and the augmentation
-    of an epoch are functions of `(seed, epoch)` alone, on whatever device.
+    of an epoch are functions of `(seed, epoch)` alone, on whatever device, but that what is drawn
+    for an image depends on how many batches are augmented at once: on `batch_size`, `drop_last`.
 
     Attributes:
         images: Unsigned bytes `(n, c, h, w)`.
@@ -157,7 +158,7 @@ class DeviceImages:
         Raises:
             ValueError: If `epoch` is negative.
         """
-        check_at_least("epoch", epoch, 0)
+        check_count("epoch", epoch, 0)
         order = None
         if self.shuffle:
             permutation = torch.randperm(
@@ -175,7 +176,7 @@ class DeviceImages:
                 x = self.images.index_select(0, order[part])
                 y = self.labels.index_select(0, order[part])
             if self.augment is not None:
-                x, y = self.augment(x, y, generator)
+                x, y = self.augment(x.clone() if order is None else x, y, generator)
             for first in range(0, len(y), self.batch_size):
                 batch = slice(first, first + self.batch_size)
                 yield normalize(x[batch], self.mean, self.std), y[batch]
@@ -190,7 +191,8 @@ class DeviceImages:
         """Return some of the images, in the order they have here.
 
         Args:
-            which: How many to draw without replacement, or the indices to take as they are.
+            which: How many to draw without replacement, or the indices to take as they are, or one
+                bool an image.
             stratified: Whether a drawn subset keeps the proportions of the classes (to within one
                 sample a class). Draws of two sizes from equal generators are nested.
             generator: CPU source of the draw; `None` is a fresh one with seed 0.
@@ -199,10 +201,17 @@ class DeviceImages:
             `DeviceImages` with the same settings and classes.
 
         Raises:
-            ValueError: If a count is not between 1 and `num_samples`.
+            ValueError: If a count is not between 1 and `num_samples`, or `which` is none of these.
         """
         if not isinstance(which, int | np.integer):
-            index = torch.as_tensor(which, dtype=torch.int64, device=self.device)
+            index = torch.as_tensor(which, device=self.device)
+            whole = not (index.is_floating_point() or index.is_complex())
+            if not whole or (index.dtype == torch.bool and index.shape != self.labels.shape):
+                raise ValueError(
+                    f"`which` must be a count, indices, or one bool an image, got {index.dtype} of "
+                    f"shape {tuple(index.shape)}."
+                )
+            index = index if index.dtype == torch.bool else index.long()
             return self.with_(images=self.images[index], labels=self.labels[index])
         if not 1 <= which <= self.num_samples:
             raise ValueError(f"`which` must be between 1 and {self.num_samples}, got {which}.")
@@ -305,4 +314,5 @@ def _check(data: DeviceImages) -> None:
             )
     if min(data.std) <= 0:
         raise ValueError(f"`std` must be positive, got {tuple(data.std)}.")
-    check_at_least("batch_size", data.batch_size, 1)
+    check_count("batch_size", data.batch_size, 1)
+    check_count("seed", data.seed, 0)

@@ -83,9 +83,10 @@ def fit_ensemble(
     starting operations is what takes time; at larger batches a CPU is busy with one model, and a
     loop over the members is faster. This is a heuristic: on one core small ResNets and ViTs were
     faster under `vmap` at batch 8, the more so the smaller they are, and all but the smallest
-    slower at batch 32 (`benchmarks/training.py`). What `vmap` cannot run, such as a cross-entropy
-    with class weights and label smoothing, is trained in a loop too. A step under `vmap` needs the
-    memory of all members' activations. Validation goes member by member either way.
+    slower at batch 32 (`benchmarks/training.py`). What `vmap` cannot run (a cross-entropy with
+    class weights and label smoothing, an LSTM), or runs to other gradients of the first batch than
+    each model alone has (attributes that differ), is trained in a loop too. A step under `vmap`
+    needs the memory of all members' activations. Validation goes member by member either way.
 
     Args:
         models: At least one, alike in everything but their weights.
@@ -166,6 +167,12 @@ def fit_ensemble(
     ]
     if method == "vmap":
         _check_stackable(runs)
+        alike, random = _rehearse(runs)
+        if not alike and not random:
+            raise ValueError(
+                "`models` must differ in their weights alone, but their gradients under vmap are "
+                'others than by themselves; take method="loop".'
+            )
     at_once = method == "vmap" or (
         method == "auto" and not bfloat16 and _pays(runs) and _stackable(runs)
     )
@@ -260,17 +267,21 @@ def _check_stackable(runs: Sequence[Run]) -> None:
 
 
 def _stackable(runs: Sequence[Run]) -> bool:
-    """Return whether all can go at once: a forward pass of the first batch is tried."""
+    """Return whether all can go at once: gradients of the first batch are tried and compared."""
     try:
         _check_stackable(runs)
-        with ExitStack() as contexts:
-            for member in runs:
-                contexts.enter_context(run.training(member, channels_last=False))
-            stack = contexts.enter_context(stacking.stacked([member.step for member in runs]))
-            together.rehearse(stack, Draws(runs[0].step.model), runs)
+        return _rehearse(runs)[0]
     except Exception:  # where it is an error of the user's, the loop will say so
         return False
-    return True
+
+
+def _rehearse(runs: Sequence[Run]) -> tuple[bool, bool]:
+    """Return what `together.rehearse` does of runs that have not begun."""
+    with ExitStack() as contexts:
+        for member in runs:
+            contexts.enter_context(run.training(member, channels_last=False))
+        stack = contexts.enter_context(stacking.stacked([member.step for member in runs]))
+        return together.rehearse(stack, Draws(runs[0].step.model), runs)
 
 
 def _check_models(models: Sequence[nn.Module]) -> None:

@@ -3,9 +3,11 @@
     for each epoch: for each batch: transform, loss, gradient, clip, step
 
 Every random number of an epoch is a function of `(seed, epoch)`: the order and augmentation of
-`DeviceImages`, the draws of `transform`, and PyTorch's global stream, from which dropout and
-stochastic depth draw (it is forked around each epoch and left as found). So a run that was killed
-and resumed equals the uninterrupted one bit for bit on a CPU with the same number of threads.
+`DeviceImages`, the draws of `transform`, and the global streams of PyTorch, NumPy and
+Python, from which dropout, stochastic depth and data sets draw (set for each epoch, and left as
+found). So a run that was killed and resumed equals the uninterrupted one bit for bit on a CPU with
+the same number of threads; but for what lives elsewhere, as the generator of a loader that has one
+of its own, or a buffer that the model's state leaves out.
 """
 
 from __future__ import annotations
@@ -58,8 +60,10 @@ def fit(
     (see `recipe`); stochastic depth belongs to the model.
 
     Args:
-        model: Any module, on the device and in the precision to train in. Training flags and
-            memory format are left as found, gradients are cleared.
+        model: Any module, on the device and in the precision to train in. It is put in training
+            mode; parts of a model in training mode that are in evaluation mode, such as frozen
+            batch norms, stay so. Training flags and memory format are left as found, gradients
+            are cleared.
         data: Re-iterable of batches, each `(x, y)` or a mapping. Of `DeviceImages` each epoch is
             taken with its own augmentation and, where `shuffle` is set, its own order.
         epochs: Number of epochs in all, those of the warm-up included.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape.training.data import normalize
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
@@ -54,7 +54,7 @@ class FolderImages:
             ValueError: If there is no image, or a size is below 1.
         """
         for name, value in (("size", size), ("batch_size", batch_size)):
-            check_at_least(name, value, 1)
+            check_count(name, value, 1)
         self._size, self._resize = size, resize or round(size * 8 / 7)
         self.mean, self.std, self._batch_size = tuple(mean), tuple(std), batch_size
         folders = sorted(f for f in Path(root).iterdir() if f.is_dir())
@@ -70,7 +70,7 @@ class FolderImages:
                 f"`root` must hold a folder of images for each class, got {str(root)!r} with none."
             )
         if max_images is not None and max_images < len(files):
-            check_at_least("max_images", max_images, 1)
+            check_count("max_images", max_images, 1)
             files = [files[i * len(files) // max_images] for i in range(max_images)]
         self._files = files
 

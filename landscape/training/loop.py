@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landscape.batches import Inputs, Placement, Transform, split_batch
+from landscape.batches import Inputs, Placement, Transform, copied, split_batch
 from landscape.losses import amount_averaged, is_classification, is_probability, loss_settings
 from landscape.objective import Loss, as_logits
 from landscape.restore import eval_mode
@@ -160,6 +160,7 @@ def train_epoch(
         inputs, targets = prepare(step, raw, index, generator)
         tally = forward(step, step.model, inputs, targets)
         step.optimizer.zero_grad(set_to_none=True)
+        step.model.zero_grad(set_to_none=True)  # of those that the optimizer does not have
         tally[0].backward()  # type: ignore[no-untyped-call]
         if step.clip is not None:
             nn.utils.clip_grad_norm_(parameters, step.clip)
@@ -223,10 +224,10 @@ def prepare(
     if targets is None:
         raise ValueError(f"`data` must hold targets, got none in batch {index}; pass (x, y).")
     placement = Placement.of(step.model)
-    inputs, targets = placement.place(inputs), placement.place(targets)
+    inputs, targets = placement.place(inputs), placement.place_targets(targets)
     if step.transform is not None and generator is not None:
-        drawn = step.transform(inputs, targets, generator)
-        inputs, targets = (placement.place(part) for part in drawn)
+        drawn = step.transform(copied(inputs), copied(targets), generator)
+        inputs, targets = placement.place(drawn[0]), placement.place_targets(drawn[1])
     return inputs, targets
 
 

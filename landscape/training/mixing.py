@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape.batches import Transform
 from landscape.training.augment import (
     Compose,
@@ -40,7 +40,7 @@ class LabelSmoothing:
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        check_at_least("num_classes", self.num_classes, 1)
+        check_count("num_classes", self.num_classes, 1)
         check_probability("smoothing", self.smoothing)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from landscape._checks import check_at_least
+from landscape._checks import check_at_least, check_count
 from landscape.training.augment import check_probability, uniform
 
 
@@ -88,7 +88,7 @@ class RandAugment:
     fill: int | Sequence[int] = 128
 
     def __post_init__(self) -> None:
-        check_at_least("num_ops", self.num_ops, 0)
+        check_count("num_ops", self.num_ops, 0)
         check_at_least("magnitude_std", self.magnitude_std, 0)
         check_probability("probability", self.probability)
 

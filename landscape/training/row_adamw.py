@@ -63,6 +63,8 @@ class RowAdamW:
         """Return whether all are plain AdamW that differ in learning rate and decay alone."""
         if {type(optimizer) for optimizer in optimizers} != {torch.optim.AdamW}:
             return False
+        if any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in optimizers):
+            return False
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         common = {(*group["betas"], *(group.get(name) for name in _COMMON)) for group in groups}
         layouts = {tuple(len(g["params"]) for g in each.param_groups) for each in optimizers}
@@ -71,8 +73,11 @@ class RowAdamW:
         )
 
     def in_step(self) -> bool:
-        """Return whether all parameters have taken equally many steps; needs no device."""
-        return bool((self._counts == self._counts[0, 0]).all())
+        """Return whether the next step is one for all; needs no device.
+
+        That is, all parameters have taken equally many, and no scheduler has set other settings.
+        """
+        return bool((self._counts == self._counts[0, 0]).all()) and self.fits(self._optimizers)
 
     def step(self, gradient: Tensor) -> None:
         """Take one step.
@@ -82,6 +87,8 @@ class RowAdamW:
         """
         group = self._optimizers[0].param_groups[0]
         (beta1, beta2), eps = group["betas"], group["eps"]
+        for optimizer in self._optimizers:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask for it
         self._counts += 1
         count = float(self._counts[0, 0])
         mean, square = self._moments["exp_avg"], self._moments["exp_avg_sq"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from landscape._checks import check_at_least, check_data
+from landscape._checks import check_count, check_data
 from landscape.losses import loss_settings
 from landscape.results import Result
 from landscape.training import loop, surroundings
@@ -142,7 +142,8 @@ def make_run(
     check_data(data)
     if validation is not None:
         check_data(validation)
-    check_at_least("epochs", epochs, 1)
+    check_count("epochs", epochs, 1)
+    check_count("seed", seed, 0)
     if step.clip is not None and not step.clip > 0:
         raise ValueError(f"`clip` must be positive or None, got {step.clip}.")
     reduction = loss_settings(step.loss)[2]
@@ -150,6 +151,14 @@ def make_run(
     if reduction not in {"mean", "batchmean"} and not own:  # one's own may take the mean itself
         raise ValueError(
             f"`loss` must reduce by 'mean' over samples, got reduction={reduction!r}; leave it out."
+        )
+    if (
+        isinstance(schedule, LRScheduler)
+        and getattr(schedule, "optimizer", None) is not step.optimizer
+    ):
+        raise ValueError(
+            "`schedule` must be a scheduler on the optimizer that trains, got one on another; pass "
+            "that one, too."
         )
     schedule = schedule or WarmupCosine(epochs, min(5, epochs - 1))
     run = Run(

@@ -92,6 +92,27 @@ class Stack:
             losses: Tally = vmap(of_one, randomness="different")(*arguments)
         return losses
 
+    def gradients(self, losses: Tensor) -> Tensor:
+        """Return the gradient of every member, `(members, parameters)`.
+
+        Args:
+            losses: Mean loss of each member `(members,)`.
+        """
+        found = torch.autograd.grad(
+            losses.sum(), list(self.parameters.values()), materialize_grads=True
+        )
+        return torch.cat([grad.reshape(len(grad), -1) for grad in found], 1)
+
+    def gradient_alone(self, member: int, loss: Tensor) -> Tensor:
+        """Return the gradient of a loss of one member's own model, `(parameters,)`.
+
+        Args:
+            member: Its number.
+            loss: The loss.
+        """
+        found = torch.autograd.grad(loss, self._trained[member], materialize_grads=True)
+        return torch.cat([grad.flatten() for grad in found])
+
     def update(self, losses: Tensor) -> None:
         """Take a step of every member: gradient, clip by its own norm, optimizer.
 
@@ -119,6 +140,23 @@ class Stack:
                 parameters[index].grad = own
         for step in self.steps:
             step.optimizer.step()
+
+    def check_alike(self) -> None:
+        """Refuse models that a callback has made different from each other, or from the stack.
+
+        Raises:
+            ValueError: If they are.
+        """
+        modes = [[module.training for module in step.model.modules()] for step in self.steps]
+        same = all(
+            len(now) == len(then) and all(p is q for p, q in zip(now, then, strict=True))
+            for now, then in zip(map(trained, self.steps), self._trained, strict=True)
+        )
+        if not same or any(mode != modes[0] for mode in modes):
+            raise ValueError(
+                "`callbacks` must leave what is trained as it is, and training flags alike in all "
+                'models, got a change; take method="loop".'
+            )
 
     def unlink(self) -> None:
         """Give the optimizers tensors of their own again."""
@@ -190,8 +228,9 @@ def check_stackable(steps: Sequence[Step]) -> None:
         steps: What a step of each member does, with models of one architecture.
 
     Raises:
-        ValueError: If autocast is wanted, or the optimizers are not all on the same parameters of
-            their models, of one dtype.
+        ValueError: If autocast is wanted, the optimizers are not all on the same parameters of
+            their models, of one dtype, or parameters have hooks or other buffers that are not
+            in the state.
     """
     chosen: list[list[str]] = []
     for k, step in enumerate(steps):
@@ -199,6 +238,18 @@ def check_stackable(steps: Sequence[Step]) -> None:
             raise ValueError('`bfloat16` needs method="loop", because `vmap` ignores autocast.')
         names = {p: name for name, p in step.model.named_parameters()}
         parameters = trained(step)
+        if not names.keys() >= set(parameters):
+            raise ValueError(
+                f"`optimizers` must have parameters of the models alone, but number {k} has "
+                'others; take method="loop".'
+            )
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+            raise ValueError('`models` must have no hooks on parameters; take method="loop".')
+        if not _same_constants(step.model, steps[0].model):
+            raise ValueError(
+                "`models` must have the same buffers where these are not in the state, but number "
+                f'{k} differs from number 0; take method="loop".'
+            )
         chosen.append([names[p] for p in parameters])
         if chosen[k] != chosen[0]:
             raise ValueError(
@@ -213,6 +264,14 @@ def trained(step: Step) -> list[nn.Parameter]:
     """Return the parameters that the step changes, in the order of the optimizer."""
     groups = step.optimizer.param_groups
     return [p for group in groups for p in group["params"] if p.requires_grad]
+
+
+def _same_constants(model: nn.Module, other: nn.Module) -> bool:
+    """Whether the buffers of two models that are not in their state are equal."""
+    kept, buffers = model.state_dict().keys(), dict(other.named_buffers())
+    return all(
+        name in kept or torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers()
+    )
 
 
 def _others(steps: Sequence[Step], names: Mapping[str, Any]) -> dict[str, list[Tensor]]:

@@ -8,40 +8,43 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from landscape._streams import read_streams, write_streams
+from landscape._streams import States, read_streams, seed_streams, write_streams
 from landscape.restore import device_streams
 
 
 class GlobalStream:
-    """PyTorch's global random streams as one run sees them, from a seed on.
+    """The global random streams of PyTorch, NumPy and Python as one run sees them, from a seed on.
 
     Attributes:
-        device: Device of the model: its stream and that of the CPU are meant.
-        seed: Where both streams begin.
+        device: Device of the model: its stream and those of the CPU are meant.
+        seed: Where all streams begin.
     """
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.device, self.seed = device, seed
-        self._states: tuple[Tensor, ...] | None = None
+        self._states: tuple[States, Tensor | None] | None = None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Go on with the streams where they were left, and put back those found afterwards."""
         cuda = [self.device] if self.device.type == "cuda" else []
+        before = read_streams()
         with torch.random.fork_rng(devices=cuda):
             if self._states is None:
-                # `torch.manual_seed` would also seed devices that are not forked here.
-                torch.default_generator.manual_seed(self.seed)
+                seed_streams(self.seed)
                 if cuda:
                     with torch.cuda.device(self.device):
                         torch.cuda.manual_seed(self.seed)
             else:
-                torch.set_rng_state(self._states[0])
-                if cuda:
+                write_streams(self._states[0])
+                if self._states[1] is not None:
                     torch.cuda.set_rng_state(self._states[1], self.device)
-            yield
-            on_cuda = (torch.cuda.get_rng_state(self.device),) if cuda else ()
-            self._states = (torch.get_rng_state(), *on_cuda)
+            try:
+                yield
+            finally:
+                on_cuda = torch.cuda.get_rng_state(self.device) if cuda else None
+                self._states = (read_streams(), on_cuda)
+                write_streams(before)
 
 
 @contextmanager
@@ -60,10 +63,14 @@ def same_random_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in training mode, and each back in its own mode afterwards."""
+    """Put a model in training mode, and each module back in its own mode afterwards.
+
+    Parts in evaluation mode of a model in training mode stay so: norms that are frozen, mostly.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.train()
+        if not model.training:
+            model.train()
         yield
     finally:
         for module, training in modes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from landscape.training import loop, run, surroundings
-from landscape.training.draws import Draws
+from landscape.training.draws import Draws, Replay
 from landscape.training.run import Callback, History, Run
 from landscape.training.stacking import Stack, stack_batches
+
+_TOLERANCE = 1e-2  # of a gradient, a heuristic: what rounding makes is far below, a mix-up above
 
 
 def run_epoch(
@@ -43,6 +45,7 @@ def run_epoch(
     """
     started = time.perf_counter()
     bar.set_description(f"Epoch {epoch + 1}/{runs[0].epochs}")
+    stack.check_alike()
     streams = [run.global_stream(member, epoch) for member in runs]
     means = _train_epoch(stack, draws, runs, epoch, streams, bar)
     trained = [means.member(k) for k in range(len(runs))]
@@ -60,25 +63,75 @@ def run_epoch(
     bar.set_postfix(loss=f"{sum(own.loss() for own in trained) / len(runs):.4f}")
 
 
-def rehearse(stack: Stack, draws: Draws, runs: Sequence[Run]) -> None:
-    """Make a forward pass of the first batch, after which everything is as before.
+def rehearse(stack: Stack, draws: Draws, runs: Sequence[Run]) -> tuple[bool, bool]:
+    """Take gradients of the first batch together and one by one; then all is as before.
+
+    What belongs to one member alone and is no tensor of its state (an attribute, the row of an
+    embedding that stays as it is, a buffer that is assigned) shows in them.
 
     Args:
         stack: The models of the runs.
         draws: Their dropout masks.
         runs: The runs.
 
+    Returns:
+        Whether they agree; and if not, whether a model by itself has other gradients again, because
+        it draws random numbers.
+
     Raises:
-        Exception: Where it fails.
+        Exception: Where a step of all at once fails.
     """
     before = {name: tensor.clone() for name, tensor in stack.state.items()}
     streams = [run.global_stream(member, 0) for member in runs]
+    firsts = [next(_batches(draws, *pair, 0), None) for pair in zip(runs, streams, strict=True)]
+    taken = [batch for batch in firsts if batch is not None]
+    if len(taken) < len(runs):
+        return True, False  # nothing to see
     try:
-        with torch.no_grad():
-            next(_tallies(stack, draws, runs, 0, streams), None)
+        inputs, targets = (stack_batches([batch[part] for batch in taken]) for part in (0, 1))
+        masks = [torch.stack(own) for own in zip(*(batch[2] for batch in taken), strict=True)]
+        with streams[0].entered():
+            together = stack.gradients(stack.losses(inputs, targets, masks)[0])
+        for k, (member, stream, batch) in enumerate(zip(runs, streams, taken, strict=True)):
+            alone = _alone(stack, k, member, stream, batch)
+            if alone is None:
+                return False, False
+            size = _TOLERANCE * alone.norm()
+            if not (together[k] - alone).norm() <= size:
+                again = _alone(stack, k, member, stream, batch)
+                return False, again is not None and bool((again - alone).norm() > size)
     finally:
-        for name, tensor in stack.state.items():
-            tensor.copy_(before[name])
+        _put_back(stack, before)
+    return True, False
+
+
+def _alone(
+    stack: Stack,
+    index: int,
+    member: Run,
+    stream: surroundings.GlobalStream,
+    batch: tuple[Any, Tensor, list[Tensor]],
+) -> Tensor | None:
+    """Return the gradient of a member, or `None` where its model has exchanged a buffer."""
+    model = member.step.model
+    own = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        with stream.entered(), Replay(batch[2]):
+            gradient = stack.gradient_alone(index, loop.forward(member.step, model, *batch[:2])[0])
+        kept = all(
+            module._buffers[name] is buffer
+            for module, buffers in own
+            for name, buffer in buffers.items()
+        )
+    finally:
+        for module, buffers in own:
+            module._buffers.update(buffers)
+    return gradient if kept else None
+
+
+def _put_back(stack: Stack, before: Mapping[str, Tensor]) -> None:
+    for name, tensor in stack.state.items():
+        tensor.copy_(before[name])
 
 
 def call(callbacks: Sequence[Sequence[Callback]], runs: Sequence[Run], done: int) -> None:
@@ -107,27 +160,11 @@ def _train_epoch(
 ) -> loop.Means:
     """Take one step a batch with all members; return means of values `(members,)`."""
     means = loop.Means()
-    for tally in _tallies(stack, draws, runs, epoch, streams):
-        stack.update(tally[0])
-        means.add(*tally)
-        bar.update(len(runs))
-    loop.check_any(means)
-    return means
-
-
-def _tallies(
-    stack: Stack,
-    draws: Draws,
-    runs: Sequence[Run],
-    epoch: int,
-    streams: Sequence[surroundings.GlobalStream],
-) -> Iterator[loop.Tally]:
-    """Yield what each batch counts, after the learning rates of its step were set."""
     batches = [_batches(draws, *pair, epoch) for pair in zip(runs, streams, strict=True)]
     for index in itertools.count():
         taken = [batch for own in batches if (batch := next(own, None)) is not None]
         if not taken:
-            return
+            break
         if len(taken) < len(runs):
             raise ValueError(
                 f"`data` must give all members equally many batches, got {index} for some and "
@@ -139,7 +176,11 @@ def _tallies(
         masks = [torch.stack(own) for own in zip(*(batch[2] for batch in taken), strict=True)]
         with streams[0].entered():  # for random layers other than dropout
             tally = stack.losses(inputs, targets, masks)
-        yield tally
+        stack.update(tally[0])
+        means.add(*tally)
+        bar.update(len(runs))
+    loop.check_any(means)
+    return means
 
 
 def _batches(

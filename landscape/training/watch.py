@@ -32,7 +32,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape.results import Result, write_atomically
 from landscape.training.surroundings import same_random_state
 from landscape.training.watch_history import (
@@ -84,7 +84,7 @@ class Watch:
         budget: float = 0.1,
         resume: bool = False,
     ) -> None:
-        check_at_least("every", every, 1)
+        check_count("every", every, 1)
         if not budget > 0:
             raise ValueError(f"`budget` must be positive, a share of the training, got {budget}.")
         if not probes:

@@ -164,7 +164,11 @@ def test_a_loss_that_the_model_brings_is_refused_where_its_outputs_are_needed(ki
         KINDS[kind](WithLoss(), data, Objective(loss=None))
 
 
-@pytest.mark.parametrize("loss", [F.mse_loss, nn.BCEWithLogitsLoss()], ids=["mse", "bce"])
+@pytest.mark.parametrize(
+    "loss",
+    [F.mse_loss, nn.BCEWithLogitsLoss(), F.multilabel_soft_margin_loss, nn.PoissonNLLLoss()],
+    ids=["mse", "bce", "labels", "poisson"],
+)
 def test_a_fisher_matrix_is_that_of_a_softmax(loss):
     data = [(x, torch.rand(len(x), 3).double()) for x, _ in make_batches((7,))]
     with pytest.raises(ValueError, match="must be that of a softmax"):

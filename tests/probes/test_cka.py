@@ -217,6 +217,16 @@ def test_features_that_are_equal_but_for_rounding_have_no_similarity():
     assert result.values[1, 1] == pytest.approx(1)
 
 
+def test_a_large_constant_beside_features_hides_none_of_them():
+    model, _ = branches(one=torch.eye(6), two=torch.eye(6)[:4])
+    offset = torch.tensor([1e6, 0, 0, 0, 0, 0])
+    model.one.register_forward_hook(lambda module, args, out: 0.1 * out * (offset == 0) + offset)
+    blocks = Blocks(model, ["one", "two"], example=torch.zeros(3, 6))
+    values = cka(model, vectors((19, 37), dtype=torch.float32), blocks_a=blocks).values
+    assert np.isfinite(values).all()
+    assert values[0, 0] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_one_feature_that_is_not_finite_makes_its_row_nan(bad):
     model, blocks = branches(one=torch.eye(6).double(), two=torch.ones(6, 6).double())

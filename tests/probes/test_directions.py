@@ -51,6 +51,22 @@ def test_filters_of_a_transposed_convolution_make_one_output_channel(groups):
             np.testing.assert_allclose(np.linalg.norm(ours), np.linalg.norm(theirs))
 
 
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (nn.utils.parametrizations.weight_norm, "parametrizations.weight.original1"),
+        (nn.utils.parametrizations.spectral_norm, "parametrizations.weight.original"),
+        (nn.utils.spectral_norm, "weight_orig"),
+    ],
+)
+def test_filters_of_a_reparametrised_transposed_convolution_are_its_own_too(wrap, name):
+    model = wrap(nn.ConvTranspose2d(4, 6, 3, dtype=torch.float64))
+    ours = random_directions(model).vectors[0][name]
+    theirs = dict(model.named_parameters())[name].detach().numpy()
+    lengths = [(v**2).sum((0, 2, 3)) for v in (ours, theirs)]
+    np.testing.assert_allclose(*lengths)
+
+
 @pytest.mark.parametrize("rule", ["filter", "layer", "input"])
 def test_zero_weights_give_zero_directions_and_nothing_else_changes(rule):
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))

@@ -163,6 +163,42 @@ def test_parts_are_larger_where_activations_are_small():
         assert Forward(Objective().freeze(model, batches)).part == part
 
 
+class Graph(nn.Module):
+    """Needs all of a batch: a matrix of its neighbours goes with the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3, dtype=torch.float64)
+
+    def forward(self, x, edges):
+        return edges @ self.layer(x)
+
+
+class Memory(nn.Module):
+    """Looks into a table that is no part of the samples, and may be as long as a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 4, dtype=torch.float64)
+        self.head = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x, table):
+        keys = self.layer(table)
+        return self.head((self.layer(x) @ keys.T).softmax(1) @ keys)
+
+
+def test_tables_of_a_mapping_are_not_cut(generator):
+    def numbers(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    table = numbers(100, 5)
+    data = [{"x": numbers(n, 5), "table": table, "labels": torch.arange(n) % 3} for n in (128, 100)]
+    graph = [{"x": numbers(50, 5), "edges": numbers(50, 50), "labels": torch.arange(50) % 3}]
+    for model, batches in ((Memory(), data), (Graph(), graph)):
+        nll = loss_line(model, batches, points=[0.0]).nll[0]
+        assert nll == pytest.approx(Objective().freeze(model, batches).value(), rel=1e-12)
+
+
 def test_a_loss_of_the_whole_batch_sees_the_whole_batch():
     model, batches = make_model("attention"), make_batches((40,))
     hardest = lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none").max()  # noqa: E731

@@ -376,6 +376,11 @@ def test_bad_data_are_refused_before_any_work(data, message):
 
 def test_bad_later_batches_are_refused():
     x, y = images()
+    model, calls = small_model(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match="labels in 0 … 1 for the 2 outputs"):
+        frequency_robustness(model, [(x, y), (x, y + 1), *[(x, y)] * 50])
+    assert len(calls) < 50  # not after all of them
     with pytest.raises(ValueError, match="must have pixels in 0 … 1 .* to 3"):
         frequency_robustness(small_model(), [(x, y), (x + 2, y), (x, y)])
     with pytest.raises(ValueError, match="labels in 0 … 1 for the 2 outputs"):

@@ -101,15 +101,30 @@ def test_tied_weights_count_once():
     assert polar_trajectory([start, end]).distance == pytest.approx(2)
 
 
+def test_a_tied_weight_counts_once_in_copies_too(generator):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    states = []
+    for _ in range(4):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=generator))
+        states.append({name: t.clone() for name, t in model.state_dict().items()})
+    np.testing.assert_allclose(
+        polar_trajectory(states).radius, polar_trajectory(states, model=model).radius
+    )
+    assert "1.weight" not in pca_directions(states).vectors[0]
+
+
 def test_a_model_tells_parameters_from_buffers():
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(2))
     model.register_buffer("average", torch.zeros(2))
     states = [
-        {"weight": torch.ones(2), "average": torch.ones(2)},
+        {"weight": torch.ones(2), "average": 2 * torch.ones(2)},
         {"weight": torch.zeros(2), "average": torch.zeros(2)},
     ]
-    assert polar_trajectory(states).distance == pytest.approx(2)
+    assert polar_trajectory(states).distance == pytest.approx(10**0.5)
     assert polar_trajectory(states, model=model).distance == pytest.approx(math.sqrt(2))
 
 

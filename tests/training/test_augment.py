@@ -54,6 +54,13 @@ def test_crop_is_one_of_the_windows_of_its_own_sample(bytes_, padding, fill, sha
     assert len(set(corners)) > min(2 * padding, 3)
 
 
+def test_crops_do_not_depend_on_the_memory_format(bytes_):
+    x, y, crop = bytes_ / 255.0, torch.arange(20), RandomCrop(2)
+    expected = crop(x, y, generator())[0]
+    found = crop(x.contiguous(memory_format=torch.channels_last), y, generator())[0]
+    assert torch.equal(found, expected)
+
+
 def test_every_crop_is_equally_likely():
     pixels = torch.arange(9.0).view(1, 1, 3, 3).expand(9000, -1, -1, -1)
     cropped, _ = RandomCrop(1, fill=-1.0)(pixels, torch.zeros(9000), generator())

@@ -151,6 +151,23 @@ def test_subset_takes_numpy_counts_as_counts(data):
         data.subset(np.int64(51))
 
 
+def test_subset_by_bools_takes_those_that_are_true(data):
+    mask = data.labels == 2
+    for which in (mask, mask.numpy(), mask.tolist()):
+        assert torch.equal(data.subset(which).images, data.images[mask])
+    for which in (mask[:7], [0.9, 2.7]):
+        with pytest.raises(ValueError, match="`which` must be a count, indices, or one bool an im"):
+            data.subset(which)
+
+
+def test_an_augmentation_may_write_in_place(data):
+    inverted = data.with_(augment=lambda x, y, generator: (x.bitwise_not_(), y))
+    before = data.images.clone()
+    first, again = (gather(inverted)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(data.images, before)
+
+
 def test_subset_by_indices_takes_them_as_they_are(data):
     subset = data.subset([3, 1, 1])
     assert torch.equal(subset.images, data.images[[3, 1, 1]])

@@ -360,6 +360,127 @@ def test_what_vmap_cannot_run_goes_in_a_loop(data):
     assert fit_ensemble([net(3), net(3)], [data, data.subset(8)], epochs=1).method == "loop"
 
 
+class Scaled(nn.Linear):
+    """Has an attribute and a constant of its own."""
+
+    def __init__(self, scale, constant=1.0):
+        super().__init__(5, 3)
+        self.scale = scale
+        self.register_buffer("constant", torch.full((5,), constant), persistent=False)
+
+    def forward(self, x):
+        return self.scale * super().forward(x * self.constant)
+
+
+class Averaged(nn.Linear):
+    """Assigns a buffer where a batch norm would write to it."""
+
+    def __init__(self):
+        super().__init__(5, 3)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        return super().forward(x - self.mean)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.LSTM(5, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x[:, None])[0][:, -1])
+
+
+class Words(nn.Module):
+    """The row of the padding has no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.words(x.long().abs()).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda k: Scaled((1.0, 5.0)[k]), "differ in their weights alone"),
+        (lambda k: Scaled(1.0, (1.0, 5.0)[k]), "the same buffers where these are not in the state"),
+        (lambda k: Averaged(), "differ in their weights alone"),
+        (lambda k: Words(), "differ in their weights alone"),
+        (lambda k: Recurrent(), None),
+    ],
+    ids=["attribute", "constant", "assigned buffer", "padding", "no batching rule"],
+)
+def test_what_vmap_would_train_otherwise_goes_in_a_loop(make, match, generator):
+    data = [(3 * torch.randn(8, 5, generator=generator), torch.arange(8) % 3) for _ in range(3)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = [make(k) for k in range(2)]
+    alone = copy.deepcopy(models)
+    if match is not None:
+        with pytest.raises(ValueError, match=match):
+            fit_ensemble(models, data, epochs=1, method="vmap")
+    assert fit_ensemble(models, data, epochs=2).method == "loop"
+    for k, model in enumerate(alone):
+        fit(model, data, epochs=2, seed=k)
+        assert_close(models[k], model, rtol=0.0)
+
+
+def test_settings_that_schedulers_change_are_each_members(data):
+    """OneCycleLR moves the betas of AdamW too, of each member in its own way."""
+
+    def make(models):
+        optimizers = make_optimizers(models)
+        cycle = torch.optim.lr_scheduler.OneCycleLR
+        pairs = zip(optimizers, (0.2, 0.8), strict=False)
+        return {
+            "optimizers": optimizers,
+            "schedule": [cycle(o, 0.01, total_steps=6, pct_start=share) for o, share in pairs],
+        }
+
+    models = make_models(count=2)
+    alone = copy.deepcopy(models)
+    fit_ensemble(models, data, epochs=4, method="vmap", **make(models))
+    given = make(alone)
+    for k, model in enumerate(alone):
+        own = {"optimizer": given["optimizers"][k], "schedule": given["schedule"][k]}
+        fit(model, data, epochs=4, seed=k, **own)
+        assert_close(models[k], model)
+
+
+def test_hooks_of_optimizers_and_parameters_are_heard(data):
+    def clamp(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.data.clamp_(-0.05, 0.05)
+
+    models = make_models(count=2)
+    optimizers = make_optimizers(models)
+    for optimizer in optimizers:
+        optimizer.register_step_post_hook(clamp)
+    fit_ensemble(models, data, epochs=1, optimizers=optimizers, method="vmap")
+    assert max(float(p.detach().abs().max()) for m in models for p in m.parameters()) <= 0.05
+    next(models[1].parameters()).register_hook(lambda gradient: 0 * gradient)
+    with pytest.raises(ValueError, match="`models` must have no hooks on parameters"):
+        fit_ensemble(models, data, epochs=1, method="vmap")
+    assert fit_ensemble(models, data, epochs=1).method == "loop"
+
+
+@pytest.mark.parametrize("change", [lambda m: m[1].eval(), lambda m: m[1].requires_grad_(False)])
+def test_callbacks_may_not_make_members_differ(data, change):
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Linear(3, 3)) for _ in range(2)]
+    freeze = [[lambda model, done: change(model) if done else None], []]
+    with pytest.raises(ValueError, match="`callbacks` must leave what is trained as it is"):
+        fit_ensemble(models, data, epochs=2, callbacks=freeze, method="vmap")
+    models[0].requires_grad_(True)
+    fit_ensemble(models, data, epochs=2, callbacks=freeze, method="loop")
+
+
 def net(width=4):
     return nn.Sequential(nn.Flatten(), nn.Linear(192, width))
 
@@ -407,6 +528,12 @@ def test_what_cannot_be_stacked_is_refused(data):
     ]
     with pytest.raises(ValueError, match="`optimizers` must be on the same parameters"):
         fit_ensemble(models, data, epochs=1, optimizers=halves, method="vmap")
+    extra = [nn.Parameter(torch.ones(())) for _ in models]
+    more = [
+        torch.optim.SGD([*m.parameters(), p], lr=0.1) for m, p in zip(models, extra, strict=True)
+    ]
+    with pytest.raises(ValueError, match="parameters of the models alone, but number 0 has others"):
+        fit_ensemble(models, data, epochs=1, optimizers=more, method="vmap")
     with pytest.raises(ValueError, match=r"equally many batches, got \[3, 1\]"):
         fit_ensemble(models, [data, data.subset(8)], epochs=1, method="vmap")
     before = [p.clone() for model in models for p in model.parameters()]

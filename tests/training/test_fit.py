@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+import random
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from landscape.training import DeviceImages, FitResult, WarmupCosine, fit, fit_ensemble
 
@@ -185,6 +186,40 @@ def test_everything_but_the_weights_is_left_as_found(data):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model[0].weight.is_contiguous()
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_norms_that_are_frozen_stay_so_and_what_has_no_optimizer_gathers_nothing(data):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    model[2].eval()
+    before, seen = model[2].running_mean.clone(), []
+    model[3].register_forward_hook(lambda *_: seen.append(model[1].weight.grad))
+    head = torch.optim.SGD(model[3].parameters(), lr=0.0)
+    fit(model, [next(iter(data))] * 3, epochs=1, optimizer=head)
+    torch.testing.assert_close(seen[2], seen[1])  # that of one step, not of two
+    assert torch.equal(model[2].running_mean, before)
+    assert not model[2].training
+    model.eval()
+    fit(model, data, epochs=1)
+    assert not torch.equal(model[2].running_mean, before)
+
+
+def test_data_may_draw_from_any_global_stream():
+    class Noisy(Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            return torch.full((1, 6, 6), random.random()), index % 3
+
+    weights = []
+    for seed in (0, 1):
+        random.seed(seed)
+        state = random.getstate()
+        model = make_model()
+        fit(model, DataLoader(Noisy(), 4), epochs=2)
+        assert random.getstate() == state
+        weights.append(model[0].weight.detach().clone())
+    assert torch.equal(*weights)
 
 
 def test_flags_are_put_back_after_an_exception(data):
@@ -401,6 +436,17 @@ def test_bar_only_on_request(data, capsys):
     ("arguments", "match"),
     [
         ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
+        ({"epochs": 2.5}, "`epochs` must be a whole number, got 2.5"),
+        ({"trajectory": 1.5}, "`trajectory` must be a whole number, got 1.5"),
+        ({"seed": -1}, "`seed` must be at least 0, got -1"),
+        (
+            {"schedule": WarmupCosine(3, 1.5), "checkpoints": ["warmup"]},
+            "where `schedule` has whole `warmup_epochs`, got 'warmup'",
+        ),
+        (
+            {"schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1)]), 1)},
+            "`schedule` must be a scheduler on the optimizer that trains",
+        ),
         ({"clip": 0.0}, "`clip` must be positive or None, got 0.0"),
         ({"checkpoints": ["init"], "folder": None}, "`folder` must be given"),
         ({"trajectory": True, "folder": None}, "`folder` must be given"),
