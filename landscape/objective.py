@@ -43,7 +43,15 @@ from landscape.losses import (
 )
 from landscape.memory import free_memory
 from landscape.parameters import Choice, ParameterSpace, call_with
-from landscape.restore import Cache, emptied, eval_mode, exclusive, learned_caches, own_randomness
+from landscape.restore import (
+    Cache,
+    check_same_weights,
+    emptied,
+    eval_mode,
+    exclusive,
+    learned_caches,
+    own_randomness,
+)
 
 _HOOKED = "saved tensors are hooked"
 _FEW = 16  # samples that show whether a model gives the same outputs again
@@ -243,9 +251,12 @@ class FrozenObjective:
                     _check_same(once, again)
                 return
             versions = versions_of(inputs)
+            weights = {**self.space.fixed, **self.space.values}
+            own = [(name, t, t._version) for name, t in weights.items()]
             with _explained("`model` on", inputs):
                 once = self.logits(self.space.values, inputs)
             check_unchanged(inputs, versions)
+            check_same_weights(own)
             if once.dim() == 0 or len(once) != size:
                 raise ValueError(
                     f"`model` must return one output a sample, got shape {tuple(once.shape)} "

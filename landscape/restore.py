@@ -217,21 +217,53 @@ def device_streams(model: nn.Module) -> Iterator[set[torch.device]]:
             torch.cuda.set_rng_state(state, device)
 
 
+def check_same_weights(
+    versions: Iterable[tuple[str, Tensor, int]], put_back: Iterable[Tensor] = ()
+) -> None:
+    """Refuse a model that has changed its weights in place.
+
+    Args:
+        versions: Name, weight, and how often it had been changed before.
+        put_back: Weights that may have changed.
+
+    Raises:
+        ValueError: If one has.
+    """
+    allowed = {id(t) for t in put_back}
+    changed = [n for n, t, before in versions if t._version != before and id(t) not in allowed]
+    if changed:
+        raise ValueError(
+            f"`model` must leave its weights as they are in a forward pass, got {changed[0]!r} "
+            "changed in place, as an embedding with `max_norm` does; make a new tensor of it."
+        )
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluate a model in this context: modes, buffers and random streams are put back.
 
+    So are embeddings with `max_norm`, which shorten their rows when they are called.
+
     Raises:
-        ValueError: If its weights are not there yet.
+        ValueError: If its weights are not there yet, or it changes others in place.
     """
     check_materialised(model)
     with exclusive(model):
         modules = list(model.modules())
         buffers = [dict(module._buffers) for module in modules]
-        values = [(b, b.clone()) for each in buffers for b in each.values() if b is not None]
+        shortened = [
+            p
+            for module in modules
+            if getattr(module, "max_norm", None) is not None
+            for p in module.parameters(recurse=False)
+        ]
+        kept = [*shortened, *(b for each in buffers for b in each.values() if b is not None)]
+        values = [(t, t.clone()) for t in kept]
+        versions = [(n, p, p._version) for n, p in model.named_parameters() if not p.is_inference()]
         try:
             with eval_mode(model), own_randomness(model):
                 yield
+            check_same_weights(versions, shortened)
         finally:
             with torch.no_grad():
                 for module, each in zip(modules, buffers, strict=True):

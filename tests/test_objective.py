@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from landscape import (
     HessianOperator,
     Objective,
+    evaluate,
     hessian_trace,
     loss_line,
     random_directions,
@@ -581,6 +582,36 @@ def test_inputs_and_targets_are_not_narrowed_for_a_factor_in_half_precision():
     half = nn.Linear(5, 1).half()
     large = [(x.half(), torch.full((8, 1), 7e4))]
     assert Objective(loss=F.mse_loss).freeze(half, large).value() == pytest.approx(4.9e9, rel=0.01)
+
+
+class Shortened(nn.Module):
+    """Changes a weight when it is called."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.words = nn.Embedding(9, 4, max_norm=None if own else 0.5)
+        self.head, self.own = nn.Linear(4, 3), own
+
+    def forward(self, x):
+        if self.own:
+            with torch.no_grad():
+                self.words.weight.div_(2)
+        return self.head(self.words(x).mean(1))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_that_changes_its_weights_is_refused(own):
+    model, data = Shortened(own), [(torch.arange(24).view(6, 4) % 9, torch.arange(6) % 3)]
+    before = model.words.weight.detach().clone()
+    with pytest.raises(ValueError, match="`model` must leave its weights as they are"):
+        Objective().freeze(model, data)
+    assert torch.equal(model.words.weight, before)
+    if own:
+        with pytest.raises(ValueError, match="`model` must leave its weights as they are"):
+            evaluate(model, data)
+    else:
+        evaluate(model, data)
+        assert torch.equal(model.words.weight, before)
 
 
 def test_bad_models_and_settings_are_refused():
