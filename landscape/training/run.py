@@ -96,8 +96,11 @@ class Run:
                 "pass a list, or a DataLoader of a data set with `__len__`."
             ) from error
 
-    def identity(self) -> dict[str, int | str]:
+    def identity(self) -> dict[str, Any]:
         """Return what a run and its continuation must have in common."""
+        decays = tuple(group.get("weight_decay") for group in self.step.optimizer.param_groups)
+        # A scheduler may have moved the rates of an optimizer that is handed in again.
+        rates = None if isinstance(self.schedule, LRScheduler) else self.rates
         return {
             "epochs": self.epochs,
             "seed": self.seed,
@@ -105,6 +108,8 @@ class Run:
             "num_parameters": sum(p.numel() for p in self.step.model.parameters()),
             "optimizer": type(self.step.optimizer).__name__,
             "num_batches": self.num_batches,
+            "learning_rates": rates,
+            "weight_decays": decays,
         }
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from landscape.training import fit
 from tests.training.runs import (
     Stop,
     adam,
@@ -104,6 +106,34 @@ def test_other_run_in_the_folder_is_refused(tmp_path):
         run(tmp_path, resume=True)
     with pytest.raises(ValueError, match="there `optimizer` is 'AdamW' and here 'SGD'"):
         run(tmp_path, resume=True, epochs=3, make=multi_step)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [({"lr": 0.5}, "there `learning_rates` is"), ({"weight_decay": 0.5}, "there `weight_decays`")],
+)
+def test_a_run_does_not_go_on_with_other_settings(changes, match, tmp_path):
+    def training(epochs_kept, resume=False, **settings):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.1, **settings})
+        data = [(torch.ones(6, 4), torch.arange(6) % 3)]
+        fit(
+            model,
+            data,
+            epochs=4,
+            optimizer=optimizer,
+            folder=tmp_path,
+            resume=resume,
+            callbacks=stop_after(epochs_kept),
+        )
+
+    with pytest.raises(Stop):
+        training(2)
+    with pytest.raises(ValueError, match=match):
+        training(4, resume=True, **changes)
+    training(5, resume=True)
 
 
 def test_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
