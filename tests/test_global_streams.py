@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import landscape
 from landscape import Objective
+from landscape._streams import OwnStreams
 from landscape.batches import one_pass
 from tests.cases import assert_untouched, snapshot
 
@@ -48,6 +49,22 @@ def _streams_put_back():
         yield
     random.setstate(python)
     np.random.set_state(numpy)
+
+
+def test_every_batch_of_a_pass_draws_anew():
+    xs = [x for x, _ in one_pass(DataLoader(Augmented(), batch_size=4))]
+    assert not torch.equal(xs[0], xs[1])
+    assert not torch.equal(xs[1], xs[2])
+
+
+def test_streams_that_overlap_are_put_back_after_the_last():
+    before = torch.get_rng_state()
+    first, second = OwnStreams(1).entered(), OwnStreams(2).entered()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("attack", ["noise", "fgsm", "pgd"])

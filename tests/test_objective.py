@@ -584,6 +584,80 @@ def test_inputs_and_targets_are_not_narrowed_for_a_factor_in_half_precision():
     assert Objective(loss=F.mse_loss).freeze(half, large).value() == pytest.approx(4.9e9, rel=0.01)
 
 
+class Writes(nn.Module):
+    """Writes to a buffer and to an attribute, and draws a number that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(4, 3, 1, dtype=torch.float64)
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.kept = torch.zeros(())
+
+    def forward(self, x):
+        torch.rand(1)
+        self.count += 1
+        self.kept = x.detach().mean()
+        return self.layer(x).mean((2, 3)) * (1 + 1e-6 * self.count)
+
+
+def test_what_a_model_writes_moves_no_objective_and_is_put_back():
+    model, batches = Writes(), make_batches((20, 20))
+    kept, state = model.kept, torch.get_rng_state()
+    frozen = Objective().freeze(model, batches)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({frozen.value() for _ in range(3)}) == 1
+    directions = random_directions(model)
+    whole = loss_line(model, batches, directions=directions.select(0), points=[0.0, 1.0])
+    alone = loss_line(model, batches, directions=directions.select(0), points=[1.0])
+    assert whole.nll[1] == alone.nll[0]
+    evaluate(model, batches)
+    assert model.kept is kept
+    assert model.count == 0
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]])
+def test_data_that_come_in_another_order_are_refused_when_drawn_again(order):
+    (x, y) = make_batches((6,))[0]
+    y = torch.zeros_like(y)  # the images alone tell
+
+    class Shuffled:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            rows = order if self.passes > 1 else range(6)
+            yield x[list(rows)], y
+
+        def __len__(self):
+            return 1
+
+    frozen = Objective().freeze(make_model("conv"), [(x, y)], keep_bytes=0)
+    frozen.batches._data = Shuffled()
+    assert frozen.value() > 0
+    with pytest.raises(ValueError, match="same batches at every pass"):
+        frozen.value()
+
+
+def test_batches_beyond_what_is_kept_are_drawn_again():
+    model, batches = make_model("conv"), make_batches((4, 4, 4))
+    size = batches[0][0].numel() * 8 + 4 * 8
+    expected = Objective().freeze(model, batches).value()
+    for keep_bytes in (size + 1, 2 * size + 1):
+        frozen = Objective().freeze(model, batches, keep_bytes=keep_bytes)
+        assert frozen.value() == pytest.approx(expected, rel=1e-12)
+
+
+def test_pixels_of_batches_of_unequal_size_weigh_alike(generator):
+    model = nn.Conv2d(4, 3, 1, dtype=torch.float64)
+    batches = []
+    for side, factor in ((4, 1.0), (2, 20.0)):
+        x = factor * torch.randn(2, 4, side, side, generator=generator, dtype=torch.float64)
+        batches.append((x, torch.randint(3, (2, side, side), generator=generator)))
+    losses = [F.cross_entropy(model(x), y, reduction="none").flatten() for x, y in batches]
+    expected = torch.cat(losses).mean().item()
+    assert Objective().freeze(model, batches).value() == pytest.approx(expected, rel=1e-12)
+
+
 class Shortened(nn.Module):
     """Changes a weight when it is called."""
 

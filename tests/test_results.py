@@ -123,6 +123,16 @@ def test_arrays_under_paths_that_read_the_same_are_both_kept(tmp_path):
     np.testing.assert_array_equal(loaded.maps["a"]["b"], maps["a"]["b"])
 
 
+def test_a_file_is_exchanged_and_not_written_over(tmp_path):
+    result = make_result()
+    path = result.save(tmp_path / "result.npz")
+    (tmp_path / "link").hardlink_to(path)
+    content = path.read_bytes()
+    replace(result, number=1.0).save(path)
+    assert (tmp_path / "link").read_bytes() == content
+    assert path.read_bytes() != content
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
     write_atomically(path, b"old")

@@ -124,6 +124,9 @@ def test_a_start_of_ones_own_is_certified_too():
         pairs = top_eigenpairs(operator, 2, certify=0.3, start=start, generator=generator)
         missed.append(abs(pairs.values[1] - 6) > 0.1)
     assert 0 < np.mean(missed) <= 0.3
+    for seed in range(5):  # however long it is
+        spent = {_products(operator, scale * start, seed) for scale in (1.0, 1e4)}
+        assert len(spent) == 1
     sure = top_eigenpairs(operator, 2, start=start)
     np.testing.assert_allclose(sure.values, [10, 6], rtol=1e-3)
 
@@ -523,6 +526,21 @@ def test_rare_reads_find_the_same(name):
     assert products[0] - 3 <= products[1] <= products[0] + 12
 
 
+def test_the_asymmetry_is_the_largest_of_all_products(generator):
+    matrix = planted([10, 8, 6, -5, 4, 3] + BULK).matrix
+    skew = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
+    space = KrylovSpace(planted([10, 8, 6, -5, 4, 3] + BULK), 20)
+    chain = space.start(torch.ones(len(matrix), dtype=torch.float64))
+    seen = []
+    for number in range(8):
+        v = space.next(chain)
+        space.take((matrix + (0.01 if number < 3 else 0) * (skew - skew.T)) @ v)
+        space.read()
+        seen.append(space.asymmetry)
+    assert seen == sorted(seen)
+    assert seen[-1] == max(seen) > 1e-3
+
+
 def test_visibility_is_the_part_of_an_eigenvector_in_the_space(generator):
     """For an eigenvector x: gᵀ M g = |Qᵀx|², with g its products with the start vectors."""
     operator = planted([10, 8, 6, -5, 4, 3] + BULK)
@@ -551,9 +569,19 @@ def test_visibility_is_the_part_of_an_eigenvector_in_the_space(generator):
     space.compress(space.ritz(), np.array([0, 1, 4, 5, 8]))
     less = space.visibility()
     assert (np.linalg.eigvalsh(matrices - less) > -1e-9 * matrices.max()).all()
+    held = torch.linalg.qr(torch.cat([space._basis[: space.size], *_rows(space)]).T).Q
+    for matrix, index in zip(less, [-1, -3, 0, 100], strict=True):
+        x = vectors[:, index]
+        g = (starts @ x).numpy()
+        assert g @ matrix @ g == pytest.approx((held.T @ x).square().sum().item(), rel=1e-6)
     chain = space.start(torch.ones(operator.dim, dtype=torch.float64))
     space.watch(marks)
     assert space.visibility().shape == (4, 1, 1)
+
+
+def _products(operator, start, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return top_eigenpairs(operator, 2, start=start, generator=generator).num_matvecs
 
 
 def _rows(space):

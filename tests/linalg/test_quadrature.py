@@ -95,6 +95,14 @@ def test_known_outliers_take_their_variance_with_them():
     assert 0.7 < scores.std() < 1.3
 
 
+def test_the_variance_of_the_few_that_are_not_known():
+    """Of ten eigenvalues eight are known; the rest are 0 and 1: 2 σ² c² / (c + 2), c = 2."""
+    density = spectral_density(
+        np.array([[0.0, 1.0]]), np.array([[0.5, 0.5]]), 10, outliers=np.zeros(8), sigma=1.0
+    )
+    assert density.trace_stderr == pytest.approx(np.sqrt(0.5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_nodes_stay_within_a_spectrum_that_is_not_centred_on_zero(dtype):
     spectrum = 0.1 + np.random.RandomState(2).gamma(0.5, 1.0, 400)

@@ -65,6 +65,18 @@ def test_error_is_within_the_estimate_and_the_estimate_within_the_tolerance(shap
     assert result.measured[20, 20]
 
 
+def test_a_cell_fears_what_its_neighbours_have_seen():
+    from types import SimpleNamespace
+
+    from landscape.probes.adaptive import _errors
+
+    cells = [
+        SimpleNamespace(window=np.s_[0:2, 0:2], surplus=np.array([1.0])),
+        SimpleNamespace(window=np.s_[0:2, 1:3], surplus=np.array([0.0])),
+    ]
+    np.testing.assert_array_equal(_errors(cells, (2, 3)), [[3.0], [1.5]])
+
+
 def test_smooth_surfaces_take_few_points_and_noise_takes_all():
     cone = look_up(AXIS, AXIS, SHAPES["cone"], 0.05).measured.sum()
     assert cone < AXIS.size**2 / 8

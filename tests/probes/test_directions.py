@@ -153,6 +153,13 @@ def test_half_precision_weights_get_single_precision_directions():
     assert directions.tensors(model)[0]["weight"].dtype == torch.float32
 
 
+def test_single_numbers_move_up_and_down():
+    moved = random_directions(make_model("conv"), num=8, ignore_1d=False).vectors
+    signs = np.sign([v["1.weight"] for v in moved])
+    assert (signs.min(0) == -1).all()
+    assert (signs.max(0) == 1).all()
+
+
 def test_saved_directions_come_back_and_fit_their_model(tmp_path):
     model = make_model("conv")
     directions = random_directions(model, num=3)

@@ -1,10 +1,12 @@
 import dataclasses
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import nn
 
 import landscape
@@ -138,6 +140,56 @@ def test_intervals_over_few_mini_batches_are_wider_than_percentiles(generator):
         assert half == pytest.approx((expected[2] - expected[1]) / 2, rel=0.15)
     alone = landscape.hessian_max_spectrum(Scale(), data[:1], objective=objective, k=1)
     assert np.isnan([*alone.nep_interval, *alone.ape_interval]).all()
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_few_mini_batches_have_the_quantile_of_student(count):
+    """A normal mean: t of n − 1 degrees, over √n, where a resample has s over n."""
+    from landscape.probes.hessian_max import _bootstrap
+
+    values = np.linspace(1, 2, count)
+    generator = torch.Generator().manual_seed(0)
+    _, (low, high) = _bootstrap(values[:, None], 100_000, generator)
+    quantile = stats.t.ppf(0.975, count - 1) * np.sqrt(count / (count - 1))
+    draws = np.random.RandomState(0).randint(count, size=(100_000, count))
+    tail = 100 * stats.norm.cdf(-quantile)
+    expected = np.percentile(values[draws].mean(1), [tail, 100 - tail])
+    np.testing.assert_allclose([low, high], expected, rtol=0.01)
+
+
+def test_each_mini_batch_has_a_start_of_its_own_and_the_certificate_asked_for():
+    model, (batch,) = make_model("conv"), make_batches((6,))
+    few = {"k": 1, "max_iter": 3, "certify": False}
+    with pytest.warns(UserWarning, match="have not converged"):
+        first, second = landscape.hessian_max_spectrum(
+            model, [batch] * 2, group=2, **few
+        ).eigenvalues
+    assert first != second
+    loose, usual, strict = (
+        landscape.hessian_max_spectrum(model, [batch] * 2, k=2, certify=certify)
+        for certify in (False, True, 1e-6)
+    )
+    assert (loose.miss == 1).all()
+    assert (usual.miss < 0.1).all()
+    assert (strict.miss <= usual.miss).all()
+    assert loose.num_hvps < usual.num_hvps <= strict.num_hvps
+    assert usual.provenance.num_hvps == usual.num_hvps / 2
+
+
+def test_accurate_products_after_a_rough_search_have_accurate_errors():
+    model, batches = make_model("conv", torch.float32), make_batches((8, 8), torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = landscape.hessian_max_spectrum(model, batches, k=2, precision="bf16")
+    assert found.errors.min() < 1e-4
+
+
+def test_the_trace_is_that_of_before_the_first_restart():
+    model, batches = make_model("conv"), make_batches((12,))
+    found = landscape.hessian_spectrum(model, batches, k=2, tol=1e-8, max_basis=16, certify=False)
+    exact = eigenvalues(model, batches).sum()
+    assert abs(found.trace - exact) < 3 * found.trace_stderr
+    assert found.trace_stderr < 2 * exact
 
 
 def test_max_spectrum_at_a_zero_head_has_multiple_eigenvalues():

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from landscape.objective import Objective
+from landscape.probes.batch_norm import recalibrated_buffers
 from landscape.probes.directions import Directions, random_directions
 from landscape.probes.surface import LossLine, LossSurface, loss_line, loss_surface
 from tests.cases import MODELS, assert_untouched, make_batches, make_model, snapshot
@@ -739,6 +740,21 @@ def test_the_same_data_in_other_batches_go_on(tmp_path):
     loss_surface(model, make_batches((9, 4)), points=2, resume=path)
     again = loss_surface(model, make_batches((13,)), points=2, resume=path)
     assert again.provenance.num_forwards == 1
+
+
+def test_statistics_estimated_again_are_exact_far_from_zero_and_of_no_one_else(generator):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+    x = 1000 + torch.randn(64, 4, generator=generator)
+    y = torch.arange(64) % 3
+    frozen = Objective().freeze(model, [(x[:40], y[:40]), (x[40:], y[40:])])
+    before = {name: t.clone() for name, t in frozen.space.buffers.items()}
+    value = frozen.value()
+    found = recalibrated_buffers(frozen, frozen.space.values)
+    torch.testing.assert_close(
+        found["0.running_var"].double(), x.double().var(0), rtol=1e-4, atol=0
+    )
+    assert all(torch.equal(t, before[name]) for name, t in frozen.space.buffers.items())
+    assert frozen.value() == value
 
 
 @pytest.mark.parametrize("kept", [True, False])

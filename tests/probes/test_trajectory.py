@@ -101,6 +101,26 @@ def test_tied_weights_count_once():
     assert polar_trajectory([start, end]).distance == pytest.approx(2)
 
 
+def test_a_straight_way_has_no_angle_though_its_cosine_rounds_above_one():
+    states = [{"w": torch.full((3,), size)} for size in (1.0, 0.5, 0.0)]
+    np.testing.assert_array_equal(polar_trajectory(states).angle, [0, 0, np.nan])
+
+
+def test_numbers_of_steps_are_the_last_of_a_name_or_the_epochs_of_a_file(tmp_path):
+    for number in (1, 2):
+        torch.save({"w": number * torch.ones(3)}, tmp_path / f"resnet20-epoch-{number}.pt")
+    files = sorted(tmp_path.iterdir())
+    np.testing.assert_array_equal(polar_trajectory(files).steps, [1, 2])
+    states = [{"step": 400 * k, "epoch": k, "state_dict": {"w": k * torch.ones(3)}} for k in (1, 2)]
+    paths = [tmp_path / f"{k}.pt" for k in "ab"]
+    for path, state in zip(paths, states, strict=True):
+        torch.save(state, path)
+    np.testing.assert_array_equal(polar_trajectory(paths).steps, [1, 2])
+    picked = pca_directions([{"w": torch.randn(9)} for _ in range(5)], num=3)
+    shares = picked.explained_variance[[2, 0]]
+    np.testing.assert_array_equal(picked.select(2, 0).explained_variance, shares)
+
+
 def test_a_tied_weight_counts_once_in_copies_too(generator):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
