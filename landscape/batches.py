@@ -73,7 +73,8 @@ class FrozenBatches:
 
     Attributes:
         num_samples: Number of samples over all batches.
-        num_batches: Number of batches.
+        num_batches: Number of batches that count.
+        num_drawn: Number of all, those without a sample or label that counts too.
         label_range: Smallest and largest integer label that is not ignored, or `None`.
     """
 
@@ -162,6 +163,7 @@ class FrozenBatches:
         if not total > 0:
             raise ValueError("`data` must hold a target that counts, got only ignored labels.")
         self._weights = [float(a) / total for a in amounts]
+        self.num_drawn = len(amounts)
         self.num_batches = sum(weight > 0 for weight in self._weights)
         self.label_range = None
         if extremes:
@@ -234,9 +236,11 @@ class Placement:
         return Placement(self.device, dtype).place(targets)
 
     def place(self, value: Any) -> Any:
-        """Return tensors (in mappings too) on the device, floating-point ones in the precision."""
+        """Return tensors, in mappings and lists too, on the device, floating ones in the precision."""
         if isinstance(value, Mapping):
             return {k: self.place(v) for k, v in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(self.place, value))
         if not isinstance(value, Tensor):
             return value
         dtype = self.dtype if value.is_floating_point() else value.dtype
@@ -345,6 +349,7 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
         TypeError: If the batch is neither `(x, y)` nor a mapping.
         ValueError: If `x` and `y` have different lengths.
     """
+    mapped = isinstance(raw, Mapping)
     if isinstance(raw, Mapping):
         key = next((k for k in LABEL_KEYS if k in raw), None)
         inputs: Inputs = {k: v for k, v in raw.items() if k != key}
@@ -359,7 +364,8 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
             f"`data` must yield (x, y) or a mapping, got a {got} as batch {index}; choose in a "
             "`collate_fn` what model and loss take, or pass a list of such pairs."
         )
-    for value in [targets, *([inputs] if not isinstance(inputs, Mapping) else [])]:
+    arrays = [v for v in inputs.values() if isinstance(v, np.ndarray)] if mapped else [inputs]
+    for value in [targets, *arrays]:
         if value is not None and not isinstance(value, Tensor):
             remedy = "pass several inputs as a mapping of the model's argument names"
             if isinstance(value, np.ndarray):

@@ -136,6 +136,7 @@ class FrozenObjective:
         batches: The prepared batches, the same at every pass.
         num_samples: Number of samples over all batches.
         num_batches: Number of batches.
+        num_left_out: Number of batches besides, which have no sample or label that counts.
         recomputes: Whether the model hooks what autograd saves, as gradient checkpointing does.
     """
 
@@ -166,6 +167,7 @@ class FrozenObjective:
         )
         self.batches: Iterable[PreparedBatch] = batches
         self.num_samples, self.num_batches = batches.num_samples, batches.num_batches
+        self.num_left_out = batches.num_drawn - batches.num_batches
         self._caches: list[Cache] = []
         self._check_model(check_mean, batches.label_range)
 

@@ -658,6 +658,26 @@ def test_pixels_of_batches_of_unequal_size_weigh_alike(generator):
     assert Objective().freeze(model, batches).value() == pytest.approx(expected, rel=1e-12)
 
 
+def test_mappings_may_hold_lists_of_tensors_and_no_arrays(generator):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3, dtype=torch.float64)
+
+        def forward(self, xs):
+            return self.layer(xs[0]) + self.layer(xs[1])
+
+    one, two = torch.randn(2, 6, 4, generator=generator)
+    labels = torch.arange(6) % 3
+    model = Two()
+    expected = F.cross_entropy(model([one.double(), two.double()]), labels).item()
+    for xs in ([one, two], (one, two)):
+        value = Objective().freeze(model, [{"xs": xs, "labels": labels}]).value()
+        assert value == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(TypeError, match="must yield tensors, got a ndarray in batch 0; convert it"):
+        Objective().freeze(model, [{"xs": one.numpy(), "labels": labels}])
+
+
 class Shortened(nn.Module):
     """Changes a weight when it is called."""
 

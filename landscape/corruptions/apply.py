@@ -126,6 +126,7 @@ def check_corruption(name: str, severity: int, profile: str) -> None:
     """
     check_choice("name", name, CORRUPTIONS)
     check_choice("severity", severity, SEVERITIES)
+    check_count("severity", severity, 1)  # 1.0 is among them
     check_choice("profile", profile, PROFILES)
 
 

@@ -119,7 +119,12 @@ class MatrixOperator(SymmetricOperator):
 
         Raises:
             ValueError: If the matrix is not square, floating, finite and symmetric.
+            TypeError: If it is no tensor.
         """
+        if not isinstance(matrix, Tensor):
+            raise TypeError(
+                f"`matrix` must be a tensor, got {type(matrix).__name__}; call `torch.as_tensor`."
+            )
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
             raise ValueError(f"`matrix` must be square, got shape {tuple(matrix.shape)}.")
         if not matrix.is_floating_point():

@@ -19,9 +19,9 @@ def recalibrated_buffers(
 
     One pass over the data with the batch norms normalising by batch, as in training, everything
     else in evaluation mode. The mean and the (unbiased) variance of each channel are those over
-    all samples; below the first layer they rest on inputs that were normalised batch by batch, so
-    they depend on the batch size as training itself does. Neither the modules nor their buffers
-    are changed.
+    all samples of batches with a label that counts; below the first layer they rest on inputs that
+    were normalised batch by batch, so they depend on the batch size as training itself does.
+    Neither the modules nor their buffers are changed.
 
     Args:
         frozen: Objective on its model and data.

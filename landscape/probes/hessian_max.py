@@ -163,6 +163,12 @@ def hessian_max_spectrum(
         raise ValueError(f"`k` must be at most the dimension {frozen.space.dim}, got {k}.")
     _check_finite(frozen)
     total = frozen.num_batches
+    if frozen.num_left_out:
+        warnings.warn(
+            f"{frozen.num_left_out} mini-batches without a sample or label that counts are left "
+            "out, so that rows of the result are not numbered as they are.",
+            stacklevel=2,
+        )
     settings: dict[str, Any] = {}
     with count("Hessian max spectrum", progress, total) as bar:
         if engine == "pyhessian":

@@ -158,6 +158,8 @@ def train_epoch(
     for index, raw in enumerate(batches):
         before_step(index)
         inputs, targets = prepare(step, raw, index, generator)
+        if not targets.numel():
+            continue
         tally = forward(step, step.model, inputs, targets)
         step.optimizer.zero_grad(set_to_none=True)
         step.model.zero_grad(set_to_none=True)  # of those that the optimizer does not have
@@ -225,6 +227,8 @@ def prepare(
         raise ValueError(f"`data` must hold targets, got none in batch {index}; pass (x, y).")
     placement = Placement.of(step.model)
     inputs, targets = placement.place(inputs), placement.place_targets(targets)
+    if is_classification(step.loss) and not targets.is_floating_point():
+        targets = targets.long()
     if step.transform is not None and generator is not None:
         drawn = step.transform(copied(inputs), copied(targets), generator)
         inputs, targets = placement.place(drawn[0]), placement.place_targets(drawn[1])

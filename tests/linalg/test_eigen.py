@@ -387,6 +387,8 @@ def test_bad_input_is_refused():
         top_eigenpairs(planted(BULK), 5, max_basis=6)
     with pytest.raises(ValueError, match="finite products"):
         top_eigenpairs(Faulty(float("nan")), 1)
+    with pytest.raises(TypeError, match="`matrix` must be a tensor, got ndarray"):
+        MatrixOperator(np.eye(3))
     with pytest.raises(ValueError, match="square"):
         MatrixOperator(torch.ones(2, 3))
     with pytest.raises(ValueError, match="symmetric"):

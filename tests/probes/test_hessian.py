@@ -192,6 +192,14 @@ def test_the_trace_is_that_of_before_the_first_restart():
     assert found.trace_stderr < 2 * exact
 
 
+def test_mini_batches_that_do_not_count_are_told():
+    model, batches = make_model("conv"), make_batches((4, 4, 4))
+    batches[1] = batches[1][0], torch.full_like(batches[1][1], -100)
+    with pytest.warns(UserWarning, match="1 mini-batches without a sample or label that counts"):
+        result = landscape.hessian_max_spectrum(model, batches, k=1)
+    assert len(result.eigenvalues) == 2
+
+
 def test_max_spectrum_at_a_zero_head_has_multiple_eigenvalues():
     """At equal logits the head's Hessian is (I/K − 11ᵀ/K²) ⊗ XXᵀ: K − 1 = 2 of each."""
     model, batches = make_model("conv"), make_batches((5,))

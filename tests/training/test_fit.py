@@ -203,6 +203,14 @@ def test_norms_that_are_frozen_stay_so_and_what_has_no_optimizer_gathers_nothing
     assert not torch.equal(model[2].running_mean, before)
 
 
+def test_labels_of_any_integer_type_and_an_empty_batch_at_the_end(data):
+    x, y = next(iter(data))
+    models = [make_model() for _ in range(2)]
+    fit(models[0], [(x, y)], epochs=2)
+    fit(models[1], [(x, y.int()), (x[:0], y[:0].int())], epochs=2, schedule=WarmupCosine(2, 1))
+    assert math.isfinite(fit(models[1], [(x, y.int()), (x[:0], y[:0])], epochs=1).train_loss[0])
+
+
 def test_data_may_draw_from_any_global_stream():
     class Noisy(Dataset):
         def __len__(self):
