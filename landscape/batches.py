@@ -236,7 +236,7 @@ class Placement:
         return Placement(self.device, dtype).place(targets)
 
     def place(self, value: Any) -> Any:
-        """Return tensors, in mappings and lists too, on the device, floating ones in the precision."""
+        """Return tensors, in mappings and lists too, on the device and in the precision."""
         if isinstance(value, Mapping):
             return {k: self.place(v) for k, v in value.items()}
         if type(value) in (list, tuple):
