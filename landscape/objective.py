@@ -254,7 +254,7 @@ class FrozenObjective:
                 return
             versions = versions_of(inputs)
             weights = {**self.space.fixed, **self.space.values}
-            own = [(name, t, t._version) for name, t in weights.items()]
+            own = [(n, t, t._version) for n, t in weights.items() if not t.is_inference()]
             with _explained("`model` on", inputs):
                 once = self.logits(self.space.values, inputs)
             check_unchanged(inputs, versions)
