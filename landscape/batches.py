@@ -6,6 +6,7 @@ again at each pass, and a fingerprint of every batch tells when they are not the
 shuffling loader).
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -225,10 +226,13 @@ class Placement:
     @classmethod
     def of(cls, model: nn.Module) -> "Placement":
         """Read them off a layer, another parameter or a buffer; float32 on CPU without."""
-        tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-        layers = (t for t in tensors if not is_lazy(t) and t.dim() > 1)
-        first = next(layers, tensors[0] if tensors else torch.zeros(()))
-        return cls(first.device, first.dtype if tensors else torch.float32)
+        for p in model.parameters():  # at every step of a training: no further than needed
+            if p.is_floating_point() and not is_lazy(p) and p.dim() > 1:
+                return cls(p.device, p.dtype)
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if tensor.is_floating_point():
+                return cls(tensor.device, tensor.dtype)
+        return cls(torch.device("cpu"), torch.float32)
 
     def place_targets(self, targets: Any) -> Any:
         """Return targets on the device, in the precision, or in float32 where that is half."""

@@ -98,9 +98,10 @@ class FolderImages:
                 image = opened.convert("RGB")
         except OSError as error:
             raise ValueError(f"`root` must hold whole images, got {file} ({error}).") from error
-        scale = self._resize / min(image.size)
-        width, height = (max(self._size, round(side * scale)) for side in image.size)
+        # Sizes and corners are rounded as torchvision does.
+        short = min(image.size)
+        width, height = (max(self._size, int(self._resize * side / short)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - self._size) // 2, (height - self._size) // 2
+        left, top = round((width - self._size) / 2), round((height - self._size) / 2)
         image = image.crop((left, top, left + self._size, top + self._size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -61,3 +61,13 @@ def test_errors(root, tmp_path):
     (root / "a" / "0.png").write_bytes(b"no png")
     with pytest.raises(ValueError, match=r"whole images, got .*0\.png"):
         list(FolderImages(root, size=8))
+
+
+@pytest.mark.parametrize(
+    ("resize", "width", "left", "top"), [(25, 35, 10, 4), (27, 37, 10, 6)], ids=str
+)
+def test_sizes_and_corners_are_rounded_as_torchvision_does(root, resize, width, left, top):
+    images = FolderImages(root, size=16, resize=resize, mean=(0, 0, 0), std=(1, 1, 1))
+    picture = Image.open(root / "b" / "0.png").resize((width, resize), Image.Resampling.BICUBIC)
+    pixels = np.array(picture)[top : top + 16, left : left + 16] / 255
+    np.testing.assert_allclose(next(iter(images))[0][2].permute(1, 2, 0), pixels, atol=1e-6)
