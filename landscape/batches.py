@@ -191,13 +191,13 @@ class FrozenBatches:
     def _prepare(self, raw: Any, index: int) -> "_Drawn":
         inputs, targets = split_batch(raw, index)
         placement = self._placement
-        inputs, targets = placement.place(inputs), placement.place_targets(targets)
+        inputs, targets = placement.place(inputs), placement.place(targets)
         size = _size(inputs, targets)
         if self._transform is not None:
             generator = torch.Generator().manual_seed(_mix(self._seed, index))
             with OwnStreams(_mix(self._seed, index)).entered():  # some draw from the global ones
                 inputs, targets = self._transform(copied(inputs), copied(targets), generator)
-            inputs, targets = placement.place(inputs), placement.place_targets(targets)
+            inputs, targets = placement.place(inputs), placement.place(targets)
             if _size(inputs, targets) != size:
                 raise ValueError(
                     f"`transform` must keep the number of samples, got {size} -> "
@@ -227,17 +227,12 @@ class Placement:
     def of(cls, model: nn.Module) -> "Placement":
         """Read them off a layer, another parameter or a buffer; float32 on CPU without."""
         for p in model.parameters():  # at every step of a training: no further than needed
-            if p.is_floating_point() and not is_lazy(p) and p.dim() > 1:
+            if p.is_floating_point() and (is_lazy(p) or p.dim() > 0):  # no single factor
                 return cls(p.device, p.dtype)
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if tensor.is_floating_point():
                 return cls(tensor.device, tensor.dtype)
         return cls(torch.device("cpu"), torch.float32)
-
-    def place_targets(self, targets: Any) -> Any:
-        """Return targets on the device, in the precision, or in float32 where that is half."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        return Placement(self.device, dtype).place(targets)
 
     def place(self, value: Any) -> Any:
         """Return tensors, in mappings and lists too, on the device and in the precision."""
@@ -276,7 +271,7 @@ def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
     total = 0
     for index, raw in enumerate(one_pass(data)):
         inputs, targets = split_batch(raw, index)
-        inputs, targets = placement.place(inputs), placement.place_targets(targets)
+        inputs, targets = placement.place(inputs), placement.place(targets)
         size = _size(inputs, targets)
         total += size
         if size:
@@ -353,7 +348,6 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
         TypeError: If the batch is neither `(x, y)` nor a mapping.
         ValueError: If `x` and `y` have different lengths.
     """
-    mapped = isinstance(raw, Mapping)
     if isinstance(raw, Mapping):
         key = next((k for k in LABEL_KEYS if k in raw), None)
         inputs: Inputs = {k: v for k, v in raw.items() if k != key}
@@ -368,8 +362,7 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
             f"`data` must yield (x, y) or a mapping, got a {got} as batch {index}; choose in a "
             "`collate_fn` what model and loss take, or pass a list of such pairs."
         )
-    arrays = [v for v in inputs.values() if isinstance(v, np.ndarray)] if mapped else [inputs]
-    for value in [targets, *arrays]:
+    for value in [targets, *([inputs] if not isinstance(inputs, Mapping) else [])]:
         if value is not None and not isinstance(value, Tensor):
             remedy = "pass several inputs as a mapping of the model's argument names"
             if isinstance(value, np.ndarray):

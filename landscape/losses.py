@@ -17,7 +17,7 @@ _ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 def loss_settings(loss: Any) -> tuple[Tensor | None, int, str]:
     """Return (class weights, ignored label, reduction) of the losses whose mean is weighted."""
-    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and is_classification(loss):
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
         return loss.weight, loss.ignore_index, loss.reduction
     if isinstance(loss, functools.partial):
         keywords, known = loss.keywords, loss.func in (F.cross_entropy, F.nll_loss)
@@ -32,9 +32,8 @@ def loss_settings(loss: Any) -> tuple[Tensor | None, int, str]:
 def is_classification(loss: Any) -> bool:
     """Whether `loss` is a cross-entropy, whose integer targets are class labels."""
     loss = _bare(loss)
-    own = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)  # a subclass may have another
-    return loss in (F.cross_entropy, F.nll_loss) or (
-        isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and type(loss).forward in own
+    return loss in (F.cross_entropy, F.nll_loss) or isinstance(
+        loss, nn.CrossEntropyLoss | nn.NLLLoss
     )
 
 
@@ -57,9 +56,9 @@ def compares_entries(loss: Any) -> bool:
 def makes_no_softmax(loss: Any) -> bool:
     """Whether `loss` is one of PyTorch's other than a cross-entropy."""
     loss = _bare(loss)
-    place = getattr(loss, "__module__", None) if callable(loss) else None
-    place = type(loss).__module__ if isinstance(loss, nn.Module) else place
-    return str(place).startswith("torch.nn.") and not is_classification(loss)
+    named = getattr(F, getattr(loss, "__name__", ""), None)
+    own = type(loss).__module__.startswith("torch.nn.") if isinstance(loss, nn.Module) else False
+    return (own or loss is named) and not is_classification(loss)
 
 
 def is_probability(targets: Tensor) -> Tensor:

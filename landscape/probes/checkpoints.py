@@ -239,8 +239,12 @@ def _without_ties(names: Sequence[str], states: Sequence[State]) -> tuple[str, .
         sums = tuple(float(state[name].double().sum()) for state in states)
         alike = kept.setdefault((states[-1][name].shape, sums), [])
         moves = any(not torch.equal(state[name], states[-1][name]) for state in states)
-        tied = moves and any(
-            all(torch.equal(state[name], state[other]) for state in states) for other in alike
+        tied = (
+            moves
+            and states[-1][name].dim() > 1
+            and any(
+                all(torch.equal(state[name], state[other]) for state in states) for other in alike
+            )
         )
         if not tied:
             alike.append(name)

@@ -71,21 +71,24 @@ class Forward:
         size = min(batch.size, 2 * PART)
         inputs = rows_of(batch.inputs, batch.size, slice(0, size))
         self._parts.names = names_of_rows(batch.inputs, batch.size)
-        try:
-            with (
-                eagerly(),
-                _largest_output(frozen.model) as largest,
-                calls_of(frozen.model) as calls,
-            ):
-                expected = frozen.logits(frozen.space.awake, inputs)
-        except RuntimeError:  # it wants all of a batch
+        for state in (frozen.space.awake, frozen.space.values):
+            try:
+                with (
+                    eagerly(),
+                    _largest_output(frozen.model) as largest,
+                    calls_of(frozen.model) as calls,
+                ):
+                    expected = frozen.logits(state, inputs)
+                break
+            except Exception:  # it wants zeros where they are, or all of a batch
+                continue
+        else:
             return 0, False, []
         part = min(max(CACHE * size // max(largest), PART), 4 * PART)
         convolves = any(isinstance(module, nn.Conv2d) for module in frozen.model.modules())
         last = (True, False) if convolves and frozen.space.dtype == torch.float32 else (False,)
         pairs = [] if is_compiled(frozen.model) else calls.pairs()
         for channels_last, folds in itertools.product(last, [pairs, []] if pairs else [[]]):
-            state = frozen.space.awake
             try:
                 outputs = self._cut_logits(state, inputs, size, PART, channels_last, folds)
             except RuntimeError:  # such as a `view` that wants its channels first

@@ -226,12 +226,12 @@ def prepare(
     if targets is None:
         raise ValueError(f"`data` must hold targets, got none in batch {index}; pass (x, y).")
     placement = Placement.of(step.model)
-    inputs, targets = placement.place(inputs), placement.place_targets(targets)
+    inputs, targets = placement.place(inputs), placement.place(targets)
     if is_classification(step.loss) and not targets.is_floating_point():
         targets = targets.long()
     if step.transform is not None and generator is not None:
         drawn = step.transform(copied(inputs), copied(targets), generator)
-        inputs, targets = placement.place(drawn[0]), placement.place_targets(drawn[1])
+        inputs, targets = placement.place(drawn[0]), placement.place(drawn[1])
     return inputs, targets
 
 

@@ -38,7 +38,7 @@ def find(run: Run, resume: bool, latest: int | None = None) -> dict[str, Any] | 
     if state is None:
         return None
     for name, value in run.identity().items():
-        if state["run"].get(name) != value:
+        if state["run"].get(name, value) != value:
             raise ValueError(
                 f"`folder` must hold the same run, but there `{name}` is "
                 f"{state['run'].get(name)!r} and here {value!r}; choose another folder."

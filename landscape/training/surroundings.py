@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from landscape._streams import States, read_streams, seed_streams, write_streams
+from landscape._streams import OwnStreams, read_streams, write_streams
 from landscape.restore import device_streams
 
 
@@ -22,29 +22,31 @@ class GlobalStream:
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.device, self.seed = device, seed
-        self._states: tuple[States, Tensor | None] | None = None
+        self._of_cpu = OwnStreams(seed)
+        self._of_cuda: Tensor | None = None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Go on with the streams where they were left, and put back those found afterwards."""
-        cuda = [self.device] if self.device.type == "cuda" else []
-        before = read_streams()
-        with torch.random.fork_rng(devices=cuda):
-            if self._states is None:
-                seed_streams(self.seed)
-                if cuda:
-                    with torch.cuda.device(self.device):
-                        torch.cuda.manual_seed(self.seed)
-            else:
-                write_streams(self._states[0])
-                if self._states[1] is not None:
-                    torch.cuda.set_rng_state(self._states[1], self.device)
-            try:
-                yield
-            finally:
-                on_cuda = torch.cuda.get_rng_state(self.device) if cuda else None
-                self._states = (read_streams(), on_cuda)
-                write_streams(before)
+        with self._of_cpu.entered(), self._entered_cuda():
+            yield
+
+    @contextmanager
+    def _entered_cuda(self) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.get_rng_state(self.device)
+        if self._of_cuda is None:
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(self.seed)
+        else:
+            torch.cuda.set_rng_state(self._of_cuda, self.device)
+        try:
+            yield
+        finally:
+            self._of_cuda = torch.cuda.get_rng_state(self.device)
+            torch.cuda.set_rng_state(before, self.device)
 
 
 @contextmanager

@@ -199,6 +199,25 @@ def test_tables_of_a_mapping_are_not_cut(generator):
         assert nll == pytest.approx(Objective().freeze(model, batches).value(), rel=1e-12)
 
 
+def test_zeros_that_must_stay_so_are_left(generator):
+    class Rooted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3, dtype=torch.float64)
+            self.size = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+        def forward(self, x):
+            if (self.size < 0).any():
+                raise ValueError("a size below 0")
+            return self.layer(x) + self.size
+
+    x = torch.rand(40, 5, generator=generator, dtype=torch.float64)
+    model, batches = Rooted(), [(x, torch.arange(40) % 3)]
+    forward = Forward(Objective().freeze(model, batches))
+    assert forward.part
+    assert loss_line(model, batches, points=3).nll.shape == (3,)
+
+
 def test_a_loss_of_the_whole_batch_sees_the_whole_batch():
     model, batches = make_model("attention"), make_batches((40,))
     hardest = lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none").max()  # noqa: E731
