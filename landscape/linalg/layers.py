@@ -53,8 +53,12 @@ _BY_POSITION = {"input", "query", "key", "value"}  # a call that names them is l
 @contextmanager
 def cheap_second_derivatives() -> Iterator[None]:
     """Run the covered functions of PyTorch as the layers of this module."""
-    with _Replacing():
-        yield
+    mode = _Replacing()
+    try:
+        with mode:
+            yield
+    finally:
+        mode.forget()
 
 
 class _Replacing(TorchFunctionMode):
@@ -80,6 +84,11 @@ class _Replacing(TorchFunctionMode):
             torch._weight_norm: _weight_norm,
             F.normalize: _normalize,
         }
+
+    def forget(self) -> None:
+        """Let go of the last layers, and of the graph that they hold."""
+        self._convolved = self._normed = self._widened = self._activated = None
+        self._layers.clear()  # methods of this, which would live until the next collection
 
     def __torch_function__(
         self,

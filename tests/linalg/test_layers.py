@@ -1,7 +1,7 @@
 """Every layer against PyTorch's own function: value, gradient, Hessian-vector product."""
 
 import gc
-import weakref
+from weakref import ref
 
 import pytest
 import torch
@@ -334,11 +334,18 @@ def test_a_dropped_graph_is_freed():
         model = nn.Sequential(nn.Flatten(2), perceptron, nn.LayerNorm(4), nn.GELU())
         model = nn.Sequential(model, nn.Flatten(), nn.Linear(16, 3)).double()
         for made in (model, make_model("attention"), make_model("conv")):
+            outputs = []
+            watch = made.register_forward_hook(
+                lambda *args, kept=outputs: kept.append(ref(args[2]))
+            )
             operator = HessianOperator(made, make_batches((7,)))
+            watch.remove()
             operator @ torch.ones(operator.dim)
-            graph = weakref.ref(operator._graphs[0].gradient[0])
+            graph = ref(operator._graphs[0].gradient[0])
             del operator
             assert graph() is None
+            assert outputs
+            assert all(output() is None for output in outputs)
     finally:
         gc.enable()
 
