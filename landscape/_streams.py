@@ -72,3 +72,10 @@ def write_streams(states: States) -> None:
     torch.set_rng_state(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
     random.setstate(states[2])
+
+
+def same_streams(states: States, others: States) -> bool:
+    """Whether nothing was drawn between two calls of `read_streams`."""
+    (torch_, numpy_, python), (other_torch, other_numpy, other_python) = states, others
+    numpy_alike = all(np.array_equal(a, b) for a, b in zip(numpy_, other_numpy, strict=True))
+    return torch.equal(torch_, other_torch) and numpy_alike and python == other_python

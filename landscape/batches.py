@@ -46,6 +46,11 @@ class PreparedBatch:
     size: int
     weight: float
 
+    @property
+    def samples(self) -> tuple[Inputs, Tensor | None]:
+        """Inputs and targets."""
+        return self.inputs, self.targets
+
 
 def one_pass(data: Iterable[Any]) -> Iterator[Any]:
     """Yield the batches of one pass over the data, whatever the global random streams.

@@ -18,8 +18,8 @@ from torch import Tensor
 from landscape.batches import PreparedBatch
 from landscape.linalg.gradient import Precision
 from landscape.linalg.hessian import HessianOperator, Memory
-from landscape.linalg.recorded_hessian import RecordedHessian, shape_of
-from landscape.linalg.recording import side_stream
+from landscape.linalg.recorded_hessian import RecordedHessian
+from landscape.linalg.recording import shape_of, side_stream
 from landscape.objective import FrozenObjective
 
 
@@ -115,12 +115,12 @@ class MiniBatchHessian:
     def _record(self, batch: PreparedBatch, stream: torch.cuda.Stream) -> None:
         """Record gradient and product, if they can be."""
         recorded = RecordedHessian(self._frozen, batch, self._precision, stream)
-        if shape_of(batch) not in self._tried:
+        if shape_of(batch.samples) not in self._tried:
             self._recordable = recorded.try_out()
             torch.cuda.empty_cache()  # of what the trial has left
             if not self._recordable:
                 return
-            self._tried.add(shape_of(batch))
+            self._tried.add(shape_of(batch.samples))
         before = torch.cuda.memory_reserved(self._frozen.space.device)
         recorded.record()
         self.num_bytes = torch.cuda.memory_reserved(self._frozen.space.device) - before

@@ -4,21 +4,19 @@ The recordings read the batch, and the product reads what the gradient leaves, f
 own: another batch is copied into place, and the gradient replayed.
 """
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from landscape.batches import Inputs, PreparedBatch
+from landscape.batches import PreparedBatch, copied
 from landscape.linalg.gradient import (
     GradientGraph,
     Precision,
     hessian_product,
     twice_differentiable,
 )
-from landscape.linalg.recording import Recording, apart, trial
+from landscape.linalg.recording import Recording, apart, overwrite, shape_of, trial
 from landscape.objective import FrozenObjective
 
 
@@ -46,7 +44,9 @@ class RecordedHessian:
         space = frozen.space
         self._frozen, self._precision, self._stream = frozen, precision, stream
         with apart(stream):
-            self._batch = PreparedBatch(_copy(batch.inputs), _copy(batch.targets), batch.size, 1.0)
+            self._batch = PreparedBatch(
+                copied(batch.inputs), copied(batch.targets), batch.size, 1.0
+            )
             self._leaves = {n: v.clone().requires_grad_() for n, v in space.values.items()}
             self._vector = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
         # One graph serves both: what it keeps is in full precision.
@@ -83,11 +83,10 @@ class RecordedHessian:
         Returns:
             Whether it has the shape of the one that was recorded; no other is taken.
         """
-        if shape_of(batch) != shape_of(self._batch):
+        if shape_of(batch.samples) != shape_of(self._batch.samples):
             return False
         with apart(self._stream):
-            _fill(self._batch.inputs, batch.inputs)
-            _fill(self._batch.targets, batch.targets)
+            overwrite(self._batch.samples, batch.samples)
         self._gradients.replay(self._stream)
         return True
 
@@ -112,28 +111,3 @@ class RecordedHessian:
 
     def _product(self, graph: GradientGraph, precision: Precision) -> Tensor:
         return hessian_product(graph, self._frozen.space, precision, self._vector)
-
-
-def shape_of(batch: PreparedBatch) -> Any:
-    """Return the shapes of all that a mini-batch holds, and what is not a tensor as it is."""
-    return _shape(batch.inputs), _shape(batch.targets)
-
-
-def _shape(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return tuple((name, _shape(entry)) for name, entry in value.items())
-    return (value.shape, value.dtype) if isinstance(value, Tensor) else repr(value)
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _copy(entry) for name, entry in value.items()}
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _fill(place: Inputs | Tensor | None, value: Inputs | Tensor | None) -> None:
-    if isinstance(place, Tensor) and isinstance(value, Tensor):
-        place.copy_(value)
-    elif isinstance(place, Mapping) and isinstance(value, Mapping):
-        for name, entry in place.items():
-            _fill(entry, value[name])

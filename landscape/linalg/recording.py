@@ -10,7 +10,7 @@ because a recording that fails leaves CUDA's random state unusable.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, Generic, TypeVar
@@ -157,6 +157,27 @@ def unsynchronised() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def shape_of(value: Any) -> Any:
+    """Return shapes and types of all tensors in mappings and tuples, and the rest in words."""
+    if isinstance(value, Mapping):
+        return tuple((name, shape_of(entry)) for name, entry in value.items())
+    if isinstance(value, tuple):
+        return tuple(map(shape_of, value))
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else repr(value)
+
+
+def overwrite(place: Any, value: Any) -> None:
+    """Copy all tensors in mappings and tuples into those of another of the same shapes."""
+    if isinstance(place, Tensor):
+        place.copy_(value)
+    elif isinstance(place, Mapping):
+        for name, entry in place.items():
+            overwrite(entry, value[name])
+    elif isinstance(place, tuple):
+        for entry, other in zip(place, value, strict=True):
+            overwrite(entry, other)
 
 
 _WAITS = "called a synchronizing CUDA operation"

@@ -164,7 +164,7 @@ class DeviceImages:
             permutation = torch.randperm(
                 self.num_samples, generator=stream(self.seed, epoch, _ORDER)
             )
-            order = permutation.to(self.device)
+            order = permutation.to(self.device, non_blocking=True)
         generator = stream(self.seed, epoch, _AUGMENT)
         end = len(self) * self.batch_size
         step = self.batch_size * max(1, _CHUNK // self.batch_size)

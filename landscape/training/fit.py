@@ -48,6 +48,7 @@ def fit(
     resume: bool = False,
     bfloat16: bool | None = None,
     channels_last: bool | None = None,
+    cuda_graphs: bool = False,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     progress: bool = False,
@@ -86,6 +87,11 @@ def fit(
             `fit_ensemble` has it off by default.
         channels_last: Train in channels-last memory format; by default where the model has a
             convolution with overlapping windows.
+        cuda_graphs: On a CUDA device, record forward and backward pass in every epoch and replay
+            them for all batches of the first one's shape. Models whose operations take less time
+            than their launch train several times as fast. What a model does in Python (hooks,
+            counters, branches) happens as it is recorded only; one that waits for the device, draws
+            on the CPU or exchanges buffers is noticed, and trained as without.
         seed: Seed of `transform`, dropout and stochastic depth; `DeviceImages` has its own.
         callbacks: Each called as `callback(model, epochs_done)` before the first epoch of this call
             and after every one, once it is on disk; a `Watch` is one. What one raises ends the
@@ -107,7 +113,9 @@ def fit(
         raise ValueError("`callbacks` must be a list of functions, got a function; wrap it in one.")
     optimizer = optimizer or adamw(model)
     loop.check_optimizer(optimizer, model)
-    step = loop.Step(model, optimizer, loss, transform, clip, bfloat16=False)
+    step = loop.Step(
+        model, optimizer, loss, transform, clip, bfloat16=False, cuda_graphs=cuda_graphs
+    )
     if bfloat16 or (bfloat16 is None and step.device.type == "cuda"):
         step = replace(step, bfloat16=True)
     this = run.make_run(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from landscape.batches import Inputs, Placement, Transform, copied, split_batch
+from landscape.linalg.recording import apart
 from landscape.losses import amount_averaged, is_classification, is_probability, loss_settings
 from landscape.objective import Loss, as_logits
 from landscape.restore import eval_mode
 from landscape.training.data import DeviceImages
+from landscape.training.recorded import Passes, Recorded
 
 # Mean loss of a batch, the amount it is averaged over, correct and counted predictions: scalars.
 Tally = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -30,6 +33,7 @@ class Step:
         transform: Random transform of a batch, or `None`.
         clip: Largest norm of the gradient, or `None`.
         bfloat16: Whether the forward pass runs under bfloat16 autocast.
+        cuda_graphs: Whether forward and backward pass are recorded, on a CUDA device.
     """
 
     model: nn.Module
@@ -38,6 +42,13 @@ class Step:
     transform: Transform | None
     clip: float | None
     bfloat16: bool
+    cuda_graphs: bool = False
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that get a gradient: the optimizer's, and what it does not have of the model's."""
+        own = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return list(dict.fromkeys([*own, *self.model.parameters()]))
 
     @property
     def device(self) -> torch.device:
@@ -154,22 +165,37 @@ def train_epoch(
         ValueError: If there is no batch, or one has no targets.
     """
     means = Means()
-    parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
-    for index, raw in enumerate(batches):
-        before_step(index)
-        inputs, targets = prepare(step, raw, index, generator)
-        if not targets.numel():
-            continue
-        tally = forward(step, step.model, inputs, targets)
-        step.optimizer.zero_grad(set_to_none=True)
-        step.model.zero_grad(set_to_none=True)  # of those that the optimizer does not have
-        tally[0].backward()  # type: ignore[no-untyped-call]
-        if step.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, step.clip)
-        step.optimizer.step()
-        means.add(*tally)
+    trained = [p for group in step.optimizer.param_groups for p in group["params"]]
+    parameters = step.parameters
+    passes: Passes = partial(_passes, step, parameters)
+    stream = None
+    if step.cuda_graphs:
+        passes = recorded = Recorded(passes, step.model, parameters, step.device)
+        stream = recorded.stream
+    with apart(stream):
+        for index, raw in enumerate(batches):
+            before_step(index)
+            inputs, targets = prepare(step, raw, index, generator)
+            if not targets.numel():
+                continue
+            tally = passes(inputs, targets)
+            if step.clip is not None:
+                nn.utils.clip_grad_norm_(trained, step.clip)
+            step.optimizer.step()
+            means.add(*tally)
     check_any(means)
     return means
+
+
+def _passes(
+    step: Step, parameters: Sequence[nn.Parameter], inputs: Inputs, targets: Tensor
+) -> tuple[Tensor, ...]:
+    """Take the gradient of a batch, and return what it counts."""
+    loss, *counts = forward(step, step.model, inputs, targets)
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach(), *counts
 
 
 def check_any(means: Means) -> None:

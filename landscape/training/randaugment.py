@@ -277,8 +277,8 @@ def _warp(images: Tensor, matrices: Tensor, fill: int | Sequence[int]) -> Tensor
     """Return images whose pixel centre `(x, y)` shows the point `(ax + by + c, dx + ey + f)`."""
     h, w = images.shape[2:]
     # `grid_sample` counts from -1 to 1 between the outer edges of the outer pixels.
-    size = matrices.new_tensor((w, h)).view(-1, 1)
-    slope_x, slope_y, origin = (2 * matrices.view(-1, 2, 3) / size).view(-1, 2, 3, 1, 1).unbind(2)
+    across, down = 2 * matrices[:, :3] / w, 2 * matrices[:, 3:] / h
+    slope_x, slope_y, origin = torch.stack((across, down), 1).view(-1, 2, 3, 1, 1).unbind(2)
     x = torch.arange(0.5, w, dtype=matrices.dtype, device=images.device)
     y = torch.arange(0.5, h, dtype=matrices.dtype, device=images.device).view(-1, 1)
     points = slope_x * x + (slope_y * y + (origin - 1))
@@ -291,5 +291,7 @@ def _warp(images: Tensor, matrices: Tensor, fill: int | Sequence[int]) -> Tensor
     )
     across, down = points.abs_().unbind(1)
     outside = torch.maximum(across, down).floor_().clamp_(max=1).unsqueeze(1)  # 0 inside, 1 out
-    colour = torch.tensor(fill, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    # Made on the host and sent without waiting; made on a GPU, it would be waited for.
+    colour = torch.tensor(fill, dtype=torch.float32).to(images.device, non_blocking=True)
+    colour = colour.view(-1, 1, 1)
     return seen.add_(_NUDGE).lerp_(colour.expand_as(seen), outside).to(torch.int16)

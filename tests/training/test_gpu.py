@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from landscape.linalg.recording import Recording, unsynchronised
 from landscape.models import create_model
-from landscape.training import RandAugment, fit, load_images, recipe
+from landscape.training import RandAugment, fit, load_images, loop, recipe
 from landscape.training.ensemble import fit_ensemble
+from tests.training.test_recorded import PARTS, UNRECORDED, check_steps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,3 +72,26 @@ def test_ensemble_equals_separate_trainings(data, name):
         fit(alone[k], data, epochs=2, seed=k, bfloat16=False, channels_last=False)
         for a, b in zip(models[k].parameters(), alone[k].parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vit_nano", "waiting", *PARTS])
+def test_recorded_steps_are_the_same_steps(data, name, monkeypatch):
+    replays = []
+    replay = Recording.replay
+    monkeypatch.setattr(Recording, "replay", lambda *args: replays.append(args) or replay(*args))
+    check_steps(name, data.to("cuda"))
+    assert len(replays) == (0 if name in ("waiting", *UNRECORDED) else 4)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_an_epoch_never_waits_for_the_device(data, cuda_graphs):
+    model = create_model("vit_nano", drop_path=0.3).cuda().train()
+    data = data.to("cuda")
+    transform = recipe(data.mean, data.std, data.num_classes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step = loop.Step(model, optimizer, F.cross_entropy, transform, 5.0, True, cuda_graphs)
+    with unsynchronised():
+        for epoch in range(3):
+            batches = data.batches(epoch)
+            means = loop.train_epoch(step, batches, torch.Generator(), lambda index: None)
+    assert means.num_batches == 4
