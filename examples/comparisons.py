@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from outputs import read_setting, save_figure, write_setting
 from torch import nn
 from tqdm import tqdm
-from trained import ALTERNET, PRESETS, Setting, augmentation, load_weights, say
+from trained import ALTERNET, LARGE, LARGE_ALTERNET, Setting, augmentation, load_weights, say
 
 import landscape
 from landscape import Objective, Result
@@ -99,8 +99,7 @@ class Protocol:
 
 
 SMALL = {name: (constructor, sizes) for name, constructor, sizes in (*Setting().models, ALTERNET)}
-LARGE = {name: (constructor, sizes) for name, constructor, sizes in PRESETS["paper"].models}
-LARGE["AlterNet"] = ("alternet50", {"drop_path": 0.1})
+PAPERS = {name: (constructor, sizes) for name, constructor, sizes in (*LARGE, LARGE_ALTERNET)}
 
 DEFAULT = Protocol(
     dataset="fashion_mnist_mini", image_size=28, train_images=6000, test_images=2000,
@@ -109,7 +108,7 @@ DEFAULT = Protocol(
 )  # fmt: skip
 PAPER = replace(
     DEFAULT, dataset="cifar100", image_size=32, train_images=50_000, test_images=10_000,
-    networks=LARGE, epochs=305, warmup_epochs=5, learning_rate=1.25e-4, hessian_batches=312,
+    networks=PAPERS, epochs=305, warmup_epochs=5, learning_rate=1.25e-4, hessian_batches=312,
     corrupted_images=10_000, severities=(1, 2, 3, 4, 5), seeds=3,
 )  # fmt: skip
 PROTOCOLS = {

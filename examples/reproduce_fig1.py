@@ -2,6 +2,7 @@
 
     python examples/reproduce_fig1.py                  # two CPU cores, offline, under ten minutes
     python examples/reproduce_fig1.py --quick          # the same path in little: a smoke test
+    python examples/reproduce_fig1.py --preset gpu     # the paper's networks, minutes on a GPU
     python examples/reproduce_fig1.py --preset paper --dataset cifar100    # the paper's, on a GPU
     python examples/reproduce_fig1.py --draw figures/fig1   # draw saved results again, no model
 

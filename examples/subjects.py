@@ -18,7 +18,17 @@ from claims import Claim, write_claims
 from matplotlib.figure import Figure
 from outputs import read_setting, save_figure, write_setting
 from torch import nn
-from trained import ALTERNET, PRESETS, for_every_model, images, say, train, work_folder
+from trained import (
+    ALTERNET,
+    LARGE,
+    LARGE_ALTERNET,
+    PRESETS,
+    for_every_model,
+    images,
+    say,
+    train,
+    work_folder,
+)
 
 from landscape import Result
 
@@ -63,7 +73,8 @@ class Study:
 def run(study: Study, description: str) -> None:
     """Compute, save, draw, and compare with the claims; `--draw` begins with what is saved."""
     args = _parse(description)
-    out = args.out or Path("figures/quick" if args.quick else "figures")
+    preset = _preset(args)
+    out = args.out or Path("figures" if preset == "default" else f"figures/{preset}")
     began = time.perf_counter()
     folder = args.draw or out / study.name
     if not args.draw:
@@ -85,11 +96,15 @@ def run(study: Study, description: str) -> None:
     print(f"in {time.perf_counter() - began:.0f} s")
 
 
+def _preset(args: argparse.Namespace) -> str:
+    return "quick" if args.quick else str(args.preset)
+
+
 def _setting(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the models are and what they are measured on."""
     if args.model:
         return {"models": args.model, "images": args.images.name}
-    preset = "quick" if args.quick else args.preset
+    preset = _preset(args)
     return {"preset": preset, **asdict(PRESETS[preset])} | (
         {"dataset": args.dataset} if args.dataset else {}
     )
@@ -99,14 +114,14 @@ def _subjects(args: argparse.Namespace) -> dict[str, Subject]:
     """Return the models by label, in network families' order of the paper."""
     if args.model:
         return {label: Subject(model, data) for label, model, data in _timm_models(args)}
-    preset = "quick" if args.quick else args.preset
+    preset = _preset(args)
     setting = PRESETS[preset]
     if args.dataset:
         setting = replace(setting, dataset=args.dataset)
     work = work_folder(preset, setting)
     if args.alternet:
-        name, constructor, sizes = ALTERNET
-        third = (name, constructor, sizes | QUICK if args.quick else sizes)
+        name, constructor, sizes = LARGE_ALTERNET if setting.models == LARGE else ALTERNET
+        third = (name, constructor, sizes | QUICK if preset == "quick" else sizes)
         setting = replace(setting, models=(*setting.models, third))
     last = f"epoch-{setting.epochs:05d}.pt"
     trained = [work / name / last for name, _, _ in setting.models]

@@ -61,18 +61,28 @@ class Setting:
     seed: int = 0
 
 
+LARGE: tuple[tuple[str, str, dict], ...] = (
+    ("ResNet", "resnet50", {"drop_path": 0.1}),
+    ("ViT", "vit_tiny", {"drop_path": 0.1}),
+)
+"""The paper's networks."""
+
+LARGE_ALTERNET = ("AlterNet", "alternet50", {"drop_path": 0.1})
+"""The same with MSAs at the end of its stages."""
+
 PRESETS = {
     "default": Setting(),
     "quick": Setting(
         train_images=480, epochs=4, warmup_epochs=1, hessian_epochs=(2, 3, 4),
         surface_points=7, surface_images=64, hessian_batches=3,
     ),
+    "gpu": Setting(
+        dataset="fashion_mnist", train_images=60_000, models=LARGE,
+        epochs=10, warmup_epochs=1, hessian_epochs=(4, 7, 10), learning_rate=1.25e-4,
+        hessian_batches=32,
+    ),
     "paper": Setting(
-        dataset="cifar100", train_images=50_000,
-        models=(
-            ("ResNet", "resnet50", {"drop_path": 0.1}),
-            ("ViT", "vit_tiny", {"drop_path": 0.1}),
-        ),
+        dataset="cifar100", train_images=50_000, models=LARGE,
         epochs=305, warmup_epochs=5, hessian_epochs=(105, 205, 305), learning_rate=1.25e-4,
         surface_images=10_000, hessian_batches=312,
     ),
@@ -139,6 +149,7 @@ def train(
         checkpoints=("init", "warmup", *setting.hessian_epochs, "last"),
         trajectory=max(1, setting.epochs // 40),
         resume=True,
+        cuda_graphs=True,
         seed=setting.seed,
         progress=True,
     )
