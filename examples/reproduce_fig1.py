@@ -115,7 +115,7 @@ def compute_model(setting: Setting, index: int, work: Path, root: str | None) ->
             metrics=("loss", "accuracy", "ece"),
             resume=work / f"surface_{name}.part",
             progress=True,
-        ),
+        ).without_vectors(),  # two are twice the weights
     )
     say(name, "surface done")
 

@@ -78,8 +78,8 @@ PRESETS = {
     ),
     "gpu": Setting(
         dataset="fashion_mnist", train_images=60_000, models=LARGE,
-        epochs=10, warmup_epochs=1, hessian_epochs=(4, 7, 10), learning_rate=1.25e-4,
-        hessian_batches=32,
+        epochs=8, warmup_epochs=1, hessian_epochs=(3, 5, 8), learning_rate=1.25e-4,
+        hessian_batches=24,
     ),
     "paper": Setting(
         dataset="cifar100", train_images=50_000, models=LARGE,

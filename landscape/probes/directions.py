@@ -76,6 +76,11 @@ class Directions(Result):
     @property
     def inner_products(self) -> np.ndarray:
         """`(num, num)`: inner products of the directions, in float64."""
+        if not any(self.vectors):
+            raise ValueError(
+                "`directions` must hold their vectors, got none: of a published surface, or left "
+                "out by `without_vectors`; make or load others."
+            )
         flat = [[a.reshape(-1).astype(np.float64) for a in v.values()] for v in self.vectors]
         return np.array(
             [[sum(a @ b for a, b in zip(u, v, strict=True)) for v in flat] for u in flat]

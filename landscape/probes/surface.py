@@ -15,8 +15,8 @@ objective's chosen parameters p, whether or not they move:
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -30,8 +30,23 @@ from landscape.probes.scan import Metric, scan
 from landscape.results import Provenance, Result
 
 
+class _AlongDirections(Result):
+    """Values along directions, which are as large as the model each."""
+
+    directions: Directions
+
+    def without_vectors(self) -> Self:
+        """Return the result without the vectors of its directions, for a small file.
+
+        What the directions are stays known; to use them again, keep them by
+        `result.directions.save`.
+        """
+        bare = replace(self.directions, vectors=tuple({} for _ in self.directions.vectors))
+        return replace(self, directions=bare)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class LossLine(Result):
+class LossLine(_AlongDirections):
     """Loss along one direction.
 
     Attributes:
@@ -73,7 +88,7 @@ class LossLine(Result):
 
 
 @dataclass(frozen=True)
-class LossSurface(Result):
+class LossSurface(_AlongDirections):
     """Loss over the plane of two directions; entry [i, j] belongs to (x[i], y[j]).
 
     Attributes:

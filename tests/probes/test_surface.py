@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import functools
 import os
 import signal
@@ -18,6 +19,7 @@ from landscape.objective import Objective
 from landscape.probes.batch_norm import recalibrated_buffers
 from landscape.probes.directions import Directions, random_directions
 from landscape.probes.surface import LossLine, LossSurface, loss_line, loss_surface
+from landscape.probes.trajectory import project_trajectory
 from tests.cases import MODELS, assert_untouched, make_batches, make_model, snapshot
 
 ARRAYS = ("nll", "nll_stderr", "l2", "loss", "accuracy", "ece")
@@ -884,6 +886,23 @@ def test_directions_that_do_not_fit_are_refused():
         nn.init.zeros_(p)
     with pytest.raises(ValueError, match="`directions` must have finite lengths above 0"):
         loss_surface(still, batches)
+
+
+@pytest.mark.parametrize("scan", [loss_line, loss_surface])
+def test_results_without_vectors_are_small_and_the_same_otherwise(scan, tmp_path):
+    model, batches = make_model("conv"), make_batches((4,))
+    result = scan(model, batches, points=3)
+    bare = type(result).load(result.without_vectors().save(tmp_path / "bare"))
+    assert (tmp_path / "bare.npz").stat().st_size < 4000
+    assert dataclasses.replace(bare, directions=result.directions) == result
+    assert (len(bare.directions), bare.directions.names) == (len(result.directions), ())
+    assert bare.directions.ignored == result.directions.ignored
+    for use in (
+        lambda: scan(model, batches, directions=bare.directions),
+        lambda: project_trajectory([model.state_dict()] * 3, bare.directions),
+    ):
+        with pytest.raises(ValueError, match="`directions` must hold their vectors, got none"):
+            use()
 
 
 def test_bad_data_are_refused():
