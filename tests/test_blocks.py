@@ -216,6 +216,29 @@ def test_streams_beside_the_blocks_are_told_of(images):
     assert blocks.names[-2:] == ("last", "head")
 
 
+class Side(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, pair):
+        return self.left(pair[0]), self.right(pair[1])
+
+
+class Apart(nn.Module):
+    """Two streams that meet at the end only."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.ModuleList([Side(), Side()])
+
+    def forward(self, x):
+        pair = x, x
+        for both in self.both:
+            pair = both(pair)
+        return torch.cat(pair, 1).mean((2, 3))
+
+
 def test_errors_name_what_is_near(images):
     model = build(SMALL["resnet"])
     with pytest.raises(ValueError, match=r"`choose` .*'stages.0.7'.*nearest are 'stages.0"):
@@ -225,6 +248,8 @@ def test_errors_name_what_is_near(images):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with pytest.raises(ValueError, match=r"none in a Sequential; .*Blocks\(model, \['0', '1'\]\)"):
         Blocks(plain, example=images)
+    with pytest.raises(ValueError, match=r"none in a Apart; .*\(model, \['both.0', 'both.1'\]\)"):
+        Blocks(Apart(), example=images)
     blocks = Blocks(model, example=images)
     with pytest.raises(ValueError, match="one of the 11 blocks, got 'stages.0.5'; the nearest"):
         blocks.index("stages.0.5")

@@ -123,18 +123,22 @@ def named_units(trace: Trace, paths: list[str]) -> list[Unit]:
 def modules_in_line(trace: Trace) -> list[str]:
     """Return modules of one parent through whose outputs everything passes, in order.
 
-    Numbered ones, where there are any, and the most.
+    Numbered ones, where there are any, and the most; in a model of several streams, through which
+    there is no such passage, those that lie together.
     """
     graph = _Graph(trace)
     children: dict[int, list[str]] = {}
+    streams: dict[str, list[str]] = {}
     for span in trace.spans[1:]:
         if span.output is not None and graph.is_cut(span.output):
             children.setdefault(span.parent, []).append(span.path)
+        elif span.output is not None and span.path.count(".") == 1:
+            streams.setdefault(span.path.partition(".")[0], []).append(span.path)
 
     def suited(paths: list[str]) -> tuple[bool, int]:
         return paths[0].rpartition(".")[2].isdigit(), len(paths)
 
-    return max(children.values(), key=suited, default=[])
+    return max((children or streams).values(), key=suited, default=[])
 
 
 def share_outside(trace: Trace, units: list[Unit]) -> float:
