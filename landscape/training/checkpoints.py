@@ -21,6 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ def plan(
     Raises:
         ValueError: If an epoch does not exist, or there is no folder to keep it in.
     """
-    if folder is None and (checkpoints or trajectory):
+    if folder is None and (len(checkpoints) or trajectory):
         raise ValueError("`folder` must be given to keep `checkpoints` or a `trajectory`.")
     known: dict[Named, int | None] = {
         "init": 0,
@@ -81,6 +82,7 @@ def plan(
     }
     named: dict[Named, int] = {}
     for name in checkpoints:
+        name = int(name) if isinstance(name, np.integer) else name
         epoch = name if isinstance(name, int) else known.get(name)
         if epoch is None or not 0 <= epoch <= epochs or epoch != int(epoch):
             raise ValueError(
@@ -218,7 +220,10 @@ def _epoch(path: Path) -> int:
 
 
 def _to_cpu(content: Any) -> Any:
-    """Return a copy of nested containers with every tensor on the CPU, strides kept."""
+    """Return a copy of nested containers with every tensor on the CPU, strides kept.
+
+    Numbers of NumPy, such as a learning rate, become Python's: they could not be read again.
+    """
     if isinstance(content, Tensor):
         return content.detach().cpu().clone()
     if isinstance(content, Mapping):
@@ -227,4 +232,4 @@ def _to_cpu(content: Any) -> Any:
         return [_to_cpu(value) for value in content]
     if isinstance(content, tuple):
         return tuple(_to_cpu(value) for value in content)
-    return content
+    return content.item() if isinstance(content, np.generic) else content

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from landscape import Result
 from landscape.training import fit
 from tests.training.runs import (
     Stop,
@@ -96,6 +98,32 @@ def test_finished_run_is_returned_without_training(tmp_path):
 
 def test_resume_where_nothing_is_starts_afresh(tmp_path):
     assert_same(run(tmp_path / "new", resume=True), run(tmp_path / "whole"))
+
+
+def test_numbers_of_numpy_are_rates_and_epochs(tmp_path):
+    rates, data = np.logspace(-2, -1, 2), [(torch.ones(6, 4), torch.arange(6) % 3)]
+
+    def train(folder, **arguments):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=rates[0])
+        kept = np.linspace(0, 2, 3).astype(int)
+        settings = {"epochs": 2, "schedule": lambda position: 1.0, "checkpoints": kept}
+        result = fit(
+            model, data, optimizer=optimizer, folder=tmp_path / folder, **settings, **arguments
+        )
+        return result, model.weight
+
+    _, whole = train("whole")
+    with pytest.raises(Stop):
+        train("parts", callbacks=stop_after(1))
+    resumed, weight = train("parts", resume=True)
+    assert torch.equal(weight, whole)
+    assert list(resumed.checkpoints) == [0, 1, 2]
+    with pytest.raises(ValueError, match="`folder` must be given to keep `checkpoints`"):
+        fit(nn.Linear(4, 3), data, epochs=2, checkpoints=np.arange(3))
+    assert Result.load(resumed.save(tmp_path / "history")).checkpoints == resumed.checkpoints
 
 
 def test_other_run_in_the_folder_is_refused(tmp_path):
