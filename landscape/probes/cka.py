@@ -106,8 +106,9 @@ def cka(
 
     Raises:
         TypeError: If `data` cannot be iterated over twice.
-        ValueError: If the first batch has fewer than 4 samples, `data` is empty, blocks are those
-            of another model, or `blocks_b` is given without `model_b`.
+        ValueError: If the first batch has fewer than 4 samples, `data` is empty, a block has
+            not one feature a sample, blocks are those of another model, or `blocks_b` is given
+            without `model_b`.
     """
     if blocks_b is not None and model_b is None:
         raise ValueError("`blocks_b` must be None without `model_b`, got blocks; pass `model_b`.")
@@ -130,11 +131,11 @@ def cka(
                 num_skipped += size
                 continue
             blocks_a = blocks_of(model_a, blocks_a, inputs)
-            grams_a = grams_b = _grams(blocks_a, inputs)
+            grams_a = grams_b = _grams(blocks_a, inputs, size)
             if model_b is not None:
                 inputs = Placement.of(model_b).place(inputs)
                 blocks_b = blocks_of(model_b, blocks_b, inputs)
-                grams_b = _grams(blocks_b, inputs).to(grams_a.device)
+                grams_b = _grams(blocks_b, inputs, size).to(grams_a.device)
             scale = 2 / (size * (size - 3))  # the vectors hold half of each symmetric matrix
             hsic.append(scale * grams_a @ grams_b.T)
             own.append((scale * grams_a.square().sum(1), scale * grams_b.square().sum(1)))
@@ -182,11 +183,17 @@ def _check_first(sizes: list[int], size: int) -> None:
         )
 
 
-def _grams(blocks: Blocks, inputs: Any) -> Tensor:
+def _grams(blocks: Blocks, inputs: Any, size: int) -> Tensor:
     """Return the U-centred Gram matrix of every block, one triangle each, `(b, n(n−1)/2)`."""
     grams: dict[str, Tensor] = {}
 
     def add(block: Block, feature: Tensor) -> None:
+        if len(feature) != size:  # windows or patches of a sample each by itself
+            raise ValueError(
+                f"`model_a` and `model_b` must have one feature a sample, got {len(feature)} for "
+                f"{size} samples at block {block.name!r}; choose others, as in `blocks_a=Blocks("
+                "model_a, [names])`."
+            )
         grams[block.name] = _gram(at_least_single(feature))
 
     blocks.visit(inputs, add)
