@@ -288,7 +288,7 @@ def test_features_of_parts_of_a_sample_are_refused():
     class Halves(nn.Module):
         def __init__(self):
             super().__init__()
-            self.piece, self.head = nn.Conv2d(3, 3, 1), nn.Linear(192, 3)
+            self.piece, self.head = nn.Conv2d(3, 4, 1), nn.Linear(256, 3)
 
         def forward(self, x):
             halves = self.piece(x.view(2 * len(x), 3, -1, x.shape[3]))
