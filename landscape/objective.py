@@ -351,9 +351,16 @@ class FrozenObjective:
                 f"`data` must have floating targets for this loss, got {targets.dtype}; convert "
                 "them with `.float()`."
             )
-        expected = logits.shape
-        if is_classification(self.objective.loss) and not targets.is_floating_point():
-            expected = logits.shape[:1] + logits.shape[2:]
+        expected, labels = logits.shape, logits.shape[:1] + logits.shape[2:]
+        if is_classification(self.objective.loss):
+            if not targets.is_floating_point():
+                expected = labels
+            elif targets.shape == labels != expected:
+                raise ValueError(
+                    f"`data` must have labels of an integer type, got {targets.dtype} "
+                    f"{tuple(targets.shape)} for outputs {tuple(logits.shape)} of `model`; convert "
+                    "them with `.long()`."
+                )
         elif not is_elementwise(self.objective.loss):
             return
         if targets.shape != expected:

@@ -428,6 +428,20 @@ def test_targets_that_a_loss_would_broadcast_are_refused():
         Objective(loss=nn.MSELoss()).freeze(model, [(X, Y.float())])
 
 
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_class_labels_that_are_floats_are_refused(loss):
+    model = make_model("conv")
+    with pytest.raises(ValueError, match=r"integer type, got torch.float64 \(6,\) .*`\.long\(\)`"):
+        Objective(loss=loss).freeze(model, [(X, Y.double())])
+    with pytest.raises(
+        ValueError, match=r"targets of shape \(6, 3\) .*, got torch.float64 \(6, 2\)"
+    ):
+        Objective(loss=loss).freeze(model, [(X, torch.ones(6, 2, dtype=torch.float64) / 2)])
+    soft = F.one_hot(Y, 3).double()
+    plain = Objective(loss=loss).freeze(model, [(X, Y)]).value()
+    torch.testing.assert_close(Objective(loss=loss).freeze(model, [(X, soft)]).value(), plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 def test_class_labels_may_have_any_integer_type(dtype):
     model = make_model("conv")

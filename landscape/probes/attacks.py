@@ -82,7 +82,7 @@ class Target:
         if slope is None:
             raise ValueError(
                 "`model` must be differentiable by its inputs, got outputs without a gradient; "
-                "take out rounding, `detach` and `no_grad`."
+                "take out rounding, `detach` and `no_grad`, and leave `torch.inference_mode`."
             )
         return slope
 
