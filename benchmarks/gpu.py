@@ -11,6 +11,7 @@
 | W4 | density of 80 steps over the time of 80 products |
 | W5 | 64 mini-batches of 16 side by side (at 224 pixels 16), in TF32, one by one, by PyHessian |
 | surface | a point of a 9 x 9 surface, directions drawn, over a forward pass at batch 128 |
+| training | a step of `fit`, 96 images in bfloat16 with augmentation, plain and recorded |
 
 Models are untrained but for 20 steps on Fashion-MNIST, at 32 x 32 and, where the name says so, at
 224 x 224. Everything runs in turns (A B A B …); medians. What is short runs once before and is not
@@ -22,6 +23,7 @@ it needs. Nothing is written without a CUDA device, unless `--output` says where
 """
 
 import argparse
+import copy
 import json
 import time
 import warnings
@@ -47,6 +49,7 @@ from landscape import HessianOperator
 from landscape.linalg.recording import Recording, apart, side_stream
 from landscape.models import create_model
 from landscape.restore import rounding
+from landscape.training import fit, load_images, recipe
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = {"image_size": 224, "patch_size": 16, "dim": 768, "heads": 12}
@@ -313,6 +316,28 @@ def surface(subject: Subject, *, quick: bool) -> dict[str, Any]:
     }
 
 
+def training(subject: Subject, *, quick: bool) -> dict[str, Any]:
+    """Return milliseconds of a step of `fit`, of its second epoch, without and with CUDA graphs."""
+    steps = 3 if quick else 40
+    data = load_images("fashion_mnist_mini", size=subject.image_size, channels=3, batch_size=96)
+    data = data.subset(96 * steps).to(subject.device)
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(2):
+        for cuda_graphs, seconds in taken.items():
+            history = fit(
+                copy.deepcopy(subject.model),
+                data,
+                epochs=2,
+                transform=recipe(data.mean, data.std, data.num_classes),
+                cuda_graphs=cuda_graphs,
+            )
+            seconds.append(float(history.seconds[1]) / steps)
+    return {
+        "step_ms": 1e3 * median(taken[False]),
+        "recorded_step_ms": 1e3 * median(taken[True]),
+    }
+
+
 def pyhessian(model: nn.Module, batch: Batch, cuda: bool) -> None:
     """The five largest by magnitude of one mini-batch, at PyHessian's defaults."""
     from pyhessian import hessian
@@ -385,12 +410,14 @@ def table(content: dict[str, Any]) -> str:
         "product in float32 (with its share of the peak) and in TF32; certified top 5 of one batch "
         "(W1), in gradients and products, and of four (W3), in their gradients; density of 80 "
         "steps over 80 products (W4); W5 in milliseconds a mini-batch of 16, and times as fast as "
-        "PyHessian; a point of a 9 x 9 surface, directions drawn, over a forward pass. "
+        "PyHessian; a point of a 9 x 9 surface, directions drawn, over a forward pass; "
+        "milliseconds of a training step of 96 images in bfloat16, and with CUDA graphs. "
         "`benchmarks/gpu.py` says how each is measured. Empty: not measured.",
         "",
         "| model | images | gradient | as a graph | product | of the peak | in TF32 | W1 | products"
-        " | W3 | W4 | W5 | one by one | in TF32 | PyHessian | times | point |",
-        "|---|" + "---:|" * 16,
+        " | W3 | W4 | W5 | one by one | in TF32 | PyHessian | times | point | step"
+        " | recorded |",
+        "|---|" + "---:|" * 18,
     ]
     for row in content["rows"]:
         w5 = {k: 1e3 * v for k, v in row.get("w5_seconds_a_mini_batch", {}).items()}
@@ -407,6 +434,8 @@ def table(content: dict[str, Any]) -> str:
             *(_cell(w5.get(n), ".0f") for n in ("side_by_side", "one_by_one", "tf32", "pyhessian")),
             _cell(row.get("w5_times_as_fast_as", {}).get("pyhessian"), ".1f"),
             _cell(row.get("surface_forwards_a_point"), ".2f"),
+            _cell(row.get("step_ms"), ".1f"),
+            _cell(row.get("recorded_step_ms"), ".1f"),
         ]
         lines.append(f"| {' | '.join([row['model'], str(row['images']), *cells])} |")
     return "\n".join(lines) + "\n"
@@ -422,6 +451,7 @@ PIECES: dict[str, Callable[..., dict[str, Any]]] = {
     "surface": surface,
     "w5": mini_batches,
     "w3_w4": many_batches,
+    "training": training,
 }
 
 
