@@ -149,6 +149,7 @@ def train_network(
         transform=augmentation(data),
         folder=folder / f"network-{name(msas)}",
         resume=True,
+        cuda_graphs=True,
         seed=seed,
     )
 

@@ -1,9 +1,9 @@
 """What Figures 4, 5, 6, 7, 12 and Appendix C have in common: networks compared over seeds.
 
 A study names its networks (`Arm`) and what is measured of each. Every network is trained once a
-seed, under one protocol: side by side on the cores of a CPU, all seeds at once on a GPU
-(`fit_ensemble`). Trained weights and measurements are kept in `runs/comparisons/` by what
-determines them, so studies share them, and a run that was stopped goes on.
+seed, under one protocol: side by side on the cores of a CPU, one after another on a GPU. Trained
+weights and measurements are kept in `runs/comparisons/` by what determines them, so studies share
+them, and a run that was stopped goes on.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from trained import ALTERNET, LARGE, LARGE_ALTERNET, Setting, augmentation, load
 import landscape
 from landscape import Objective, Result
 from landscape.models import create_model
-from landscape.training import DeviceImages, WarmupCosine, adamw, fit_ensemble, load_images
+from landscape.training import DeviceImages, WarmupCosine, adamw, fit, load_images
 
 Results = dict[str, dict[str, list[Any]]]
 """Kind of measurement -> label of the network -> result of each seed."""
@@ -211,9 +211,7 @@ def compute(
     Returns:
         Where the measurements lie.
     """
-    seeds = range(protocol.seeds)
-    groups = [tuple(seeds)] if torch.cuda.is_available() else [(seed,) for seed in seeds]
-    jobs = [(protocol, arm, group, kinds, root) for arm in arms for group in groups]
+    jobs = [(protocol, arm, seed, kinds, root) for arm in arms for seed in range(protocol.seeds)]
     jobs.sort(key=lambda job: _cost(job[1]), reverse=True)  # long ones first: no core waits at last
     found: Found = {}
     for files in side_by_side(work, jobs):
@@ -238,29 +236,22 @@ def side_by_side(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) 
             raise
 
 
-def work(
-    protocol: Protocol, arm: Arm, seeds: Sequence[int], kinds: Sequence[str], root: str | None
-) -> Found:
-    """Train one network with some seeds, and measure it."""
+def work(protocol: Protocol, arm: Arm, seed: int, kinds: Sequence[str], root: str | None) -> Found:
+    """Train one network with one seed, and measure it."""
     whole = any(kind != WARMUP for kind in kinds)
     folder = run_folder(protocol, arm, whole)
-    found: Found = {
-        (arm.label, seed): {kind: folder / f"seed-{seed}" / f"{kind}.npz" for kind in kinds}
-        for seed in seeds
-    }
-    if all(path.exists() for files in found.values() for path in files.values()):
-        return found
-    data = training_images(protocol, arm, root)
-    test = test_images(protocol, data.device, root)
-    models = [make_model(protocol, arm, data, seed) for seed in seeds]
-    checkpoints = train(protocol, models, data, folder, seeds, whole)
-    for model, seed, epochs in zip(models, seeds, checkpoints, strict=True):
-        for kind, path in found[arm.label, seed].items():
+    files = {kind: folder / f"seed-{seed}" / f"{kind}.npz" for kind in kinds}
+    if not all(path.exists() for path in files.values()):
+        data = training_images(protocol, arm, root)
+        test = test_images(protocol, data.device, root)
+        model = make_model(protocol, arm, data, seed)
+        checkpoints = train(protocol, model, data, folder, seed, whole)
+        for kind, path in files.items():
             if not path.exists():
-                load_weights(model, epochs["warmup" if kind == WARMUP else "last"])
+                load_weights(model, checkpoints["warmup" if kind == WARMUP else "last"])
                 measure(kind, model, data, test, protocol, seed).save(path)
         say(f"{arm.label}, seed {seed}", f"measured: {', '.join(kinds)}")
-    return found
+    return {(arm.label, seed): files}
 
 
 def run_folder(protocol: Protocol, arm: Arm, whole: bool) -> Path:
@@ -305,33 +296,31 @@ def make_model(protocol: Protocol, arm: Arm, data: DeviceImages, seed: int) -> n
 
 def train(
     protocol: Protocol,
-    models: Sequence[nn.Module],
+    model: nn.Module,
     data: DeviceImages,
     folder: Path,
-    seeds: Sequence[int],
+    seed: int,
     whole: bool,
-) -> list[dict[Any, str]]:
-    """Train networks of several seeds, to the end or to the end of the warm-up.
+) -> dict[Any, str]:
+    """Train a network, to the end or to the end of the warm-up.
 
     Returns:
-        Checkpoints of each.
+        Its checkpoints.
     """
-    history = fit_ensemble(
-        models,
-        [data.with_(batch_size=protocol.batch_size, shuffle=True, seed=seed) for seed in seeds],
-        optimizers=[
-            adamw(model, lr=protocol.learning_rate, weight_decay=protocol.weight_decay)
-            for model in models
-        ],
+    history = fit(
+        model,
+        data.with_(batch_size=protocol.batch_size, shuffle=True, seed=seed),
+        optimizer=adamw(model, lr=protocol.learning_rate, weight_decay=protocol.weight_decay),
         schedule=WarmupCosine(protocol.epochs, protocol.warmup_epochs),
         epochs=protocol.epochs if whole else protocol.warmup_epochs,
         transform=augmentation(data),
-        folder=folder / f"training-{'-'.join(map(str, seeds))}",
+        folder=folder / f"training-{seed}",
         checkpoints=("warmup", "last"),
         resume=True,
-        seeds=seeds,
+        cuda_graphs=True,
+        seed=seed,
     )
-    return [member.checkpoints for member in history.members]
+    return history.checkpoints
 
 
 def measure(
