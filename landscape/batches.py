@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from landscape._checks import check_data
-from landscape._streams import OwnStreams
+from landscape._streams import OwnGenerators, OwnStreams
 
 Inputs = Tensor | Mapping[str, Any]
 Transform = Callable[[Any, Any, torch.Generator], tuple[Any, Any]]
@@ -57,15 +57,16 @@ def one_pass(data: Iterable[Any]) -> Iterator[Any]:
 
     A DataLoader takes a seed from PyTorch's stream at every pass, shuffled or not, and a data set
     may draw from that, from NumPy's or from Python's. Data see these streams (the CPU's) from the
-    same seed on at every pass, and the caller finds them as they were.
+    same seed on at every pass, a generator of the loader's own from where it is, and the caller
+    finds all of them as they were.
 
     Args:
         data: Any iterable.
     """
-    streams = OwnStreams()
+    streams, own = OwnStreams(), OwnGenerators(data)
     batches: Iterator[Any] | None = None
     while True:
-        with streams.entered():
+        with streams.entered(), own.entered():
             batches = iter(data) if batches is None else batches
             try:
                 raw = next(batches)

@@ -3,13 +3,14 @@
 import queue
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import landscape
 from landscape import Objective
@@ -127,6 +128,73 @@ def test_no_probe_moves_them_or_depends_on_them(name):
         seed_all(seed)
         assert numbers == global_numbers()
     np.testing.assert_array_equal(*found)
+
+
+class Noisy(Dataset):
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.rand(3, 4, 4), torch.randint(9, (), generator=self.generator)
+
+
+def own_generator(kind):
+    """Return a shuffling loader of 12 samples with a generator of its own, and that."""
+    generator = torch.Generator().manual_seed(4)
+    data = TensorDataset(torch.rand(12, 3, 4, 4), torch.arange(12) % 3)
+    if kind == "data set":
+        return DataLoader(Noisy(generator), batch_size=4), generator
+    if kind == "sampler":
+        sampler = RandomSampler(data, generator=generator)
+        return DataLoader(data, batch_size=4, sampler=sampler), generator
+    if kind == "batches":
+        sampler = BatchSampler(RandomSampler(data, generator=generator), 4, drop_last=False)
+        return DataLoader(data, batch_sampler=sampler), generator
+    return DataLoader(data, batch_size=4, shuffle=True, generator=generator), generator
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", PROBES)
+def test_no_probe_moves_a_generator_of_the_loader(name):
+    model, (loader, generator) = Residual(), own_generator("loader")
+    state = generator.get_state()
+    found = [np.asarray(PROBES[name](model, loader)) for _ in range(2)]
+    assert torch.equal(generator.get_state(), state)
+    np.testing.assert_array_equal(*found)
+    torch.rand(3, generator=generator)  # another order
+    if name == "hessian_max_spectrum":
+        assert not np.array_equal(PROBES[name](model, loader), found[0])
+
+
+@pytest.mark.parametrize("kind", ["loader", "sampler", "batches", "data set"])
+def test_passes_see_a_generator_of_the_loader_as_it_is(kind):
+    loader, generator = own_generator(kind)
+    state = generator.get_state()
+    first = [y.tolist() for _, y in one_pass(loader)]
+    assert sum(first, []) != sorted(sum(first, []))
+    assert torch.equal(generator.get_state(), state)
+    for a, b in zip(one_pass(loader), one_pass(loader), strict=True):  # two at a time
+        assert torch.equal(a[1], b[1])
+        assert torch.equal(generator.get_state(), state)
+    assert [y.tolist() for _, y in loader] == first  # what the caller would have seen
+    assert [y.tolist() for _, y in one_pass(loader)] != first
+
+
+def test_threads_that_share_a_loader_put_its_generator_back():
+    loader, generator = own_generator("loader")
+    state = generator.get_state()
+
+    def labels(_):
+        return [y.tolist() for _, y in one_pass(loader)]
+
+    expected = labels(0)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(labels, range(200)))
+    assert found == [expected] * 200
+    assert torch.equal(generator.get_state(), state)
 
 
 def test_a_pass_lets_the_caller_draw_between_batches():

@@ -176,16 +176,19 @@ def test_equal_batches_have_draws_of_their_own(keep_bytes):
     assert all(map(torch.equal, first, again))
 
 
-def test_a_shuffling_loader_is_frozen_when_kept_and_refused_when_redrawn():
-    samples = list(zip(*make_batches((12,))[0], strict=True))
-    loader = torch.utils.data.DataLoader(
-        samples, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0)
-    )
-    model = make_model("conv")
-    frozen = Objective().freeze(model, loader)
+def test_data_that_change_are_frozen_when_kept_and_refused_when_redrawn():
+    class Changing:
+        rng = np.random.default_rng(0)
+
+        def __iter__(self):
+            for x, y in make_batches((4, 4, 4)):
+                yield x + self.rng.normal(), y
+
+    model, data = make_model("conv"), Changing()
+    frozen = Objective().freeze(model, data)
     assert len({frozen.value() for _ in range(5)}) == 1
     with pytest.raises(ValueError, match="same batches at every pass"):
-        Objective().freeze(model, loader, keep_bytes=0).value()
+        Objective().freeze(model, data, keep_bytes=0).value()
 
 
 def test_mapping_batches_and_outputs_with_logits():

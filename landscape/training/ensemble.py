@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from landscape._checks import check_choice
 from landscape._progress import count
-from landscape.batches import Transform, split_batch
+from landscape.batches import Transform, one_pass, split_batch
 from landscape.objective import Loss
 from landscape.results import Result
 from landscape.training import loop, run, stacking, states, surroundings, together
@@ -248,8 +248,7 @@ def _pays(runs: Sequence[Run]) -> bool:
     data = runs[0].data
     size = getattr(data, "batch_size", None)
     if size is None:
-        with surroundings.GlobalStream(torch.device("cpu"), 0).entered():
-            first = next(iter(data), None)
+        first = next(one_pass(data), None)
         targets = None if first is None else split_batch(first, 0)[1]
         size = 0 if targets is None else len(targets)
     return bool(size <= _LARGEST_BATCH_ON_CPU)

@@ -5,9 +5,9 @@
 Every random number of an epoch is a function of `(seed, epoch)`: the order and augmentation of
 `DeviceImages`, the draws of `transform`, and the global streams of PyTorch, NumPy and
 Python, from which dropout, stochastic depth and data sets draw (set for each epoch, and left as
-found). So a run that was killed and resumed equals the uninterrupted one bit for bit on a CPU with
-the same number of threads; but for what lives elsewhere, as the generator of a loader that has one
-of its own, or a buffer that the model's state leaves out.
+found). A generator of a DataLoader's own goes on from epoch to epoch, and is part of the state. So
+a run that was killed and resumed equals the uninterrupted one bit for bit on a CPU with the same
+number of threads; but for what lives elsewhere, as a buffer that the model's state leaves out.
 """
 
 from __future__ import annotations

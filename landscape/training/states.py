@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
+from landscape._streams import generators_of
 from landscape.training import checkpoints as files
 from landscape.training.run import COLUMNS, History, Run
 
@@ -63,6 +64,9 @@ def begin(run: Run, state: dict[str, Any] | None) -> History:
     run.step.optimizer.load_state_dict(state["optimizer"])
     if isinstance(run.schedule, LRScheduler):
         run.schedule.load_state_dict(state["schedule"])
+    generators = generators_of(run.data)
+    for generator, drawn in zip(generators, state.get("generators", ()), strict=False):
+        generator.set_state(drawn)  # of a loader that shuffles with one of its own
     history: History = state["history"]
     if run.saves.folder is not None:  # a run may be killed between state and log
         files.write_log(run.saves.folder / "log.csv", history)
@@ -89,6 +93,7 @@ def write(run: Run, history: History) -> None:
         "model": run.step.model.state_dict(),
         "optimizer": run.step.optimizer.state_dict(),
         "schedule": None if scheduler is None else scheduler.state_dict(),
+        "generators": [generator.get_state() for generator in generators_of(run.data)],
         "history": history,
     }
     try:

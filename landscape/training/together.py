@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from landscape._streams import OwnGenerators
 from landscape.training import loop, run, surroundings
 from landscape.training.draws import Draws, Replay
 from landscape.training.run import Callback, History, Run
@@ -83,7 +84,10 @@ def rehearse(stack: Stack, draws: Draws, runs: Sequence[Run]) -> tuple[bool, boo
     """
     before = {name: tensor.clone() for name, tensor in stack.state.items()}
     streams = [run.global_stream(member, 0) for member in runs]
-    firsts = [next(_batches(draws, *pair, 0), None) for pair in zip(runs, streams, strict=True)]
+    with ExitStack() as put_back:
+        for member in runs:
+            put_back.enter_context(OwnGenerators(member.data).entered())
+        firsts = [next(_batches(draws, *pair, 0), None) for pair in zip(runs, streams, strict=True)]
     taken = [batch for batch in firsts if batch is not None]
     if len(taken) < len(runs):
         return True, False  # nothing to see

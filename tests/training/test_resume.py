@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from landscape import Result
 from landscape.training import fit
@@ -124,6 +125,24 @@ def test_numbers_of_numpy_are_rates_and_epochs(tmp_path):
     with pytest.raises(ValueError, match="`folder` must be given to keep `checkpoints`"):
         fit(nn.Linear(4, 3), data, epochs=2, checkpoints=np.arange(3))
     assert Result.load(resumed.save(tmp_path / "history")).checkpoints == resumed.checkpoints
+
+
+def test_a_loader_goes_on_with_a_generator_of_its_own(tmp_path):
+    def train(folder, **arguments):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, data = nn.Linear(4, 3), TensorDataset(torch.randn(12, 4), torch.arange(12) % 3)
+        generator = torch.Generator().manual_seed(3)
+        loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        settings = {"epochs": 4, "optimizer": optimizer, "folder": tmp_path / folder}
+        fit(model, loader, **settings, **arguments)
+        return model.weight, generator.get_state()
+
+    whole = train("whole")
+    with pytest.raises(Stop):
+        train("parts", callbacks=stop_after(2))
+    assert all(map(torch.equal, train("parts", resume=True), whole))
 
 
 def test_other_run_in_the_folder_is_refused(tmp_path):
