@@ -6,6 +6,7 @@ again at each pass, and a fingerprint of every batch tells when they are not the
 shuffling loader).
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 
 from landscape._checks import check_data
 from landscape._streams import OwnGenerators, OwnStreams
@@ -64,6 +66,7 @@ def one_pass(data: Iterable[Any]) -> Iterator[Any]:
         data: Any iterable.
     """
     streams, own = OwnStreams(), OwnGenerators(data)
+    data = _with_own_workers(data)
     batches: Iterator[Any] | None = None
     while True:
         with streams.entered(), own.entered():
@@ -73,6 +76,19 @@ def one_pass(data: Iterable[Any]) -> Iterator[Any]:
             except StopIteration:
                 return
         yield raw
+
+
+def _with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
+    """Return a loader with workers of its own in place of one whose workers outlive a pass.
+
+    These would draw on at the next pass, the order would be another one after the first, and a pass
+    that the caller is in would begin anew.
+    """
+    if not (isinstance(data, DataLoader) and data.persistent_workers and data.num_workers):
+        return data
+    other = copy.copy(data)
+    other.__dict__ |= {"persistent_workers": False, "_iterator": None}
+    return other
 
 
 class FrozenBatches:

@@ -183,6 +183,31 @@ def test_passes_see_a_generator_of_the_loader_as_it_is(kind):
     assert [y.tolist() for _, y in one_pass(loader)] != first
 
 
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_workers_that_outlive_a_pass_are_left_alone(generator):
+    settings = {"batch_size": 4, "shuffle": True, "num_workers": 1, "persistent_workers": True}
+    loader = DataLoader(Augmented(), generator=generator, **settings)
+    passes = [[x for x, _ in one_pass(loader)] for _ in range(3)]
+    for other in passes[1:]:
+        assert all(map(torch.equal, passes[0], other))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    assert np.isfinite(Objective().freeze(model, loader, keep_bytes=0).value())
+
+    def order(probe):
+        seed_all(0)
+        indices = DataLoader(torch.arange(12), generator=generator, **settings)
+        if generator is not None:
+            generator.manual_seed(0)
+        seen = []
+        for index in indices:
+            if probe and len(seen) == 1:
+                list(one_pass(indices))  # within a pass of the caller's
+            seen.append(index.tolist())
+        return seen
+
+    assert order(True) == order(False)
+
+
 def test_threads_that_share_a_loader_put_its_generator_back():
     loader, generator = own_generator("loader")
     state = generator.get_state()
