@@ -66,7 +66,7 @@ def one_pass(data: Iterable[Any]) -> Iterator[Any]:
         data: Any iterable.
     """
     streams, own = OwnStreams(), OwnGenerators(data)
-    data = _with_own_workers(data)
+    data = with_own_workers(data)
     batches: Iterator[Any] | None = None
     while True:
         with streams.entered(), own.entered():
@@ -78,11 +78,14 @@ def one_pass(data: Iterable[Any]) -> Iterator[Any]:
         yield raw
 
 
-def _with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
+def with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
     """Return a loader with workers of its own in place of one whose workers outlive a pass.
 
     These would draw on at the next pass, the order would be another one after the first, and a pass
     that the caller is in would begin anew.
+
+    Args:
+        data: Any iterable.
     """
     if not (isinstance(data, DataLoader) and data.persistent_workers and data.num_workers):
         return data

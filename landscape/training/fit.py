@@ -66,7 +66,8 @@ def fit(
             batch norms, stay so. Training flags and memory format are left as found, gradients
             are cleared.
         data: Re-iterable of batches, each `(x, y)` or a mapping. Of `DeviceImages` each epoch is
-            taken with its own augmentation and, where `shuffle` is set, its own order.
+            taken with its own augmentation and, where `shuffle` is set, its own order. Workers of
+            a DataLoader begin anew with every epoch, so that it can be resumed.
         epochs: Number of epochs in all, those of the warm-up included.
         optimizer: Optimizer on parameters of the model; `adamw(model)` by default.
         schedule: Function of the position in epochs that returns the factor on the optimizer's

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landscape.batches import Inputs, Placement, Transform, copied, split_batch
+from landscape.batches import (
+    Inputs,
+    Placement,
+    Transform,
+    copied,
+    split_batch,
+    with_own_workers,
+)
 from landscape.linalg.recording import apart
 from landscape.losses import amount_averaged, is_classification, is_probability, loss_settings
 from landscape.objective import Loss, as_logits
@@ -228,7 +235,7 @@ def validate(step: Step, data: Iterable[Any]) -> Means:
 
 def epoch_batches(data: Iterable[Any], epoch: int) -> Iterable[Any]:
     """Return the batches of an epoch: those with its own order where `data` knows of epochs."""
-    return data.batches(epoch) if isinstance(data, DeviceImages) else data
+    return data.batches(epoch) if isinstance(data, DeviceImages) else with_own_workers(data)
 
 
 def prepare(

@@ -127,13 +127,20 @@ def test_numbers_of_numpy_are_rates_and_epochs(tmp_path):
     assert Result.load(resumed.save(tmp_path / "history")).checkpoints == resumed.checkpoints
 
 
-def test_a_loader_goes_on_with_a_generator_of_its_own(tmp_path):
+class Noisy(TensorDataset):
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.randn(4), y
+
+
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}], ids=str)
+def test_a_loader_goes_on_with_generator_and_workers_of_its_own(tmp_path, workers):
     def train(folder, **arguments):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model, data = nn.Linear(4, 3), TensorDataset(torch.randn(12, 4), torch.arange(12) % 3)
+            model, data = nn.Linear(4, 3), Noisy(torch.randn(12, 4), torch.arange(12) % 3)
         generator = torch.Generator().manual_seed(3)
-        loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator)
+        loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator, **workers)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         settings = {"epochs": 4, "optimizer": optimizer, "folder": tmp_path / folder}
         fit(model, loader, **settings, **arguments)
