@@ -85,12 +85,16 @@ def with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
     that the caller is in would begin anew.
 
     Args:
-        data: Any iterable.
+        data: Any iterable; one that wraps a loader has it as `loader`, as timm's.
     """
-    if not (isinstance(data, DataLoader) and data.persistent_workers and data.num_workers):
-        return data
-    other = copy.copy(data)
-    other.__dict__ |= {"persistent_workers": False, "_iterator": None}
+    other: Any = data
+    if isinstance(data, DataLoader):
+        if data.persistent_workers and data.num_workers:
+            other = copy.copy(data)
+            other.__dict__ |= {"persistent_workers": False, "_iterator": None}
+    elif isinstance(inner := getattr(data, "loader", None), DataLoader):
+        other = copy.copy(data)
+        other.loader = with_own_workers(inner)
     return other
 
 

@@ -183,6 +183,24 @@ def test_passes_see_a_generator_of_the_loader_as_it_is(kind):
     assert [y.tolist() for _, y in one_pass(loader)] != first
 
 
+class Wrapped:
+    """A loader in another, as timm's."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+def test_a_wrapped_loader_is_read_with_workers_of_its_own():
+    settings = {"batch_size": 4, "shuffle": True, "num_workers": 1, "persistent_workers": True}
+    data = Wrapped(DataLoader(Augmented(), **settings))
+    first, again = ([x for x, _ in one_pass(data)] for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    assert data.loader._iterator is None
+
+
 @pytest.mark.parametrize("generator", [None, torch.Generator()])
 def test_workers_that_outlive_a_pass_are_left_alone(generator):
     settings = {"batch_size": 4, "shuffle": True, "num_workers": 1, "persistent_workers": True}
