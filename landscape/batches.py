@@ -87,14 +87,17 @@ def with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
     Args:
         data: Any iterable; one that wraps a loader has it as `loader`, as timm's.
     """
-    other: Any = data
     if isinstance(data, DataLoader):
-        if data.persistent_workers and data.num_workers:
-            other = copy.copy(data)
-            other.__dict__ |= {"persistent_workers": False, "_iterator": None}
-    elif isinstance(inner := getattr(data, "loader", None), DataLoader):
-        other = copy.copy(data)
-        other.loader = with_own_workers(inner)
+        if not (data.persistent_workers and data.num_workers):
+            return data
+        changes = {"persistent_workers": False, "_iterator": None}
+    else:
+        inner = getattr(data, "loader", None)
+        if not isinstance(inner, DataLoader) or (own := with_own_workers(inner)) is inner:
+            return data
+        changes = {"loader": own}
+    other = copy.copy(data)
+    vars(other).update(changes)
     return other
 
 
