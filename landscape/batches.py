@@ -90,7 +90,7 @@ def with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
     if isinstance(data, DataLoader):
         if not (data.persistent_workers and data.num_workers):
             return data
-        changes = {"persistent_workers": False, "_iterator": None}
+        changes: dict[str, Any] = {"persistent_workers": False, "_iterator": None}
     else:
         inner = getattr(data, "loader", None)
         if not isinstance(inner, DataLoader) or (own := with_own_workers(inner)) is inner:
