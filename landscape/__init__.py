@@ -1,5 +1,8 @@
 """Probes of loss landscapes and feature maps for any PyTorch vision model."""
 
+from importlib import import_module
+from typing import Any
+
 from landscape.blocks import Block, Blocks
 from landscape.linalg.eigen import top_eigenpairs
 from landscape.linalg.eigenpairs import Eigenpairs
@@ -116,3 +119,10 @@ __all__ = [
     "TraceEstimate",
     "Trajectory",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what probes do not need when it is asked for: `landscape.plot` and its like."""
+    if name in ("models", "plot", "training"):
+        return import_module(f"landscape.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def check_at_least(name: str, value: float, minimum: float) -> None:
@@ -40,6 +41,16 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")
+
+
+def check_module(model: object) -> None:
+    """Refuse a model that is no module.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
 
 
 def check_data(data: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
-from landscape._checks import check_data
+from landscape._checks import check_data, check_module
 from landscape._streams import OwnGenerators, OwnStreams
 
 Inputs = Tensor | Mapping[str, Any]
@@ -258,6 +258,7 @@ class Placement:
     @classmethod
     def of(cls, model: nn.Module) -> "Placement":
         """Read them off a layer, another parameter or a buffer; float32 on CPU without."""
+        check_module(model)
         for p in model.parameters():  # at every step of a training: no further than needed
             if p.is_floating_point() and (is_lazy(p) or p.dim() > 0):  # no single factor
                 return cls(p.device, p.dtype)

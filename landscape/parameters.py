@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from landscape._checks import check_materialised, nearest
+from landscape._checks import check_materialised, check_module, nearest
 from landscape.restore import exclusive
 
 Choice = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
@@ -46,8 +46,7 @@ class ParameterSpace:
             ValueError: If no trainable parameter is chosen, a pattern matches nothing, or the
                 parameters are not materialised on one device.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        check_module(model)
         with exclusive(model):
             chosen = _choose(model, choice)
             _check_placement(model, chosen)

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import landscape
 
 ROOT = Path(__file__).parents[1]
 FIGURE_1 = str(ROOT / "examples/reproduce_fig1.py")
@@ -41,9 +44,36 @@ print(sorted(heavy & set(sys.modules)), seconds)
     assert best < 0.3
 
 
-def test_everything_public_is_documented():
-    import landscape
+def test_subpackages_are_there_when_asked_for():
+    code = """
+import landscape
+print(landscape.plot.loss_surface, landscape.training.fit, landscape.models.vit_nano)
+try:
+    landscape.plots
+except AttributeError as error:
+    print(error)
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "module 'landscape' has no attribute 'plots'" in done.stdout
 
+
+PROBES = ("evaluate", "hessian_trace", "loss_surface", "fourier_amplitude", "cka", "lesion_study")
+PROBES = (*PROBES, "frequency_robustness", "corruption_robustness", "adversarial_robustness")
+
+
+@pytest.mark.parametrize("model", ["resnet50", torch.nn.Linear, lambda x: x], ids=repr)
+def test_what_is_no_module_is_refused(model):
+    data = [(torch.randn(4, 3, 8, 8), torch.arange(4))]
+    for name in PROBES:
+        with pytest.raises(TypeError, match="`model` must be a torch.nn.Module, got"):
+            getattr(landscape, name)(model, data)
+    for one in (landscape.Blocks, landscape.random_directions):
+        with pytest.raises(TypeError, match="`model` must be a torch.nn.Module, got"):
+            one(model)
+
+
+def test_everything_public_is_documented():
     assert len(landscape.__all__) == len(set(landscape.__all__))
     for name in landscape.__all__:
         public = getattr(landscape, name)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from landscape._checks import check_python, nearest
+from landscape._checks import check_module, check_python, nearest
 from landscape.batches import Placement
 from landscape.blocks.block import Block, Traced, describe
 from landscape.blocks.inputs import likely_images, num_samples, resized, shape_key
@@ -62,12 +62,14 @@ class Blocks:
             size, by default.
 
     Raises:
+        TypeError: If `model` is no module.
         ValueError: If no block is found, a pattern matches nothing, or no example fits the model.
     """
 
     def __init__(
         self, model: nn.Module, choose: Choose | None = None, *, example: Any = None
     ) -> None:
+        check_module(model)
         compiled = getattr(model, "_orig_mod", None)
         self.model: nn.Module = model if compiled is None else compiled
         self._choose = None if choose is None else _matching(self.model, choose)
