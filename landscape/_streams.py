@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -52,15 +52,16 @@ class OwnGenerators:
     Threads that use the same generator wait for each other.
     """
 
-    def __init__(self, data: Any) -> None:
-        self._generators = sorted(generators_of(data), key=id)  # one order for all threads
-        self._inside: list[Tensor] | None = None
+    def __init__(self, data: Any, states: Sequence[Tensor] | None = None) -> None:
+        """Take them as they are, or begin with states of theirs."""
+        self._generators = generators_of(data)
+        self._inside = states
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Go on where they were left, and put them back as found afterwards."""
         with ExitStack() as held:
-            for generator in self._generators:
+            for generator in sorted(self._generators, key=id):  # one order for all threads
                 held.enter_context(_lock_of(generator))
             found = [generator.get_state() for generator in self._generators]
             for generator, state in zip(self._generators, self._inside or found, strict=True):

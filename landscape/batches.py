@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from landscape._checks import check_data, check_module
-from landscape._streams import OwnGenerators, OwnStreams
+from landscape._streams import OwnGenerators, OwnStreams, generators_of
 
 Inputs = Tensor | Mapping[str, Any]
 Transform = Callable[[Any, Any, torch.Generator], tuple[Any, Any]]
@@ -54,7 +54,7 @@ class PreparedBatch:
         return self.inputs, self.targets
 
 
-def one_pass(data: Iterable[Any]) -> Iterator[Any]:
+def one_pass(data: Iterable[Any], generators: Sequence[Tensor] | None = None) -> Iterator[Any]:
     """Yield the batches of one pass over the data, whatever the global random streams.
 
     A DataLoader takes a seed from PyTorch's stream at every pass, shuffled or not, and a data set
@@ -64,8 +64,9 @@ def one_pass(data: Iterable[Any]) -> Iterator[Any]:
 
     Args:
         data: Any iterable.
+        generators: States of the loader's own to begin with instead.
     """
-    streams, own = OwnStreams(), OwnGenerators(data)
+    streams, own = OwnStreams(), OwnGenerators(data, generators)
     data = with_own_workers(data)
     batches: Iterator[Any] | None = None
     while True:
@@ -141,6 +142,7 @@ class FrozenBatches:
         check_data(data)
         self._data, self._placement = data, placement
         self._transform, self._seed, self._labels = transform, seed, labels
+        self._generators = [generator.get_state() for generator in generators_of(data)]
         self._kept: list[_Drawn] | None = []
         self._prints: list[Tensor] = []
         self._first_pass(amount, ignore, keep_bytes)
@@ -205,7 +207,7 @@ class FrozenBatches:
 
     def _redraw(self) -> Iterator["_Drawn"]:
         count = 0
-        for index, raw in enumerate(one_pass(self._data)):
+        for index, raw in enumerate(one_pass(self._data, self._generators)):
             drawn = self._prepare(raw, index)
             count += 1
             known = self._prints[index : index + 1]

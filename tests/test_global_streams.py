@@ -183,6 +183,17 @@ def test_passes_see_a_generator_of_the_loader_as_it_is(kind):
     assert [y.tolist() for _, y in one_pass(loader)] != first
 
 
+def test_data_that_are_drawn_again_begin_where_they_were_frozen():
+    loader, generator = own_generator("loader")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    frozen = Objective().freeze(model, loader, keep_bytes=0)
+    first = [batch.targets.tolist() for batch in frozen.batches]
+    torch.rand(3, generator=generator)  # the caller goes on with it
+    state = generator.get_state()
+    assert [batch.targets.tolist() for batch in frozen.batches] == first
+    assert torch.equal(generator.get_state(), state)
+
+
 class Wrapped:
     """A loader in another, as timm's."""
 
