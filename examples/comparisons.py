@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from claims import Claim, write_claims
 from matplotlib.figure import Figure
-from outputs import read_setting, save_figure, write_setting
+from outputs import figures_of, preset_of, read_setting, save_figure, write_setting
 from torch import nn
 from tqdm import tqdm
 from trained import ALTERNET, LARGE, LARGE_ALTERNET, Setting, augmentation, load_weights, say
@@ -173,8 +173,8 @@ def run(study: Study, description: str) -> None:
     """Train and measure what is missing, draw, and compare with the claims."""
     args = _parse(description)
     began = time.perf_counter()
-    preset = "quick" if args.quick else args.preset
-    out = args.out or Path("figures" if preset == "default" else f"figures/{preset}")
+    preset = preset_of(args)
+    out = args.out or figures_of(preset)
     folder = args.draw or out / study.name
     if not args.draw:
         protocol = PROTOCOLS[preset]

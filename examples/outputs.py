@@ -1,5 +1,6 @@
 """What the scripts of the figures write beside each other: pictures, and what they were made of."""
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,16 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from landscape.plot import style
+
+
+def preset_of(args: argparse.Namespace) -> str:
+    """Return the preset that a command line asks for."""
+    return "quick" if args.quick else str(args.preset)
+
+
+def figures_of(preset: str) -> Path:
+    """Return where the figures of a preset go."""
+    return Path("figures") if preset == "default" else Path("figures") / preset
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 200) -> None:

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 import numpy as np
 from claims import Claim, Measured, write_claims
-from outputs import read_setting, save_figure
+from outputs import figures_of, preset_of, read_setting, save_figure
 from trained import (
     PRESETS,
     Setting,
@@ -52,7 +52,7 @@ NOTE = (
 def main() -> None:
     """Compute what is missing, draw, and print the claims."""
     args = parse_args()
-    preset = "quick" if args.quick else args.preset
+    preset = preset_of(args)
     began = time.perf_counter()
     if args.draw:
         results = args.draw
@@ -61,7 +61,7 @@ def main() -> None:
         setting = PRESETS[preset]
         if args.dataset:
             setting = replace(setting, dataset=args.dataset)
-        out = args.out or Path("figures" if preset == "default" else f"figures/{preset}")
+        out = args.out or figures_of(preset)
         work = work_folder(preset, setting)
         for_every_model(compute_model, setting, work, args.root)
         results = out / "fig1"

@@ -16,7 +16,7 @@ from typing import Any
 
 from claims import Claim, write_claims
 from matplotlib.figure import Figure
-from outputs import read_setting, save_figure, write_setting
+from outputs import figures_of, preset_of, read_setting, save_figure, write_setting
 from torch import nn
 from trained import (
     ALTERNET,
@@ -73,8 +73,7 @@ class Study:
 def run(study: Study, description: str) -> None:
     """Compute, save, draw, and compare with the claims; `--draw` begins with what is saved."""
     args = _parse(description)
-    preset = _preset(args)
-    out = args.out or Path("figures" if preset == "default" else f"figures/{preset}")
+    out = args.out or figures_of(preset_of(args))
     began = time.perf_counter()
     folder = args.draw or out / study.name
     if not args.draw:
@@ -96,15 +95,11 @@ def run(study: Study, description: str) -> None:
     print(f"in {time.perf_counter() - began:.0f} s")
 
 
-def _preset(args: argparse.Namespace) -> str:
-    return "quick" if args.quick else str(args.preset)
-
-
 def _setting(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the models are and what they are measured on."""
     if args.model:
         return {"models": args.model, "images": args.images.name}
-    preset = _preset(args)
+    preset = preset_of(args)
     return {"preset": preset, **asdict(PRESETS[preset])} | (
         {"dataset": args.dataset} if args.dataset else {}
     )
@@ -114,7 +109,7 @@ def _subjects(args: argparse.Namespace) -> dict[str, Subject]:
     """Return the models by label, in network families' order of the paper."""
     if args.model:
         return {label: Subject(model, data) for label, model, data in _timm_models(args)}
-    preset = _preset(args)
+    preset = preset_of(args)
     setting = PRESETS[preset]
     if args.dataset:
         setting = replace(setting, dataset=args.dataset)

@@ -2,10 +2,9 @@
 
 import random
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -46,49 +45,6 @@ class OwnStreams:
                 write_streams(before if _open else _outside[0])
 
 
-class OwnGenerators:
-    """The generators that data draw from as one pass sees them, from where they are found on.
-
-    Threads that use the same generator wait for each other.
-    """
-
-    def __init__(self, data: Any, states: Sequence[Tensor] | None = None) -> None:
-        """Take them as they are, or begin with states of theirs."""
-        self._generators = generators_of(data)
-        self._inside = states
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Go on where they were left, and put them back as found afterwards."""
-        with ExitStack() as held:
-            for generator in sorted(self._generators, key=id):  # one order for all threads
-                held.enter_context(_lock_of(generator))
-            found = [generator.get_state() for generator in self._generators]
-            for generator, state in zip(self._generators, self._inside or found, strict=True):
-                generator.set_state(state)
-            try:
-                yield
-            finally:
-                self._inside = [generator.get_state() for generator in self._generators]
-                for generator, state in zip(self._generators, found, strict=True):
-                    generator.set_state(state)
-
-
-def generators_of(data: Any) -> list[torch.Generator]:
-    """Return the generators that a loader, its samplers and its data set have as `generator`."""
-    batch_sampler = getattr(data, "batch_sampler", None)
-    samplers = getattr(data, "sampler", None), getattr(batch_sampler, "sampler", None)
-    parts = data, getattr(data, "dataset", None), batch_sampler, *samplers
-    found = [getattr(part, "generator", None) for part in parts]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def _lock_of(generator: torch.Generator) -> Any:
-    with _guard:
-        return _locks.setdefault(generator, threading.RLock())
-
-
-_locks: WeakKeyDictionary[torch.Generator, Any] = WeakKeyDictionary()
 _guard = threading.Lock()
 _open: list[OwnStreams] = []
 _outside: list[States] = []

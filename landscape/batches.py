@@ -6,7 +6,6 @@ again at each pass, and a fingerprint of every batch tells when they are not the
 shuffling loader).
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader
 
 from landscape._checks import check_data, check_module
-from landscape._streams import OwnGenerators, OwnStreams, generators_of
+from landscape._loaders import generators_of, one_pass
+from landscape._streams import OwnStreams
 
 Inputs = Tensor | Mapping[str, Any]
 Transform = Callable[[Any, Any, torch.Generator], tuple[Any, Any]]
@@ -52,54 +51,6 @@ class PreparedBatch:
     def samples(self) -> tuple[Inputs, Tensor | None]:
         """Inputs and targets."""
         return self.inputs, self.targets
-
-
-def one_pass(data: Iterable[Any], generators: Sequence[Tensor] | None = None) -> Iterator[Any]:
-    """Yield the batches of one pass over the data, whatever the global random streams.
-
-    A DataLoader takes a seed from PyTorch's stream at every pass, shuffled or not, and a data set
-    may draw from that, from NumPy's or from Python's. Data see these streams (the CPU's) from the
-    same seed on at every pass, a generator of the loader's own from where it is, and the caller
-    finds all of them as they were.
-
-    Args:
-        data: Any iterable.
-        generators: States of the loader's own to begin with instead.
-    """
-    streams, own = OwnStreams(), OwnGenerators(data, generators)
-    data = with_own_workers(data)
-    batches: Iterator[Any] | None = None
-    while True:
-        with streams.entered(), own.entered():
-            batches = iter(data) if batches is None else batches
-            try:
-                raw = next(batches)
-            except StopIteration:
-                return
-        yield raw
-
-
-def with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
-    """Return a loader with workers of its own in place of one whose workers outlive a pass.
-
-    These would draw on at the next pass, the order would be another one after the first, and a pass
-    that the caller is in would begin anew.
-
-    Args:
-        data: Any iterable; one that wraps a loader has it as `loader`, as timm's.
-    """
-    if isinstance(data, DataLoader):
-        if not (data.persistent_workers and data.num_workers):
-            return data
-        changes: dict[str, Any] = {"persistent_workers": False, "_iterator": None}
-    else:
-        inner = getattr(data, "loader", None)
-        if not isinstance(inner, DataLoader) or (own := with_own_workers(inner)) is inner:
-            return data
-        changes = {"loader": own}
-    other = copy.copy(data)
-    vars(other).update(changes)
-    return other
 
 
 class FrozenBatches:
@@ -176,7 +127,7 @@ class FrozenBatches:
         amounts: list[Tensor | float] = []
         extremes: list[Tensor] = []
         held = 0
-        for index, raw in enumerate(one_pass(self._data)):
+        for index, raw in enumerate(one_pass(self._data, self._generators)):
             drawn = self._prepare(raw, index)
             targets = drawn[1]
             sizes.append(drawn[2])

@@ -1,16 +1,15 @@
 """Contexts that leave a model as it was found."""
 
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_materialised
+from landscape._locks import locked
 from landscape._streams import OwnStreams
 
 Cache = tuple[nn.Module, str]
@@ -42,15 +41,8 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 
     While a model is called with other parameters, these are in the place of its own.
     """
-    model = getattr(model, "_orig_mod", model)
-    with _of_locks:
-        lock = _locks.setdefault(model, threading.RLock())
-    with lock:
+    with locked(getattr(model, "_orig_mod", model)):
         yield
-
-
-_locks: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
-_of_locks = threading.Lock()
 
 
 def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -239,6 +231,31 @@ def check_same_weights(
 
 
 @contextmanager
+def same_buffers(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Put back the buffers of a model: the tensors themselves, and their values.
+
+    Yields:
+        Returns whether the model still has the same tensors.
+    """
+    own = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(b, b.clone()) for _, each in own for b in each.values() if b is not None]
+
+    def are_same() -> bool:
+        return all(module._buffers[n] is b for module, each in own for n, b in each.items())
+
+    try:
+        yield are_same
+    finally:
+        with torch.no_grad():
+            for module, each in own:
+                for name, buffer in each.items():  # TorchScript's dictionary has no `update`
+                    module._buffers[name] = buffer
+            for buffer, value in values:
+                if torch.is_inference_mode_enabled() or not buffer.is_inference():
+                    buffer.copy_(value)  # one of inference mode has not changed outside of it
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluate a model in this context: modes, buffers and random streams are put back.
 
@@ -248,17 +265,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
         ValueError: If its weights are not there yet, or it changes others in place.
     """
     check_materialised(model)
-    with exclusive(model):
-        modules = list(model.modules())
-        buffers = [dict(module._buffers) for module in modules]
+    with exclusive(model), same_buffers(model):
         shortened = [
             p
-            for module in modules
+            for module in model.modules()
             if getattr(module, "max_norm", None) is not None
             for p in module.parameters(recurse=False)
         ]
         lengths = [(p, p.detach().clone()) for p in shortened]
-        values = [(b, b.clone()) for each in buffers for b in each.values() if b is not None]
         weights = [(n, p) for n, p in model.named_parameters() if not p.is_inference()]
         versions = [(n, p, p._version) for n, p in weights]
         sizes = [p.detach().norm() for _, p in weights]
@@ -272,9 +286,3 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 for p, value in lengths:
                     if not torch.equal(p, value):
                         p.data.copy_(value)  # a graph that the user has built stays valid
-                for module, each in zip(modules, buffers, strict=True):
-                    for name, buffer in each.items():  # TorchScript's dictionary has no `update`
-                        module._buffers[name] = buffer
-                for buffer, value in values:
-                    if torch.is_inference_mode_enabled() or not buffer.is_inference():
-                        buffer.copy_(value)  # one of inference mode has not changed outside of it

@@ -14,8 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 
 import landscape
 from landscape import Objective
+from landscape._loaders import one_pass
 from landscape._streams import OwnStreams
-from landscape.batches import one_pass
 from tests.cases import assert_untouched, snapshot
 
 PROBES = {

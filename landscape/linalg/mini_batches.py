@@ -115,12 +115,13 @@ class MiniBatchHessian:
     def _record(self, batch: PreparedBatch, stream: torch.cuda.Stream) -> None:
         """Record gradient and product, if they can be."""
         recorded = RecordedHessian(self._frozen, batch, self._precision, stream)
-        if shape_of(batch.samples) not in self._tried:
+        shape = shape_of(batch.samples)
+        if shape not in self._tried:
             self._recordable = recorded.try_out()
             torch.cuda.empty_cache()  # of what the trial has left
             if not self._recordable:
                 return
-            self._tried.add(shape_of(batch.samples))
+            self._tried.add(shape)
         before = torch.cuda.memory_reserved(self._frozen.space.device)
         recorded.record()
         self.num_bytes = torch.cuda.memory_reserved(self._frozen.space.device) - before

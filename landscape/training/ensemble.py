@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from landscape._checks import check_choice
+from landscape._loaders import one_pass
 from landscape._progress import count
-from landscape.batches import Transform, one_pass, split_batch
+from landscape.batches import Transform, split_batch
 from landscape.objective import Loss
 from landscape.results import Result
 from landscape.training import loop, run, stacking, states, surroundings, together

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,14 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landscape.batches import (
-    Inputs,
-    Placement,
-    Transform,
-    copied,
-    split_batch,
-    with_own_workers,
-)
+from landscape._loaders import with_own_workers
+from landscape.batches import Inputs, Placement, Transform, copied, split_batch
 from landscape.linalg.recording import apart
 from landscape.losses import amount_averaged, is_classification, is_probability, loss_settings
 from landscape.objective import Loss, as_logits
@@ -54,13 +48,22 @@ class Step:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All that get a gradient: the optimizer's, and what it does not have of the model's."""
-        own = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return list(dict.fromkeys([*own, *self.model.parameters()]))
+        return list(dict.fromkeys([*optimized(self.optimizer), *self.model.parameters()]))
+
+    def clear_gradients(self) -> None:
+        """Let go of all gradients, those that the optimizer does not have included."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     @property
     def device(self) -> torch.device:
         """Device of the model."""
         return next(self.model.parameters()).device
+
+
+def optimized(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of an optimizer, in its order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def check_optimizer(
@@ -80,7 +83,7 @@ def check_optimizer(
             gradient, or needs a closure.
     """
     its, own = names
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = optimized(optimizer)
     ours = set(model.parameters())
     foreign = sum(p not in ours for p in parameters)
     missing = any(p.requires_grad for p in ours.difference(parameters))
@@ -172,12 +175,11 @@ def train_epoch(
         ValueError: If there is no batch, or one has no targets.
     """
     means = Means()
-    trained = [p for group in step.optimizer.param_groups for p in group["params"]]
-    parameters = step.parameters
-    passes: Passes = partial(_passes, step, parameters)
+    parameters = optimized(step.optimizer)
+    passes: Passes = partial(_passes, step)
     stream = None
     if step.cuda_graphs:
-        passes = recorded = Recorded(passes, step.model, parameters, step.device)
+        passes = recorded = Recorded(passes, step.model, step.parameters, step.device)
         stream = recorded.stream
     with apart(stream):
         for index, raw in enumerate(batches):
@@ -187,20 +189,17 @@ def train_epoch(
                 continue
             tally = passes(inputs, targets)
             if step.clip is not None:
-                nn.utils.clip_grad_norm_(trained, step.clip)
+                nn.utils.clip_grad_norm_(parameters, step.clip)
             step.optimizer.step()
             means.add(*tally)
     check_any(means)
     return means
 
 
-def _passes(
-    step: Step, parameters: Sequence[nn.Parameter], inputs: Inputs, targets: Tensor
-) -> tuple[Tensor, ...]:
+def _passes(step: Step, inputs: Inputs, targets: Tensor) -> tuple[Tensor, ...]:
     """Take the gradient of a batch, and return what it counts."""
     loss, *counts = forward(step, step.model, inputs, targets)
-    for parameter in parameters:
-        parameter.grad = None
+    step.clear_gradients()
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach(), *counts
 

@@ -7,8 +7,7 @@ then lie in memory of the recording.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from landscape._streams import read_streams, same_streams
 from landscape.batches import Inputs, copied
 from landscape.linalg.recording import Recording, apart, overwrite, shape_of, side_stream, trial
+from landscape.restore import same_buffers
 from landscape.training.surroundings import same_random_state
 
 Passes = Callable[[Inputs, Tensor], tuple[Tensor, ...]]
@@ -75,37 +75,15 @@ class Recorded:
         with apart(self.stream):
             self._batch = copied(inputs), copied(targets)
             work = partial(self._passes, *self._batch)
-            with _put_back(self._model) as is_untouched:
-                self._recordable = trial(work)[1] and is_untouched()
+            with same_buffers(self._model) as are_same, same_random_state(self._model):
+                before = read_streams()
+                never_waits = trial(work)[1]
+                self._recordable = (
+                    never_waits and are_same() and same_streams(before, read_streams())
+                )
             for parameter in self._parameters:
                 parameter.grad = None
             if self._recordable:
                 torch.cuda.empty_cache()  # the recording takes as much once more
                 self._recording = Recording(work, self.stream)
                 self._gradients = [parameter.grad for parameter in self._parameters]
-
-
-@contextmanager
-def _put_back(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """Put back buffers and random streams.
-
-    Yields:
-        Returns whether buffers are the same tensors, and nothing was drawn on the CPU.
-    """
-    own = [(module, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    before = read_streams()
-
-    def is_untouched() -> bool:
-        same = all(module._buffers[n] is b for module, buffers in own for n, b in buffers.items())
-        return same and same_streams(before, read_streams())
-
-    with same_random_state(model):
-        try:
-            yield is_untouched
-        finally:
-            for module, buffers in own:
-                module._buffers.update(buffers)
-            with torch.no_grad():
-                for buffer, value in values:
-                    buffer.copy_(value)

@@ -188,8 +188,7 @@ def training(run: Run, channels_last: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            optimizer.zero_grad(set_to_none=True)
-            model.zero_grad(set_to_none=True)  # of those that the optimizer does not have
+            run.step.clear_gradients()
             if not isinstance(run.schedule, LRScheduler):
                 for group, rate in zip(optimizer.param_groups, run.rates, strict=True):
                     group["lr"] = rate

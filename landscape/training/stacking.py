@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from landscape.batches import Inputs
 from landscape.parameters import call_with
 from landscape.training.draws import Replay
-from landscape.training.loop import Step, Tally, forward
+from landscape.training.loop import Step, Tally, forward, optimized
 from landscape.training.row_adamw import RowAdamW
 
 
@@ -262,8 +262,7 @@ def check_stackable(steps: Sequence[Step]) -> None:
 
 def trained(step: Step) -> list[nn.Parameter]:
     """Return the parameters that the step changes, in the order of the optimizer."""
-    groups = step.optimizer.param_groups
-    return [p for group in groups for p in group["params"] if p.requires_grad]
+    return [p for p in optimized(step.optimizer) if p.requires_grad]
 
 
 def _same_constants(model: nn.Module, other: nn.Module) -> bool:

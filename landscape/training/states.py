@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from landscape._streams import generators_of
+from landscape._loaders import generators_of
 from landscape.training import checkpoints as files
 from landscape.training.run import COLUMNS, History, Run
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from landscape._streams import OwnGenerators
+from landscape._loaders import OwnGenerators
+from landscape.restore import same_buffers
 from landscape.training import loop, run, surroundings
 from landscape.training.draws import Draws, Replay
 from landscape.training.run import Callback, History, Run
@@ -120,18 +121,9 @@ def _alone(
 ) -> Tensor | None:
     """Return the gradient of a member, or `None` where its model has exchanged a buffer."""
     model = member.step.model
-    own = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        with stream.entered(), Replay(batch[2]):
-            gradient = stack.gradient_alone(index, loop.forward(member.step, model, *batch[:2])[0])
-        kept = all(
-            module._buffers[name] is buffer
-            for module, buffers in own
-            for name, buffer in buffers.items()
-        )
-    finally:
-        for module, buffers in own:
-            module._buffers.update(buffers)
+    with same_buffers(model) as are_same, stream.entered(), Replay(batch[2]):
+        gradient = stack.gradient_alone(index, loop.forward(member.step, model, *batch[:2])[0])
+        kept = are_same()
     return gradient if kept else None
 
 

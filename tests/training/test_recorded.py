@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from landscape.models import create_model
+from landscape.restore import same_buffers
 from landscape.training import fit, load_images, loop, recipe, recorded
 
 
@@ -89,8 +90,9 @@ class OnCpu:
     def __init__(self, work, stream):
         self.work = work
         type(self).made += 1
-        self.parameters, model = work.args[1], work.args[0].model
-        with recorded._put_back(model):  # a recording computes nothing
+        step = work.args[0]
+        self.parameters = step.parameters
+        with same_buffers(step.model):  # a recording computes nothing
             self.result = self.work()
         self.gradients = [parameter.grad for parameter in self.parameters]
 
