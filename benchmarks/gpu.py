@@ -46,8 +46,8 @@ from workloads import Batch
 
 import landscape
 from landscape import HessianOperator
-from landscape.linalg.recording import Recording, apart, side_stream
 from landscape.models import create_model
+from landscape.recording import Recording, apart, side_stream
 from landscape.restore import rounding
 from landscape.training import fit, load_images, recipe
 

@@ -4,7 +4,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from landscape.linalg import hessian, mini_batches, recorded_hessian, recording
+from landscape import recording, training
+from landscape.linalg import hessian, mini_batches, recorded_hessian
 from tests.cases import Replayed, Stream
 
 torch.set_num_threads(1)
@@ -18,12 +19,12 @@ def generator():
 @pytest.fixture
 def recorded(monkeypatch):
     """A CPU that records and replays as a GPU does; `Replayed` counts."""
-    for module in (recorded_hessian, recording):
+    for module in (recorded_hessian, recording, training.recorded):
         monkeypatch.setattr(module, "Recording", Replayed)
         monkeypatch.setattr(module, "trial", lambda work: (work(), True))
-    for module in (mini_batches, recording):
+    for module in (mini_batches, recording, training.recorded):
         monkeypatch.setattr(module, "side_stream", lambda device, place=0: Stream())
-    for module in (hessian, recorded_hessian, recording):
+    for module in (hessian, recorded_hessian, recording, training.loop, training.recorded):
         monkeypatch.setattr(module, "apart", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(Replayed, "made", 0)

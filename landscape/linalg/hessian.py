@@ -26,10 +26,10 @@ from landscape.linalg.gradient import (
 )
 from landscape.linalg.operators import SymmetricOperator
 from landscape.linalg.recorded_hessian import RecordedHessian
-from landscape.linalg.recording import Repeated, apart
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective
 from landscape.parameters import ParameterSpace
+from landscape.recording import Repeated, apart
 
 Memory = int | float | str
 
@@ -106,7 +106,7 @@ class HessianOperator(CurvatureOperator):
 
     The graph of each batch's gradient is kept for as many batches as fit `memory`; the product
     with a kept batch costs about 1.5 to 2 gradients, with another 2.5 to 3.5. On a GPU all of it is
-    recorded and replayed (`landscape.linalg.recording`), which holds the memory of one batch more.
+    recorded and replayed (`landscape.recording`), which holds the memory of one batch more.
 
     Attributes:
         num_kept: Number of batches whose graph is kept.

@@ -1,7 +1,7 @@
 """Mini-batches whose eigenpairs are sought side by side on a GPU.
 
 A product of 16 images does not fill a GPU, which waits for the host most of the time. So gradient
-and product are recorded once for a shape (`landscape.linalg.recording`), other mini-batches are
+and product are recorded once for a shape (`landscape.recording`), other mini-batches are
 copied into place, and several of them are solved on streams of their own, which the device works on
 at the same time. The host gives each search its turn: it takes in the last product and starts the
 next.
@@ -19,8 +19,8 @@ from landscape.batches import PreparedBatch
 from landscape.linalg.gradient import Precision
 from landscape.linalg.hessian import HessianOperator, Memory
 from landscape.linalg.recorded_hessian import RecordedHessian
-from landscape.linalg.recording import shape_of, side_stream
 from landscape.objective import FrozenObjective
+from landscape.recording import shape_of, side_stream
 
 
 class MiniBatchHessian:

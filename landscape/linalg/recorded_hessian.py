@@ -16,8 +16,8 @@ from landscape.linalg.gradient import (
     hessian_product,
     twice_differentiable,
 )
-from landscape.linalg.recording import Recording, apart, overwrite, shape_of, trial
 from landscape.objective import FrozenObjective
+from landscape.recording import Recording, apart, overwrite, shape_of, trial
 
 
 class RecordedHessian:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from landscape.batches import PreparedBatch
-from landscape.linalg.recording import Repeated
 from landscape.objective import FrozenObjective, as_logits
 from landscape.probes.batch_norm import recalibrated_buffers
 from landscape.probes.forward import Forward
 from landscape.probes.metrics import Accuracy, CalibrationError, LossError, check_classes
 from landscape.probes.weights import MovedWeights
+from landscape.recording import Repeated
 
 L2 = Literal["squared", "norms"]
 BatchNorm = Literal["fixed", "recalibrate"]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from landscape._loaders import with_own_workers
 from landscape.batches import Inputs, Placement, Transform, copied, split_batch
-from landscape.linalg.recording import apart
 from landscape.losses import amount_averaged, is_classification, is_probability, loss_settings
 from landscape.objective import Loss, as_logits
+from landscape.recording import apart
 from landscape.restore import eval_mode
 from landscape.training.data import DeviceImages
 from landscape.training.recorded import Passes, Recorded

@@ -1,7 +1,7 @@
 """Forward and backward pass of a training step as a CUDA graph.
 
 The host takes longer to launch the operations of a small batch than a GPU to run them. Recorded
-once and replayed (`landscape.linalg.recording`), they are launched at once; batch and gradients
+once and replayed (`landscape.recording`), they are launched at once; batch and gradients
 then lie in memory of the recording.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from landscape._streams import read_streams, same_streams
 from landscape.batches import Inputs, copied
-from landscape.linalg.recording import Recording, apart, overwrite, shape_of, side_stream, trial
+from landscape.recording import Recording, apart, overwrite, shape_of, side_stream, trial
 from landscape.restore import same_buffers
 from landscape.training.surroundings import same_random_state
 

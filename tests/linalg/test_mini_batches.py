@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import landscape
-from landscape import HessianOperator, Objective
-from landscape.linalg import recorded_hessian, recording
+from landscape import HessianOperator, Objective, recording
+from landscape.linalg import recorded_hessian
 from landscape.linalg.gradient import GradientGraph
 from landscape.linalg.mini_batches import MiniBatchHessian
 from landscape.models import create_model

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from landscape.linalg.recording import Recording, unsynchronised
 from landscape.models import create_model
+from landscape.recording import Recording, unsynchronised
 from landscape.training import RandAugment, fit, load_images, loop, recipe
 from landscape.training.ensemble import fit_ensemble
 from tests.training.test_recorded import PARTS, UNRECORDED, check_steps

@@ -1,15 +1,16 @@
 """Recorded steps: on a CPU what is done around recordings, in `test_gpu.py` with them."""
 
 import random
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+from landscape import training
 from landscape.models import create_model
 from landscape.restore import same_buffers
-from landscape.training import fit, load_images, loop, recipe, recorded
+from landscape.training import fit, load_images, recipe
+from tests.cases import Replayed
 
 
 class Waiting(nn.Module):
@@ -81,41 +82,31 @@ def check_steps(name, data):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-class OnCpu:
-    """Stands for a recording: writes what the work writes into the same memory again and again."""
+class OnCpu(Replayed):
+    """Leaves what a step returns, and its gradients, in the same memory at every replay."""
 
-    made = 0
     replayed = 0
 
     def __init__(self, work, stream):
-        self.work = work
-        type(self).made += 1
-        step = work.args[0]
-        self.parameters = step.parameters
-        with same_buffers(step.model):  # a recording computes nothing
-            self.result = self.work()
-        self.gradients = [parameter.grad for parameter in self.parameters]
+        self.step = work.args[0]
+        with same_buffers(self.step.model):  # a recording computes nothing
+            super().__init__(work, stream)
+        self.gradients = [parameter.grad for parameter in self.step.parameters]
 
     def replay(self, stream):
-        type(self).replayed += 1
+        OnCpu.replayed += 1
         for place, value in zip(self.result, self.work(), strict=True):
             place.copy_(value)
-        for place, parameter in zip(self.gradients, self.parameters, strict=True):
+        for place, parameter in zip(self.gradients, self.step.parameters, strict=True):
             place.copy_(parameter.grad)
             parameter.grad = None
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_steps_around_recordings_are_the_same_steps(name, monkeypatch):
-    class Counted(OnCpu):
-        pass
-
-    monkeypatch.setattr(recorded, "Recording", Counted)
-    monkeypatch.setattr(recorded, "side_stream", lambda device: "a stream")
-    monkeypatch.setattr(recorded, "trial", lambda work: (work(), True))
-    monkeypatch.setattr(recorded, "apart", nullcontext)
-    monkeypatch.setattr(loop, "apart", nullcontext)
+def test_steps_around_recordings_are_the_same_steps(name, recorded, monkeypatch):
+    monkeypatch.setattr(training.recorded, "Recording", OnCpu)
+    monkeypatch.setattr(OnCpu, "replayed", 0)
     data = load_images("fashion_mnist_mini", size=32, channels=3, shuffle=True)
     check_steps(name, data)
     made, replayed = (0, 0) if name in UNRECORDED else (2, 4)
-    assert (Counted.made, Counted.replayed) == (made, replayed)
+    assert (recorded.made, OnCpu.replayed) == (made, replayed)

@@ -4,10 +4,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import landscape
-from landscape import HessianOperator
-from landscape.linalg import recording
-from landscape.linalg.recording import Recording, Repeated
+from landscape import HessianOperator, recording
 from landscape.models import create_model
+from landscape.recording import Recording, Repeated
 from tests.cases import Replayed, make_batches, make_model
 
 gpu = [
