@@ -89,10 +89,10 @@ def fit(
         channels_last: Train in channels-last memory format; by default where the model has a
             convolution with overlapping windows.
         cuda_graphs: On a CUDA device, record forward and backward pass in every epoch and replay
-            them for all batches of the first one's shape. Models whose operations take less time
-            than their launch train several times as fast. What a model does in Python (hooks,
-            counters, branches) happens as it is recorded only; one that waits for the device, draws
-            on the CPU or exchanges buffers is noticed, and trained as without.
+            them for all batches of the first one's shape: faster where operations take less time
+            than their launch. What a model does in Python (hooks, counters, branches) happens as it
+            is recorded only; one that waits for the device, draws on the CPU or exchanges buffers
+            is noticed, and trained as without.
         seed: Seed of `transform`, dropout and stochastic depth; `DeviceImages` has its own.
         callbacks: Each called as `callback(model, epochs_done)` before the first epoch of this call
             and after every one, once it is on disk; a `Watch` is one. What one raises ends the
