@@ -45,11 +45,11 @@ from landscape.memory import free_memory
 from landscape.parameters import Choice, ParameterSpace, call_with
 from landscape.restore import (
     Cache,
+    caches_of,
     check_same_weights,
     emptied,
     eval_mode,
     exclusive,
-    learned_caches,
     own_randomness,
 )
 
@@ -120,8 +120,8 @@ class Objective:
             check_mean: Check that `loss` is a mean over samples where there are several batches.
 
         Returns:
-            The frozen objective, after one pass over the data, a forward pass of one batch, and two
-            of 16 of its samples (a second one of all in a batch of up to 32).
+            The frozen objective, after one pass over the data, a forward pass of one batch, two of
+            16 of its samples (a second one of all in a batch of up to 32), and one of two.
         """
         return FrozenObjective(self, model, data, keep_bytes, check_mean)
 
@@ -186,7 +186,7 @@ class FrozenObjective:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the model in evaluation mode, without what it keeps of its own parameters."""
-        with eval_mode(self.model), emptied(self.model, self._caches):
+        with eval_mode(self.model), emptied(self._caches):
             yield
 
     def logits(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
@@ -244,8 +244,8 @@ class FrozenObjective:
         inputs, size = batch.inputs, batch.size
         with torch.no_grad(), exclusive(self.model), own_randomness(self.model):
             few = rows_of(inputs, size, slice(0, 2))
-            self._caches = learned_caches(
-                self.model, functools.partial(self._call_with_gradient, few)
+            self._caches = caches_of(
+                self.model, functools.partial(self._call_with_gradient, few), learned=True
             )
             if self.objective.loss is None:
                 once, *more = (self.data_term(self.space.values, batch) for _ in range(3))
@@ -294,7 +294,9 @@ class FrozenObjective:
     def _call_with_gradient(self, inputs: Inputs) -> None:
         parameters = {**self.space.fixed, **self.space.values}
         floating = {name: t for name, t in parameters.items() if t.is_floating_point()}
-        self._call({name: t.detach().requires_grad_() for name, t in floating.items()}, inputs)
+        leaves = {name: t.detach().requires_grad_() for name, t in floating.items()}
+        with torch.enable_grad():
+            self._call(leaves, inputs)
 
     @contextmanager
     def _loss_left_as_found(self) -> Iterator[None]:

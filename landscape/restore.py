@@ -1,8 +1,8 @@
 """Contexts that leave a model as it was found."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,27 +12,28 @@ from landscape._checks import check_materialised
 from landscape._locks import locked
 from landscape._streams import OwnStreams
 
-Cache = tuple[nn.Module, str]
-"""A module, and the name of an attribute of it."""
+Cache = tuple[nn.Module, str, Any]
+"""A module, the name of an attribute of it, and what that is when it is empty."""
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode, and each back in its own mode afterwards.
 
-    Tensors that are plain attributes are put back too: the weight that pruning or the older
-    `torch.nn.utils.weight_norm` computes from its parameters before each call, a kept feature.
+    Tensors that are plain attributes, or entries of such dictionaries, are put back too: the weight
+    that pruning or the older `torch.nn.utils.weight_norm` computes from its parameters before each
+    call, a kept feature, attention biases that LeViT looks up once and forgets in `train()`.
     """
     with exclusive(model):
-        modes = [(module, module.training, _plain_tensors(module)) for module in model.modules()]
+        modes = [(module, module.training, _Attributes(module)) for module in model.modules()]
         try:
             for module, _, _ in modes:
                 module.training = False
             yield
         finally:
-            for module, training, tensors in modes:
+            for module, training, attributes in modes:
                 module.training = training
-                vars(module).update(tensors)
+                attributes.put_back()
 
 
 @contextmanager
@@ -45,53 +46,53 @@ def exclusive(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
-
-
 @contextmanager
-def emptied(model: nn.Module, caches: Iterable[Cache]) -> Iterator[None]:
-    """Let a model fill caches again, and put back afterwards what it had kept, and no more."""
-    found = [_Attributes(module) for module in model.modules()]
+def emptied(caches: Sequence[Cache]) -> Iterator[None]:
+    """Let a model fill caches again, and put back afterwards what it had kept there."""
+    found = [(vars(module), name, vars(module).get(name, _NONE)) for module, name, _ in caches]
     try:
-        for module, name in caches:
-            held = vars(module)[name]
-            vars(module)[name] = {} if isinstance(held, dict) else None
+        for (own, name, held), (_, _, empty) in zip(found, caches, strict=True):
+            _set(own, name, {} if empty is None and isinstance(held, dict) else empty)
         yield
     finally:
-        for attributes in found:
-            attributes.put_back()
+        for own, name, held in found:
+            _set(own, name, held)
 
 
-def learned_caches(model: nn.Module, run: Callable[[], object]) -> list[Cache]:
-    """Return the plain attributes in which modules keep what they compute from parameters.
+def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False) -> list[Cache]:
+    """Return the plain attributes in which modules keep what they compute at the first call.
 
-    LeViT looks up its attention biases once in evaluation mode, for example: with other
-    parameters in place they would be those of before, and without a gradient. A tensor, or a
-    dictionary of tensors, is such a cache where the model fills it with something that requires a
-    gradient after it was emptied.
+    A tensor, or a dictionary of tensors, is such a cache where the model fills it again after it
+    was emptied. LeViT looks up its attention biases once in evaluation mode, for example: with
+    other parameters in place they would be those of before, and without a gradient.
 
     Args:
         model: Any module.
-        run: Calls it with parameters that require a gradient; once for each name of an attribute
-            that holds tensors, of which most models have none.
+        run: Calls it; once, and once or twice more for each name of an attribute that then holds
+            tensors, of which most models have none.
+        learned: Only those that are filled with something that requires a gradient.
     """
-    owners: dict[str, list[nn.Module]] = {}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in _OF_MODULES and _held(value):
-                owners.setdefault(name, []).append(module)
     caches: list[Cache] = []
-    for name, modules in owners.items():
-        here = [(module, name) for module in modules]
-        with eval_mode(model), emptied(model, here), eagerly(), torch.enable_grad():
-            try:
-                run()
-            except Exception:  # the model needs what was there: no cache
-                continue
-            caches += [
-                (m, n) for m, n in here if any(t.requires_grad for t in _held(vars(m).get(n)))
-            ]
+    with eval_mode(model), eagerly(), suppress(Exception):  # what is wrong is told by who calls it
+        run()
+        owners: dict[str, list[nn.Module]] = {}
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if name not in _OF_MODULES and _held(value):
+                    owners.setdefault(name, []).append(module)
+        for name, modules in owners.items():
+            for empty in (None, _NONE):
+                here = [(module, name, empty) for module in modules]
+                with suppress(Exception), emptied(here):  # else it needs what was there: no cache
+                    run()
+                    caches += [
+                        cache
+                        for cache in here
+                        if any(
+                            t.requires_grad or not learned for t in _held(vars(cache[0]).get(name))
+                        )
+                    ]
+                    break
     return caches
 
 
@@ -117,10 +118,7 @@ class _Attributes:
             before, now = self._before.get(name, _NONE), self._own.get(name, _NONE)
             if now is before or not (_is_kept(before) or _is_kept(now)):
                 continue
-            if before is _NONE:
-                del self._own[name]
-            else:
-                self._own[name] = before
+            _set(self._own, name, before)
         for dictionary, content in self._contents:
             same = len(dictionary) == len(content) and all(
                 dictionary.get(key, _NONE) is value for key, value in content.items()
@@ -128,6 +126,13 @@ class _Attributes:
             if not same:
                 dictionary.clear()
                 dictionary.update(content)
+
+
+def _set(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is _NONE:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = value
 
 
 def _is_kept(value: Any) -> bool:

@@ -491,3 +491,144 @@ def test_a_pass_that_ends_early(images):
     passes = PartialPasses(lambda: sum(images + i for i in range(next(calls))), frozenset())
     with pytest.raises(ValueError, match="must make the same calls in every pass"):
         passes.value_at(4, None, None)
+
+
+# --- passes within passes ------------------------------------------------------------------------
+
+PARTS = {
+    "resnet": (("stages.0.1", "branch"), ("stages.1.1", "conv")),
+    "vit": (("blocks.0.mlp", "branch"), ("blocks.1.msa", 0)),
+}
+
+
+def changed_by_hand(model, network):
+    if network == "resnet":
+        model = without(model, "stages.0.1.branch", Zero)
+        return without(model, "stages.1.1.branch.conv2", lambda conv: nn.Identity())
+    model = without(model, "blocks.0.mlp.branch", Zero)
+    attention = model.blocks[1].msa.branch.attention
+    attention.project.weight.data.unflatten(1, (attention.heads, -1))[:, 0] = 0
+    return model
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("size", [16, 24])
+@pytest.mark.parametrize("network", PARTS)
+def test_two_lesions_at_once(network, size, order, generator):
+    """Of images of a size that one Blocks, or the other, or neither has seen."""
+    images = torch.randn(4, 3, size, size, generator=generator)
+    make = SMALL["resnet"] if network == "resnet" else lambda: vit_nano(depth=2, image_size=size)
+    model = build(make).eval()
+    expected = changed_by_hand(model, network)(images)
+    seen = Blocks(model, example=images)
+    for one, other in ((seen, seen), (Blocks(model), seen), (seen, Blocks(model))):
+        (first, a), (second, b) = PARTS[network][::order]
+        with one.lesion(first, a), other.lesion(second, b):
+            torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize("network", PARTS)
+def test_a_lesioned_model_is_observed(network, images):
+    model = build(SMALL[network]).eval()
+    (first, a), (second, b) = PARTS[network]
+    by_hand = changed_by_hand(model, network)
+    blocks, expected = Blocks(model, example=images), Blocks(by_hand, example=images)
+    data = [(images, torch.arange(4) % 3)]
+    with blocks.lesion(first, a), blocks.lesion(second, b):
+        features = blocks.capture(images)
+        later = Blocks(model, example=images).capture(images)  # found beside the lesions
+        study = lesion_study(model, data, blocks=blocks)
+    for name, feature in expected.capture(images).items():
+        torch.testing.assert_close(features[name], feature)
+        torch.testing.assert_close(later[name], feature)
+    plain = lesion_study(by_hand, data, blocks=expected)
+    assert study.clean_nll == pytest.approx(plain.clean_nll, rel=1e-6)
+    others = [i for i, name in enumerate(plain.names) if name not in {first, second}]
+    assert others
+    np.testing.assert_allclose(study.delta_nll[others], plain.delta_nll[others], atol=1e-6)
+
+
+class Biased(nn.Module):
+    """A transformer that looks up its attention biases once in evaluation mode, as LeViT does."""
+
+    def __init__(self, keeps=True):
+        super().__init__()
+        self.keeps, self.kept = keeps, {}
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.biases = nn.ParameterList(torch.randn(16) for _ in range(3))
+        self.maps = nn.ModuleList(nn.Linear(8, 24) for _ in range(3))
+        self.register_buffer("index", (torch.arange(16)[:, None] - torch.arange(16)).abs())
+        self.head = nn.Linear(8, 3)
+
+    def train(self, mode=True):
+        if mode:
+            self.kept = {}
+        return super().train(mode)
+
+    def bias(self, i):
+        if self.training or not self.keeps:
+            return self.biases[i][self.index]
+        if i not in self.kept:
+            self.kept[i] = self.biases[i][self.index]
+        return self.kept[i]
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        for i, linear in enumerate(self.maps):
+            q, k, v = linear(x).chunk(3, -1)
+            x = x + (q @ k.mT + self.bias(i)).softmax(-1) @ v
+        return self.head(x[:, 0])
+
+
+@pytest.mark.parametrize("used", ["never", "before", "after"])
+def test_what_a_model_has_kept_moves_no_call(used, images):
+    """Neither what an earlier pass has kept, nor what `train` has forgotten since."""
+    model, plain = build(Biased), build(lambda: Biased(keeps=False)).eval()
+    if used == "before":
+        model.eval()(images)
+    blocks, expected = Blocks(model, example=images), Blocks(plain, example=images)
+    if used == "after":
+        model.eval()(images)
+    for _ in range(2):
+        model.eval()
+        for name in expected.names[1:-1]:
+            with blocks.lesion(name), expected.lesion(name):
+                torch.testing.assert_close(model(images), plain(images))
+        features = blocks.capture(images)
+        for name, feature in expected.capture(images).items():
+            torch.testing.assert_close(features[name], feature)
+        with torch.no_grad():
+            for bias, other in zip(model.biases, plain.biases, strict=True):
+                other.copy_(bias.mul_(-1))
+        model.train()
+
+
+def test_no_probe_keeps_what_the_model_looks_up(images):
+    model, plain = build(Biased).train(), build(lambda: Biased(keeps=False))
+    data = [(images, torch.arange(4) % 3)]
+    for _ in range(2):
+        assert evaluate(model, data).nll == pytest.approx(evaluate(plain, data).nll, rel=1e-6)
+        assert not model.kept
+        with torch.no_grad():
+            for bias, other in zip(model.biases, plain.biases, strict=True):
+                other.copy_(bias.mul_(-1))
+
+
+def test_other_calls_than_in_the_trace_are_told(images):
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+            self.turned = False
+
+        def forward(self, x):
+            x = x.relu() if self.turned else x
+            for conv in self.convs:
+                x = x + conv(x)
+            return x.mean((2, 3))
+
+    model = build(Turns)
+    blocks = Blocks(model, example=images)
+    model.turned = True
+    with pytest.raises(ValueError, match="must make the same calls"), blocks.lesion("convs.1"):
+        model(images)

@@ -336,6 +336,14 @@ def test_what_a_model_keeps_of_its_parameters_is_computed_again(used):
     torch.testing.assert_close(ours @ v, expected @ v)
     line = [loss_line(m, batches, points=[0.0, 1.0], metrics="loss").nll for m in (model, plain)]
     np.testing.assert_allclose(*line, rtol=1e-12)
+    if not used:
+        assert model.scale is None
+        assert not model.kept
+        with torch.no_grad():  # an operator outlives what the caller does with the model
+            model.bias.mul_(2)
+            model.eval()(batches[0][0])
+        torch.testing.assert_close(ours @ v, expected @ v)
+        return
     assert model.kept is kept
     assert model.scale is scale
     assert list(kept) == list(content)
@@ -475,7 +483,7 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize(
     ("samples", "size", "calls"),
-    [(40, None, [40, 16, 16]), (40, 40, [40, 16, 40]), (32, None, [32, 32])],
+    [(40, None, [2, 40, 16, 16]), (40, 40, [2, 40, 16, 40]), (32, None, [2, 32, 32])],
 )
 def test_some_samples_show_whether_a_model_repeats_itself(samples, size, calls):
     batches = [(X[:1].repeat(samples, 1, 1, 1), Y[:1].repeat(samples))]

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from landscape.blocks.passes import Handler
 from landscape.blocks.structure import ATTENTION, Unit
-from landscape.blocks.tracing import Step, Trace
+from landscape.blocks.tracing import Step, Trace, function_name
 
 Part = Literal["branch", "conv"] | int
 """`"branch"`, `"conv"`, or the index of an attention head."""
@@ -42,10 +42,22 @@ def removal(trace: Trace, unit: Unit, part: Part) -> tuple[int, Handler]:
         Irremovable: If the block has no such part, or it has no lesion.
     """
     if part == "branch":
-        return _branch(trace, unit)
-    if part == "conv":
-        return _convolution(trace, unit)
-    return _head(trace, unit, part)
+        step, handler = _branch(trace, unit)
+    elif part == "conv":
+        step, handler = _convolution(trace, unit)
+    else:
+        step, handler = _head(trace, unit, part)
+
+    def same(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if function_name(func) != step.name:
+            raise ValueError(
+                f"`model` must make the same calls for every batch, got {function_name(func)!r} "
+                f"instead of {step.name!r} in block {unit.name!r}; does its control flow depend on "
+                "the data?"
+            )
+        return handler(func, args, kwargs)
+
+    return step.ordinal or 0, same
 
 
 def num_heads(trace: Trace, unit: Unit) -> int:
@@ -54,23 +66,23 @@ def num_heads(trace: Trace, unit: Unit) -> int:
     return 0 if step is None else step.heads
 
 
-def _branch(trace: Trace, unit: Unit) -> tuple[int, Handler]:
+def _branch(trace: Trace, unit: Unit) -> tuple[Step, Handler]:
     if unit.kind == "pool":
         raise Irremovable("it changes the size or the channels of the map")
     if unit.addition is None:
         raise Irremovable("it has no residual branch")
     if unit.projected:
         raise Irremovable("its skip is a projection: it changes the size or the channels")
-    skip, ordinal = unit.skip or 0, trace.steps[unit.addition].ordinal
+    skip = unit.skip or 0
 
     def pass_skip(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         return tensors[skip].clone()  # a copy: what follows may write in place
 
-    return ordinal or 0, pass_skip
+    return trace.steps[unit.addition], pass_skip
 
 
-def _convolution(trace: Trace, unit: Unit) -> tuple[int, Handler]:
+def _convolution(trace: Trace, unit: Unit) -> tuple[Step, Handler]:
     spatial = [trace.steps[s] for s in unit.branch if _is_spatial(trace.steps[s])]
     if not spatial:
         raise Irremovable("it has no convolution over space")
@@ -82,10 +94,10 @@ def _convolution(trace: Trace, unit: Unit) -> tuple[int, Handler]:
         given = args[0] if args else kwargs["input"]
         return given.clone()
 
-    return kept[-1].ordinal or 0, pass_input
+    return kept[-1], pass_input
 
 
-def _head(trace: Trace, unit: Unit, head: int) -> tuple[int, Handler]:
+def _head(trace: Trace, unit: Unit, head: int) -> tuple[Step, Handler]:
     step = _attention(trace, unit)
     if step is None or not step.heads:
         raise Irremovable("it has no attention heads that can be told apart")
@@ -105,7 +117,7 @@ def _head(trace: Trace, unit: Unit, head: int) -> tuple[int, Handler]:
         return func(*args, **kwargs)
 
     whole = step.name == "multi_head_attention_forward"
-    return step.ordinal or 0, without_projected_head if whole else without_head
+    return step, without_projected_head if whole else without_head
 
 
 _OUT_PROJECTION = 11

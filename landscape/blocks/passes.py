@@ -5,16 +5,21 @@ what the model goes on with. A pass that begins in the middle makes none of the 
 depend on the input and come before: each returns an empty stand-in of the right shape, and the
 handler at the beginning returns the value that is already known. What follows depends on that
 value alone if it is a cut of the dataflow (`structure`).
+
+Passes may be nested, as where a lesioned model is observed: what a handler calls is not counted by
+those around it, which see one call, under its old name, and what stands in for its output.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves, tree_map
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -41,7 +46,51 @@ class StandIn:
         return torch.full((), value, dtype=self.dtype, device=self.device).expand(self.shape)
 
 
-class ControlledPass(TorchFunctionMode):
+class _State(threading.local):
+    is_paused = False
+
+
+_state = _State()
+
+
+def is_paused() -> bool:
+    """Whether calls of this thread are not counted."""
+    return _state.is_paused
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Let calls be made that are none of the passes under way."""
+    before = _state.is_paused
+    _state.is_paused = True
+    try:
+        yield
+    finally:
+        _state.is_paused = before
+
+
+class _CountedPass(TorchFunctionMode):
+    """Counts the calls of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ordinal = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make one call, or what stands in for it."""
+        if is_paused():
+            return func(*args, **(kwargs or {}))
+        ordinal = self._ordinal
+        self._ordinal += 1
+        return self._call(ordinal, func, args, kwargs or {})
+
+    def _call(self, ordinal: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class ControlledPass(_CountedPass):
     """Hands chosen calls to handlers, and may make none of the calls before the first of them.
 
     Args:
@@ -58,22 +107,16 @@ class ControlledPass(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._handlers, self._skipped, self._begin = handlers, skipped or {}, begin
-        self._ordinal = 0
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Make, replace or skip one call."""
-        ordinal, kwargs = self._ordinal, kwargs or {}
-        self._ordinal += 1
+    def _call(self, ordinal: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if ordinal in self._handlers:
-            return self._handlers[ordinal](func, args, kwargs)
+            return _instead(self._handlers[ordinal], func, args, kwargs)
         if ordinal < self._begin and ordinal in self._skipped:
             return tree_map(_unfold, self._skipped[ordinal])
         return func(*args, **kwargs)
 
 
-class ShapesPass(TorchFunctionMode):
+class ShapesPass(_CountedPass):
     """Makes every call and notes what some of them return.
 
     Args:
@@ -86,17 +129,26 @@ class ShapesPass(TorchFunctionMode):
     def __init__(self, noted: frozenset[int]) -> None:
         super().__init__()
         self.outputs: dict[int, Any] = {}
-        self._noted, self._ordinal = noted, 0
+        self._noted = noted
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Make one call."""
-        out = func(*args, **(kwargs or {}))
-        if self._ordinal in self._noted:
-            self.outputs[self._ordinal] = tree_map(_fold, out)
-        self._ordinal += 1
+    def _call(self, ordinal: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if ordinal in self._noted:
+            self.outputs[ordinal] = tree_map(_fold, out)
         return out
+
+
+def _instead(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let a handler make a call; the passes around this one see one call of the same name."""
+
+    @functools.wraps(func)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if has_torch_function(tensors):  # of a pass around this one
+            return handle_torch_function(call, tensors, *args, **kwargs)
+        return handler(func, args, kwargs)
+
+    return call(*args, **kwargs)
 
 
 class _Reached(Exception):

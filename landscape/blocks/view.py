@@ -31,7 +31,7 @@ from landscape.blocks.block import Block, Traced, describe
 from landscape.blocks.inputs import likely_images, num_samples, resized, shape_key
 from landscape.blocks.layout import Layout, layout_of
 from landscape.blocks.lesions import Irremovable, Part, removal
-from landscape.blocks.passes import ControlledPass, Handler
+from landscape.blocks.passes import ControlledPass, Handler, is_paused, paused
 from landscape.blocks.structure import (
     Kind,
     find_units,
@@ -41,7 +41,7 @@ from landscape.blocks.structure import (
 )
 from landscape.blocks.tracing import Trace, function_name, record
 from landscape.objective import predict
-from landscape.restore import eagerly, eval_mode, untouched
+from landscape.restore import Cache, caches_of, eagerly, emptied, eval_mode, untouched
 
 Choose = str | Sequence[str]
 Visitor = Callable[[Block, Tensor], None]
@@ -74,6 +74,7 @@ class Blocks:
         self.model: nn.Module = model if compiled is None else compiled
         self._choose = None if choose is None else _matching(self.model, choose)
         self._traces: dict[Any, Traced] = {}
+        self._caches: list[Cache] = []
         traced = self._first_trace() if example is None else self.traced(example)
         self._blocks = describe(traced)
 
@@ -117,6 +118,17 @@ class Blocks:
             )
         return self.names.index(name)
 
+    def predict(self, inputs: Any) -> Tensor:
+        """Return the logits of a pass that makes the calls of the trace.
+
+        It is one in evaluation mode, without what the model has kept from a pass before.
+
+        Args:
+            inputs: A batch for the model: a tensor, or a mapping of keyword arguments.
+        """
+        with eval_mode(self.model), emptied(self._caches), eagerly():
+            return predict(self.model, inputs)
+
     def visit(self, inputs: Any, visitor: Visitor) -> Tensor:
         """Run the model once and show every block's output as it appears.
 
@@ -143,8 +155,8 @@ class Blocks:
             ordinal: functools.partial(_show, ending, n, visitor)
             for ordinal, ending in shown.items()
         }
-        with eval_mode(self.model), eagerly(), ControlledPass(handlers):
-            return predict(self.model, inputs)
+        with ControlledPass(handlers):
+            return self.predict(inputs)
 
     def capture(self, inputs: Any) -> dict[str, Tensor]:
         """Return every block's output by name, each a copy `(n, c, h, w)`, from one forward pass.
@@ -178,23 +190,18 @@ class Blocks:
         self._removal(self._first, position, part)  # errors before any pass
         active: list[ExitStack] = []
 
-        tracing = False
-
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal tracing
-            if tracing:  # images of a new size: this is the pass that traces them
+            if is_paused():  # images of a new size: this is the pass that traces them
                 return
-            tracing = True
-            try:
+            with paused():
                 traced = self.traced(args[0] if args else kwargs)
-            finally:
-                tracing = False
-            ordinal, handler = self._removal(traced, position, part)
+                ordinal, handler = self._removal(traced, position, part)
             active.append(ExitStack())
+            active[-1].enter_context(emptied(self._caches))
             active[-1].enter_context(ControlledPass({ordinal: handler}))
 
         def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if active and not tracing:
+            if active and not is_paused():
                 active.pop().close()
 
         handles = [
@@ -216,9 +223,11 @@ class Blocks:
     def _record(self, inputs: Any) -> Trace:
         placement = Placement.of(self.model)
         example = resized(placement.place(inputs), _TRACED)
-        with untouched(self.model), eagerly(), torch.no_grad():
-            predict(self.model, example)  # what a model caches at its first pass is there by now
-            return record(self.model, example)
+        with paused(), untouched(self.model), eagerly(), torch.no_grad():
+            found = caches_of(self.model, functools.partial(predict, self.model, example))
+            self._caches += [cache for cache in found if cache not in self._caches]
+            with emptied(self._caches):
+                return record(self.model, example)
 
     def _remember(self, inputs: Any, trace: Trace) -> Traced:
         """Find the blocks in a trace, and check that they are those of the first one."""

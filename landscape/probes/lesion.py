@@ -25,7 +25,6 @@ from landscape.blocks import Blocks, blocks_of
 from landscape.blocks.block import Traced
 from landscape.blocks.lesions import Irremovable, Part, num_heads, removal
 from landscape.blocks.passes import PartialPasses
-from landscape.objective import predict
 from landscape.probes.scores import PairedResult, PairedScores, Truths, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import eagerly, untouched
@@ -185,7 +184,7 @@ def _parts(kind: str, units: Units, heads: int) -> list[Part]:
 def _passes(blocks: Blocks, inputs: Any) -> PartialPasses:
     steps = blocks.traced(inputs).trace.steps
     follows = (s.ordinal for s in steps if s.follows and s.ordinal is not None)
-    return PartialPasses(functools.partial(predict, blocks.model, inputs), frozenset(follows))
+    return PartialPasses(functools.partial(blocks.predict, inputs), frozenset(follows))
 
 
 def _lesioned(plan: _Plan, traced: Traced, passes: PartialPasses, shares: bool) -> Iterator[Tensor]:

@@ -39,7 +39,7 @@ class Filters(nn.Module):
 
 
 class Cached(nn.Module):
-    """Keeps in evaluation what it reads in training, as rotary embeddings do; drops at random."""
+    """Keeps what it makes at the first call, as rotary embeddings do; drops at random."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class Cached(nn.Module):
         self.cache = None
 
     def forward(self, x):
-        if not self.training:
+        if self.cache is None:
             self.cache = torch.ones(3, 1, 1, dtype=x.dtype) * 2
         return self.drop(self.norm(self.conv(x))).mul(self.cache).mean((-2, -1))
 
