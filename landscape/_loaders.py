@@ -53,7 +53,7 @@ def with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
         changes: dict[str, Any] = {"persistent_workers": False, "_iterator": None}
     else:
         inner = getattr(data, "loader", None)
-        if not isinstance(inner, DataLoader) or (own := with_own_workers(inner)) is inner:
+        if inner is None or (own := with_own_workers(inner)) is inner:
             return data
         changes = {"loader": own}
     other = copy.copy(data)
@@ -90,9 +90,23 @@ class OwnGenerators:
 
 
 def generators_of(data: Any) -> list[torch.Generator]:
-    """Return the generators that a loader, its samplers and its data set have as `generator`."""
-    batch_sampler = getattr(data, "batch_sampler", None)
-    samplers = getattr(data, "sampler", None), getattr(batch_sampler, "sampler", None)
-    parts = data, getattr(data, "dataset", None), batch_sampler, *samplers
-    found = [getattr(part, "generator", None) for part in parts]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    """Return what data draw from: the attributes `generator` of a loader and of its parts.
+
+    Parts are what it wraps, its samplers and its data set, and theirs in turn.
+    """
+    found: dict[int, torch.Generator] = {}
+    parts, seen = [data], {id(data)}
+    for part in parts:  # grows
+        generator = getattr(part, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+        for name in _PARTS:
+            below = getattr(part, name, None)
+            for other in below if isinstance(below, list | tuple) else [below]:
+                if other is not None and id(other) not in seen:
+                    seen.add(id(other))
+                    parts.append(other)
+    return list(found.values())
+
+
+_PARTS = ("loader", "dataset", "batch_sampler", "sampler", "datasets")

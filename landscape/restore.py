@@ -280,14 +280,21 @@ def untouched(model: nn.Module) -> Iterator[None]:
         lengths = [(p, p.detach().clone()) for p in shortened]
         weights = [(n, p) for n, p in model.named_parameters() if not p.is_inference()]
         versions = [(n, p, p._version) for n, p in weights]
-        sizes = [p.detach().norm() for _, p in weights]
+        sizes = [_length(p) for _, p in weights]
         try:
             with eval_mode(model), own_randomness(model):
                 yield
-            same = {n for (n, p), size in zip(weights, sizes, strict=True) if p.norm() == size}
+            same = {n for (n, p), size in zip(weights, sizes, strict=True) if _length(p) == size}
             check_same_weights([v for v in versions if v[0] not in same], shortened)
         finally:
             with torch.no_grad():
                 for p, value in lengths:
                     if not torch.equal(p, value):
                         p.data.copy_(value)  # a graph that the user has built stays valid
+
+
+def _length(weight: Tensor) -> Tensor:
+    """Return the norm of a weight of any type."""
+    has_norm = weight.is_complex() or (weight.is_floating_point() and weight.itemsize > 1)
+    norm: Tensor = (weight.detach() if has_norm else weight.detach().double()).norm()
+    return norm

@@ -400,6 +400,82 @@ def test_a_compiled_model(how, images):
             torch.testing.assert_close(model(images), lesioned)
 
 
+class Selective(nn.Module):
+    """A convolution that chooses between two kernels by a softmax, as SK's."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 5, padding=2)
+        self.gate, self.out = nn.Linear(8, 16), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        both = torch.stack([self.small(x), self.large(x)], 1)
+        weights = self.gate(both.sum(1).mean((2, 3))).view(-1, 2, 8, 1, 1).softmax(1)
+        return self.out((both * weights).sum(1))
+
+
+class Context(nn.Module):
+    """A convolution that adds one weighted mean of all positions, as GCNet's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.score = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        weights = self.score(x).flatten(2).softmax(2)
+        return x + (x.flatten(2) @ weights.mT)[..., None]
+
+
+class Outlook(nn.Module):
+    """Weights for every position, from that position alone, as VOLO's."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.score = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 1)
+
+    def forward(self, x):
+        values = self.value(x).flatten(2).mT
+        weights = self.score(x).flatten(2).mT.softmax(-1)
+        return (weights @ values).mT.reshape(x.shape)
+
+
+class ClassQuery(nn.Module):
+    """One query, of the mean, of one head."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Conv2d(8, 24, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).flatten(2).chunk(3, 1)
+        weights = (q.mean(-1, keepdim=True).mT @ k).softmax(dim=-1)
+        return (v @ weights.mT)[..., None].expand(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("branch", "kind"),
+    [(Selective, "conv"), (Context, "conv"), (Outlook, "msa"), (ClassQuery, "msa")],
+)
+def test_a_softmax_alone_is_no_attention(branch, kind, images):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 3)
+            self.blocks = nn.ModuleList(branch() for _ in range(2))
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = x + block(x)
+            return self.head(x.mean((2, 3)))
+
+    blocks = Blocks(build(Net), example=images)
+    assert blocks.kinds == ("stem", kind, kind, "head")
+    traced = blocks.traced(images)
+    assert num_heads(traced.trace, traced.units[1]) == 0
+
+
 # --- lesions -------------------------------------------------------------------------------------
 
 
@@ -491,6 +567,36 @@ def test_a_pass_that_ends_early(images):
     passes = PartialPasses(lambda: sum(images + i for i in range(next(calls))), frozenset())
     with pytest.raises(ValueError, match="must make the same calls in every pass"):
         passes.value_at(4, None, None)
+
+
+# --- several inputs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_given_beside_the_images_hides_no_block(order, images):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = SMALL["vit"]()
+
+        def forward(self, x, scale, shift):
+            return self.vit(x * shift[:, None, None, None]) * scale
+
+    model = build(Scaled).eval()
+    inputs = {"x": images, "scale": torch.tensor([0.5]), "shift": torch.linspace(1, 2, 4)}
+    inputs = dict(list(inputs.items())[::order])
+    blocks, plain = Blocks(model, example=inputs), Blocks(model.vit, example=images)
+    assert [b.kind for b in blocks][1:-1] == [b.kind for b in plain][1:-1]
+    with blocks.lesion(blocks.names[1]), torch.no_grad():
+        found = model(**inputs)
+    with plain.lesion(plain.names[1]), torch.no_grad():
+        expected = model.vit(images * inputs["shift"][:, None, None, None]) * 0.5
+    torch.testing.assert_close(found, expected)
+    data = [{**inputs, "labels": torch.arange(4) % 3}]
+    study = lesion_study(model, data, blocks=blocks)
+    assert study.provenance.settings["shared_prefix"]
+    changed = F.cross_entropy(found, data[0]["labels"]) - study.clean_nll
+    np.testing.assert_allclose(study.delta_nll[0], float(changed), atol=1e-6)
 
 
 # --- passes within passes ------------------------------------------------------------------------

@@ -10,7 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+)
 
 import landscape
 from landscape import Objective
@@ -141,12 +149,28 @@ class Noisy(Dataset):
         return torch.rand(3, 4, 4), torch.randint(9, (), generator=self.generator)
 
 
+class Wrapped:
+    """A loader in another, as timm's."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
 def own_generator(kind):
     """Return a shuffling loader of 12 samples with a generator of its own, and that."""
     generator = torch.Generator().manual_seed(4)
     data = TensorDataset(torch.rand(12, 3, 4, 4), torch.arange(12) % 3)
     if kind == "data set":
         return DataLoader(Noisy(generator), batch_size=4), generator
+    if kind == "part of a data set":
+        parts = ConcatDataset([Subset(Noisy(generator), range(8)), Noisy(generator)])
+        return DataLoader(parts, batch_size=4), generator
+    if kind == "wrapped":
+        loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator)
+        return Wrapped(Wrapped(loader)), generator
     if kind == "sampler":
         sampler = RandomSampler(data, generator=generator)
         return DataLoader(data, batch_size=4, sampler=sampler), generator
@@ -169,7 +193,9 @@ def test_no_probe_moves_a_generator_of_the_loader(name):
         assert not np.array_equal(PROBES[name](model, loader), found[0])
 
 
-@pytest.mark.parametrize("kind", ["loader", "sampler", "batches", "data set"])
+@pytest.mark.parametrize(
+    "kind", ["loader", "sampler", "batches", "data set", "part of a data set", "wrapped"]
+)
 def test_passes_see_a_generator_of_the_loader_as_it_is(kind):
     loader, generator = own_generator(kind)
     state = generator.get_state()
@@ -192,16 +218,6 @@ def test_data_that_are_drawn_again_begin_where_they_were_frozen():
     state = generator.get_state()
     assert [batch.targets.tolist() for batch in frozen.batches] == first
     assert torch.equal(generator.get_state(), state)
-
-
-class Wrapped:
-    """A loader in another, as timm's."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __iter__(self):
-        return iter(self.loader)
 
 
 def test_a_wrapped_loader_is_read_with_workers_of_its_own():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from landscape.blocks.passes import Handler
-from landscape.blocks.structure import ATTENTION, Unit
+from landscape.blocks.structure import Unit, attention_of
 from landscape.blocks.tracing import Step, Trace, function_name
 
 Part = Literal["branch", "conv"] | int
@@ -126,8 +126,7 @@ _OUT_PROJECTION = 11
 
 def _attention(trace: Trace, unit: Unit) -> Step | None:
     """Return the call whose output has an axis of heads, `None` without one."""
-    steps = (trace.steps[s] for s in unit.branch)
-    return next((step for step in steps if step.name in ATTENTION and step.heads), None)
+    return next((step for step in attention_of(trace, unit.branch) if step.heads), None)
 
 
 def _is_spatial(step: Step) -> bool:

@@ -23,12 +23,13 @@ Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head", "other"]
 
 ADDITIONS = frozenset({"add", "addcmul"})
 ACTIVATIONS = frozenset({"relu", "relu6", "gelu", "silu", "hardswish", "leaky_relu", "mish", "elu"})
-ATTENTION = frozenset(
-    {"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
+FUSED = frozenset(
+    {"scaled_dot_product_attention", "multi_head_attention_forward"}
     | {"_native_multi_head_attention"}
 )
+PRODUCTS = frozenset({"matmul", "bmm", "einsum", "baddbmm"})
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
-WEIGHTED = ATTENTION | CONVOLUTIONS | {"linear", "matmul", "opaque"}
+WEIGHTED = FUSED | CONVOLUTIONS | {"linear", "matmul", "softmax", "opaque"}
 POOLING = frozenset(
     {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
     | {"lp_pool2d", "interpolate", "pixel_unshuffle"}
@@ -150,6 +151,33 @@ def share_outside(trace: Trace, units: list[Unit]) -> float:
     return len(outside) / max(len(weighted), 1)
 
 
+def attention_of(trace: Trace, branch: tuple[int, ...]) -> list[Step]:
+    """Return the calls of a branch that weigh values of the input by what it says itself.
+
+    A softmax is one where its weights go into a matrix product with something else of the input.
+    Gates of convolutional networks do not (SK, ResNeSt), or know of one query alone, which is no
+    product itself (the context of GCNet).
+    """
+    steps = trace.steps
+    products = {s for s in branch if steps[s].name in PRODUCTS and len(set(steps[s].inputs)) > 1}
+    known = products | {s for s in branch if steps[s].name == "softmax"}
+    behind: dict[int, set[int]] = {}  # products and softmaxes that a step depends on
+    for s in branch:
+        direct = known.intersection(steps[s].inputs)
+        behind[s] = direct.union(*(behind.get(value, ()) for value in steps[s].inputs))
+    weighing = set().union(*(behind[product] for product in products)) - products
+
+    def has_queries(s: int) -> bool:
+        shape, dim = steps[s].shape or (1,), steps[s].dim
+        rows = math.prod(shape) // shape[-1 if dim is None else dim]
+        return rows > trace.num_samples or bool(behind[s] & products)
+
+    return [
+        steps[s] for s in branch
+        if steps[s].name in FUSED or (s in weighing and has_queries(s))
+    ]  # fmt: skip
+
+
 class _Graph:
     """The dataflow of a trace, from the input to the logits."""
 
@@ -208,11 +236,11 @@ class _Graph:
 
     def kind(self, branch: tuple[int, ...]) -> Kind:
         """Return what a branch is: attention, else a convolution over space, else linear maps."""
-        names = {self.steps[s].name for s in branch}
-        if names & ATTENTION:
+        if attention_of(self.trace, branch):
             return "msa"
         if any(_kernel(self.steps[s]) > 1 for s in branch):
             return "conv"
+        names = {self.steps[s].name for s in branch}
         return "mlp" if names & ({"linear"} | CONVOLUTIONS) else "other"
 
     def _find_cuts(self) -> list[int]:

@@ -21,10 +21,11 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from landscape.blocks.inputs import images_of
 from landscape.objective import predict
 
 INPUT = -1
-"""The value that is the model's input."""
+"""The value that is the model's input: its images."""
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,15 @@ def record(model: nn.Module, inputs: Any) -> Trace:
     Raises:
         ValueError: If the logits do not depend on the input by calls that can be seen.
     """
-    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-    recorder = _Recorder(tensors)
+    images = images_of(inputs)  # what else is given, a mask or a size, is a constant beside them
+    recorder = _Recorder(images)
     # No inference mode: a model that caches a tensor in it could not be trained afterwards.
     with warnings.catch_warnings(), torch.no_grad(), recorder.modules(model), recorder:
         # A compiled part is entered twice: with its wrapper, and by itself.
         warnings.filterwarnings("ignore", ".* when there are global hooks on modules", UserWarning)
         logits = predict(model, inputs)
     trace = recorder.trace
-    images = [t for t in tensors if t.is_floating_point()] or tensors
-    trace.num_samples, trace.input_shape = len(images[0]), tuple(images[0].shape)
+    trace.num_samples, trace.input_shape = len(images), tuple(images.shape)
     if id(logits) not in recorder.values:
         raise ValueError(
             f"`model` must compute its outputs by torch functions, got outputs of a "
@@ -144,11 +144,11 @@ def record(model: nn.Module, inputs: Any) -> Trace:
 class _Recorder(TorchFunctionMode):
     """Writes a trace; keeps every tensor alive so that an identity stays that of one tensor."""
 
-    def __init__(self, inputs: list[Tensor]) -> None:
+    def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.trace = Trace()
-        self.values: dict[int, int] = {id(t): INPUT for t in inputs}
-        self._alive: list[Any] = list(inputs)
+        self.values: dict[int, int] = {id(images): INPUT}
+        self._alive: list[Any] = [images]
         self._stack: list[int] = []
         self._ordinal = 0
 

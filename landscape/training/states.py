@@ -56,10 +56,16 @@ def begin(run: Run, state: dict[str, Any] | None) -> History:
 
     Returns:
         Values by column, empty for a run that starts.
+
+    Raises:
+        ValueError: If weights are wanted that the run has not kept.
     """
     if state is None:
         run.saves.write(run.step.model, 0)
         return {column: [] for column in COLUMNS}
+    history: History = state["history"]
+    done = len(history["epoch"])
+    _check_kept(run, done)
     run.step.model.load_state_dict(state["model"])
     run.step.optimizer.load_state_dict(state["optimizer"])
     if isinstance(run.schedule, LRScheduler):
@@ -67,10 +73,24 @@ def begin(run: Run, state: dict[str, Any] | None) -> History:
     generators = generators_of(run.data)
     for generator, drawn in zip(generators, state.get("generators", ()), strict=False):
         generator.set_state(drawn)  # of a loader that shuffles with one of its own
-    history: History = state["history"]
+    if not run.saves.path(done).exists():  # wanted now, and not before
+        run.saves.write(run.step.model, done)
     if run.saves.folder is not None:  # a run may be killed between state and log
         files.write_log(run.saves.folder / "log.csv", history)
     return history
+
+
+def _check_kept(run: Run, done: int) -> None:
+    """Refuse to go on from an epoch where weights of one before are wanted that are not there."""
+    saves = run.saves
+    wanted = sorted({epoch for epoch in (*saves.named.values(), *saves.trajectory) if epoch < done})
+    for epoch in wanted:
+        if not saves.path(epoch).exists():
+            raise ValueError(
+                f"`checkpoints` and `trajectory` must be what the run in `folder` has kept, got "
+                f"epoch {epoch}, which is past and not there; leave it out, or train again in "
+                "another folder."
+            )
 
 
 def write(run: Run, history: History) -> None:

@@ -228,6 +228,15 @@ def test_the_model_is_left_as_found(name, error):
     assert model.replaced is replaced
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_of_any_type_may_be_parameters(dtype):
+    model = nn.Linear(4, 3)
+    model.index = nn.Parameter(torch.ones(2).to(dtype), requires_grad=False)
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    expected = F.cross_entropy(model(x), y).item()
+    assert evaluate(model, [(x, y)]).nll == pytest.approx(expected, rel=1e-6)
+
+
 def test_nothing_random_and_nothing_global_matters(tmp_path):
     model, batches = make_model("conv", torch.float32), make_batches((6, 2), torch.float32)
     first = evaluate(model, batches)

@@ -152,6 +152,34 @@ def test_a_loader_goes_on_with_generator_and_workers_of_its_own(tmp_path, worker
     assert all(map(torch.equal, train("parts", resume=True), whole))
 
 
+def test_weights_that_are_wanted_later_are_there_or_refused(tmp_path):
+    def train(**arguments):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Linear(4, 3)
+        before = model.weight.clone()
+        data = [(torch.ones(6, 4), torch.arange(6) % 3)]
+        try:
+            return fit(model, data, epochs=4, folder=tmp_path, **arguments)
+        except ValueError:
+            assert torch.equal(model.weight, before)
+            raise
+
+    with pytest.raises(Stop):
+        train(callbacks=stop_after(2))
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    state = torch.load(tmp_path / "resume-00002.pt", weights_only=True)
+    for wanted in ({"checkpoints": ("init", 2)}, {"checkpoints": (1,)}, {"trajectory": 1}):
+        with pytest.raises(ValueError, match="must be what the run in `folder` has kept, got epo"):
+            train(resume=True, **wanted)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    result = train(resume=True, checkpoints=(2, 3))
+    assert torch.equal(
+        torch.load(result.checkpoints[2], weights_only=True)["weight"], state["model"]["weight"]
+    )
+    assert Path(result.checkpoints[3]).exists()
+
+
 def test_other_run_in_the_folder_is_refused(tmp_path):
     run(tmp_path, epochs=3)
     with pytest.raises(ValueError, match="`folder` must hold no run yet, .* pass `resume=True`"):
