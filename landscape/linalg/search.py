@@ -1,6 +1,6 @@
 """The search for extreme eigenpairs in one growing Krylov space."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from math import sqrt
 
 import numpy as np
@@ -128,16 +128,11 @@ class EigenSearch:
             ValueError: If `certify` is a number outside (0, 1), `first` is no direction, or a
                 product is not finite.
         """
-
-        def product(v: torch.Tensor) -> torch.Tensor:
-            found = matvec(v)
-            tick()
-            return found
-
         if first is not None:
             first = start_vector(first, self.space.dim)
         steps = self.steps(starts=starts, certify=certify, min_iter=min_iter, first=first)
-        multiply(steps, product)
+        for _ in multiply(steps, matvec):
+            tick()
 
     def steps(
         self,
@@ -389,8 +384,8 @@ def start_vector(start: torch.Tensor, dim: int) -> torch.Tensor:
     return total
 
 
-def multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Make the products that are asked for.
+def multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Make the products that are asked for, and pause after each, before it is taken in.
 
     Args:
         products: Yields the vectors, and is sent the products.
@@ -399,7 +394,9 @@ def multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor])
     try:
         v = next(products)
         while True:
-            v = products.send(matvec(v))
+            product = matvec(v)
+            yield
+            v = products.send(product)
     except StopIteration:
         return
 

@@ -179,7 +179,8 @@ def hessian_spectrum(
             tick=bar.update,
         )
         if precision != "full":
-            multiply(search.check(), operator.exact().matvec)
+            for _ in multiply(search.check(), operator.exact().matvec):
+                pass
     largest, smallest = search.pairs("largest", vectors), search.pairs("smallest", vectors)
     warn_unconverged(
         [largest.converged, smallest.converged], search.num_matvecs, tol, remedy(precision)

@@ -7,7 +7,7 @@ Leaving out the weight decay or the augmentation is a common mistake (Park & Kim
 import time
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.gradient import Precision, check_precision
 from landscape.linalg.hessian import HessianOperator, Memory, check_finite_losses
 from landscape.linalg.mini_batches import MiniBatchHessian
-from landscape.linalg.search import EigenSearch, Products, start_vector
+from landscape.linalg.search import EigenSearch, multiply, start_vector
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective
 from landscape.probes.hessian import (
@@ -36,7 +36,7 @@ from landscape.probes.hessian import (
 from landscape.provenance import provenance
 from landscape.results import Provenance, Result
 
-Work = Generator[None, None, None]
+Work = Iterator[None]
 """Pauses while the device works on what it has started."""
 
 Item = tuple[int, PreparedBatch]
@@ -315,9 +315,9 @@ class _Solver:
             hessian.load(batch)
             search = self._search(index, compact=hessian.recorded and self._group != 1)
             steps = search.steps(starts=1, certify=self._certify, first=first)
-            yield from _multiply(steps, hessian.matvec)
+            yield from multiply(steps, hessian.matvec)
             if self._precision != "full":
-                yield from _multiply(search.check(), hessian.exact_matvec)
+                yield from multiply(search.check(), hessian.exact_matvec)
             self._rows[index], first = search.pairs("top"), search.direction("top")
             self.kept += hessian.kept
             self._tick()
@@ -400,18 +400,6 @@ def _ready(crew: Sequence[_Worker]) -> list[_Worker]:
         if ready:
             return ready
         time.sleep(_NAP)
-
-
-def _multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor]) -> Work:
-    """Make the products that are asked for, and pause while the device makes each."""
-    try:
-        v = next(products)
-        while True:
-            product = matvec(v)
-            yield
-            v = products.send(product)
-    except StopIteration:
-        return
 
 
 def _check_finite(frozen: FrozenObjective) -> None:
