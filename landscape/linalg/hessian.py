@@ -67,19 +67,6 @@ class CurvatureOperator(SymmetricOperator):
         self.memory = _memory_budget(memory)
         self._set_frozen(objective.freeze(model, data))
 
-    @classmethod
-    def of(cls, frozen: FrozenObjective, *, memory: Memory = "auto") -> Self:
-        """Return the operator of an objective that is already frozen.
-
-        Args:
-            frozen: The objective on one fixed draw of the data.
-            memory: As in the constructor.
-        """
-        self = cls.__new__(cls)
-        self.memory = _memory_budget(memory)
-        self._set_frozen(frozen)
-        return self
-
     def _set_frozen(self, frozen: FrozenObjective) -> None:
         if frozen.recomputes:
             raise ValueError(
