@@ -105,52 +105,45 @@ def check_optimizer(
 
 
 class Means:
-    """Running means of loss and accuracy over samples, kept on the device until asked for."""
+    """Means of loss and accuracy over samples, kept on the device until asked for."""
 
     def __init__(self) -> None:
-        self._losses: list[Tensor] = []
-        self._loss: Tensor | float = 0.0
-        self._amount: Tensor | float = 0.0
-        self._correct: Tensor | float = 0.0
-        self._counted: Tensor | float = 0.0
+        self._tallies: list[Tensor] = []  # of each batch, `(4,)` or `(4, members)`
 
-    def add(self, value: Tensor, amount: Tensor, correct: Tensor, counted: Tensor) -> None:
+    def add(self, *tally: Tensor) -> None:
         """Count a batch: what `forward` returns, scalars or one a member."""
-        value = value.detach()
-        self._losses.append(value)
-        # The mean over ignored labels alone is NaN, but has no weight.
-        self._loss = self._loss + torch.where(amount > 0, value.double(), 0.0) * amount
-        self._amount = self._amount + amount
-        self._correct = self._correct + correct
-        self._counted = self._counted + counted
+        self._tallies.append(torch.stack([number.detach().double() for number in tally]))
 
     @property
     def num_batches(self) -> int:
         """Number of batches counted."""
-        return len(self._losses)
+        return len(self._tallies)
 
     def member(self, index: int) -> Means:
         """Return the means of one member, where values of several `(members,)` were counted."""
         own = Means()
-        own._losses = [value[index] for value in self._losses]
-        own._loss, own._amount, own._correct, own._counted = (
-            torch.as_tensor(total)[index]
-            for total in (self._loss, self._amount, self._correct, self._counted)
-        )
+        own._tallies = [tally[:, index] for tally in self._tallies]
         return own
 
     def first_bad(self) -> int | None:
         """Return the index of the first batch whose loss is not finite, or `None`."""
-        bad = (~torch.stack(self._losses).isfinite()).nonzero()
+        bad = (~self._columns()[0].isfinite()).nonzero()
         return int(bad[0]) if len(bad) else None
 
     def loss(self) -> float:
         """Return the mean loss per sample."""
-        return float(self._loss / self._amount) if self._losses else float("nan")
+        value, amount, _, _ = self._columns()
+        # The mean over ignored labels alone is NaN, but has no weight.
+        return float((torch.where(amount > 0, value, 0.0) * amount).sum() / amount.sum())
 
     def accuracy(self) -> float:
         """Return the share of correct predictions; NaN where the targets are no classes."""
-        return float(self._correct / self._counted) if self._losses else float("nan")
+        _, _, correct, counted = self._columns()
+        return float(correct.sum() / counted.sum())
+
+    def _columns(self) -> Tensor:
+        """Return the four numbers of all batches, `(4, batches)`."""
+        return torch.stack(self._tallies, 1) if self._tallies else torch.zeros(4, 0)
 
 
 def train_epoch(
