@@ -22,7 +22,7 @@ def track(
     return tqdm(items, desc=description, disable=not progress, total=total, leave=False)
 
 
-def count(description: str, progress: bool, total: int) -> "tqdm[int]":
+def progress_bar(description: str, progress: bool, total: int) -> "tqdm[int]":
     """Return a tqdm bar to update by hand, silent unless `progress`.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from landscape._checks import check_choice, check_count, check_generator
-from landscape._progress import count
+from landscape._progress import progress_bar
 from landscape.linalg.certificate import check_certify
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.gradient import Precision
@@ -169,7 +169,7 @@ def hessian_spectrum(
         rough=precision != "full",
     )
     operator = HessianOperator.of(frozen, memory=memory, precision=precision)
-    with count("Hessian spectrum", progress, max_iter) as bar:
+    with progress_bar("Hessian spectrum", progress, max_iter) as bar:
         search.run(
             operator.matvec,
             starts=num_probes if first is None else 1,
@@ -245,7 +245,7 @@ def hessian_density(
     generator = check_generator(generator)
     seed = generator.initial_seed()
     operator = HessianOperator(model, data, objective, memory=memory)
-    with count("Hessian density", progress, num_steps * num_probes) as bar:
+    with progress_bar("Hessian density", progress, num_steps * num_probes) as bar:
         found = density_of(
             operator,
             num_steps=num_steps,
@@ -291,7 +291,7 @@ def hessian_trace(
     generator = check_generator(generator)
     seed = generator.initial_seed()
     operator = HessianOperator(model, data, objective, memory=memory)
-    with count("Hessian trace", progress, num_matvecs) as bar:
+    with progress_bar("Hessian trace", progress, num_matvecs) as bar:
         found = hutch_plus_plus(
             operator, num_matvecs=num_matvecs, generator=generator, tick=bar.update
         )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from landscape._checks import check_count
-from landscape._progress import count
+from landscape._progress import progress_bar
 from landscape.batches import PreparedBatch
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.gradient import Precision, check_precision
@@ -170,7 +170,7 @@ def hessian_max_spectrum(
             stacklevel=2,
         )
     settings: dict[str, Any] = {}
-    with count("Hessian max spectrum", progress, total) as bar:
+    with progress_bar("Hessian max spectrum", progress, total) as bar:
         if engine == "pyhessian":
             from landscape.probes import pyhessian_engine
 

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from landscape._checks import check_choice
 from landscape._loaders import one_pass
-from landscape._progress import count
+from landscape._progress import progress_bar
 from landscape.batches import Transform, split_batch
 from landscape.objective import Loss
 from landscape.results import Result
@@ -197,7 +197,7 @@ def _train(
         done, num_steps = len(histories[0]["epoch"]), len(runs) * runs[0].num_batches
         stack = contexts.enter_context(stacking.stacked(steps)) if at_once else None
         draws = Draws(steps[0].model)
-        bar = contexts.enter_context(count("Training", progress, runs[0].epochs * num_steps))
+        bar = contexts.enter_context(progress_bar("Training", progress, runs[0].epochs * num_steps))
         bar.update(done * num_steps)
         together.call(callbacks, runs, done)
         for epoch in range(done, runs[0].epochs):

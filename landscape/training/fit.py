@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from landscape._progress import count
+from landscape._progress import progress_bar
 from landscape.batches import Transform
 from landscape.objective import Loss
 from landscape.training import loop, run, states, surroundings
@@ -148,7 +148,7 @@ def _train(
     done = len(history["epoch"])
     for callback in callbacks:
         callback(this.step.model, done)
-    with count("Training", progress, this.epochs * this.num_batches) as bar:
+    with progress_bar("Training", progress, this.epochs * this.num_batches) as bar:
         bar.update(done * this.num_batches)
         for epoch in range(done, this.epochs):
             run.run_epoch(this, epoch, history, bar)
