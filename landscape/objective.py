@@ -169,7 +169,7 @@ class FrozenObjective:
         self.num_samples, self.num_batches = batches.num_samples, batches.num_batches
         self.num_left_out = batches.num_drawn - batches.num_batches
         self._caches: list[Cache] = []
-        self._check_model(check_mean, batches.label_range)
+        self._check_model(batches, check_mean)
 
     def of_batch(self, batch: PreparedBatch) -> "FrozenObjective":
         """Return the objective of one mini-batch alone, with the same parameters."""
@@ -239,8 +239,8 @@ class FrozenObjective:
                 total = total + batch.weight * self.data_term(parameters, batch).double()
         return float(total)
 
-    def _check_model(self, check_mean: bool, label_range: tuple[int, int] | None) -> None:
-        batch = next(iter(self.batches))
+    def _check_model(self, batches: FrozenBatches, check_mean: bool) -> None:
+        batch = next(iter(batches))
         inputs, size = batch.inputs, batch.size
         with torch.no_grad(), exclusive(self.model), own_randomness(self.model):
             few = rows_of(inputs, size, slice(0, 2))
@@ -267,7 +267,7 @@ class FrozenObjective:
                 )
             self._check_repeatable(once, inputs, size)
             self._check_targets(once, batch.targets)
-            self._check_labels(once, label_range)
+            self._check_labels(once, batches.label_range)
             with _explained("`loss` on", once, batch.targets), self._loss_left_as_found():
                 loss, again = (self.loss(once, batch) for _ in range(2))
             # A GPU may add up in another order.
@@ -281,7 +281,7 @@ class FrozenObjective:
                     f"`loss` must return a scalar mean, got shape {tuple(loss.shape)}."
                 )
             if check_mean and self.num_batches > 1 and size > 1:
-                self._check_mean(once, batch, float(loss))
+                self._check_mean(once, batch, float(loss), batches)
 
     def _call(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
         # Buffers are cloned: a module that writes to its own must not move this objective.
@@ -383,32 +383,34 @@ class FrozenObjective:
                 f"`model`, got labels from {low} to {high}."
             )
 
-    def _check_mean(self, logits: Tensor, batch: PreparedBatch, loss: float) -> None:
+    def _check_mean(
+        self, logits: Tensor, batch: PreparedBatch, loss: float, batches: FrozenBatches
+    ) -> None:
         """Refuse a loss that is no mean: over two parts of a batch, and over single samples.
 
         Those are of two batches: one may hold a single class, which hides its weight.
         """
-        targets = batch.targets
-        if targets is None or self.objective.loss is None:
-            return
-        logits = for_loss(self.objective.loss, logits)
+        function, targets = self.objective.loss, batch.targets
+        assert function is not None  # the loss has been taken of both
+        assert targets is not None
+        logits = for_loss(function, logits)
         cut = batch.size // 3 or 1
         self._compare_mean([(logits[:cut], targets[:cut]), (logits[cut:], targets[cut:])], loss)
         rows = [(logits[i : i + 1], targets[i : i + 1]) for i in range(min(batch.size, _FEW))]
         with suppress(Exception):  # who wants samples of one size, or several of them, is spared
-            index = self.num_batches - 1 if getattr(self.batches, "are_kept", False) else 1
-            other = next(itertools.islice(self.batches, index, None))
+            index = len(batches) - 1 if batches.are_kept else 1
+            other = next(itertools.islice(batches, index, None))
             few = min(other.size, _FEW)
             inputs = rows_of(other.inputs, other.size, slice(0, few))
-            outputs = for_loss(self.objective.loss, self.logits(self.space.values, inputs))
+            outputs = for_loss(function, self.logits(self.space.values, inputs))
             assert other.targets is not None  # as the first batch has them
             more = [(outputs[i : i + 1], other.targets[i : i + 1]) for i in range(few)]
             torch.cat([rows[0][0], more[0][0]]), torch.cat([rows[0][1], more[0][1]])
             rows += more
         whole = torch.cat([o for o, _ in rows]), torch.cat([t for _, t in rows])
         try:
-            total = float(self.objective.loss(*whole))
-            values = [float(self.objective.loss(o, t)) for o, t in rows]
+            total = float(function(*whole))
+            values = [float(function(o, t)) for o, t in rows]
         except Exception:
             return
         self._compare_mean(rows, total, values)
