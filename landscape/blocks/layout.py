@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landscape.blocks.tracing import Step, Trace
+from landscape.blocks.tracing import INPUT, Step, Trace
 
 _LAST = frozenset({"layer_norm", "linear", "rms_norm"})
 _SECOND = frozenset(
@@ -117,15 +117,11 @@ def _keeps_channels(step: Step, shape: tuple[int, ...] | None) -> bool:
 
 def _token_grid(trace: Trace, value: int, tokens: int) -> tuple[tuple[int, int] | None, int]:
     """Return rows and columns of a token sequence, and the number of tokens before its map."""
-    steps, todo, seen = trace.steps, [value], set()
+    todo = {value}
     wanted = {tokens: 0}  # length of a sequence -> tokens before it
-    while todo:
-        current = max(todo)
+    while (current := max(todo, default=INPUT)) != INPUT:  # inputs are older than what is made
         todo.remove(current)
-        if current < 0 or current in seen:
-            continue
-        seen.add(current)
-        step = steps[current]
+        step = trace.steps[current]
         grid = _grid_of(step.shape, trace.num_samples, wanted)
         if grid is not None:
             return grid, wanted[grid[0] * grid[1]]
@@ -137,7 +133,7 @@ def _token_grid(trace: Trace, value: int, tokens: int) -> tuple[tuple[int, int] 
                 for size in step.sizes:
                     wanted.setdefault(size[axis], before)
                     before += size[axis]
-        todo += step.inputs
+        todo.update(step.inputs)
     return _grid_by_aspect(trace.input_shape, tokens)
 
 
