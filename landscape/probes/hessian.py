@@ -129,11 +129,7 @@ def hessian_spectrum(
     generator = check_arguments(k, engine, tol, certify, start, precision, generator)
     if max_iter is None:
         max_iter = max(200, 80 * num_probes)
-    for name, value in (
-        ("max_basis", max_basis), ("basis_dtype", basis_dtype), ("basis_device", basis_device)
-    ):  # fmt: skip
-        if value is not None and engine != "native":
-            raise ValueError(f"`{name}` needs engine='native', got {engine!r}.")
+    check_native(engine, max_basis=max_basis, basis_dtype=basis_dtype, basis_device=basis_device)
     first = start_vectors(start)
     if first is not None and density:
         raise ValueError("`start` needs `density=False`, got `density=True`.")
@@ -356,11 +352,19 @@ def check_arguments(
     check_tol(tol)
     check_certify(certify)
     check_choice("engine", engine, ("native", "pyhessian"))
-    if start is not None and engine != "native":
-        raise ValueError(f"`start` needs engine='native', got {engine!r}.")
-    if precision != "full" and engine != "native":
-        raise ValueError(f"`precision` {precision!r} needs engine='native', got {engine!r}.")
+    check_native(engine, start=start, precision=None if precision == "full" else precision)
     return check_generator(generator)
+
+
+def check_native(engine: str, **given: object) -> None:
+    """Refuse arguments that PyHessian has no use for, where they are not `None`.
+
+    Raises:
+        ValueError: If it is given one.
+    """
+    for name, value in given.items():
+        if value is not None and engine != "native":
+            raise ValueError(f"`{name}` needs engine='native', got {engine!r}.")
 
 
 def _density(ritz: RitzPairs, weights: np.ndarray, dim: int, k: int) -> SpectralDensity:

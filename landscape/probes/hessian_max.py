@@ -30,6 +30,7 @@ from landscape.probes.hessian import (
     Engine,
     HessianSpectrum,
     check_arguments,
+    check_native,
     remedy,
     start_vectors,
 )
@@ -152,8 +153,7 @@ def hessian_max_spectrum(
     check_count("num_bootstrap", num_bootstrap, 1)
     if group is not None:
         check_count("group", group, 1)
-    if group is not None and engine != "native":
-        raise ValueError(f"`group` needs engine='native', got {engine!r}.")
+    check_native(engine, group=group)
     first = start_vectors(start)
     seed = generator.initial_seed()
     frozen = objective.freeze(model, data, check_mean=False)
