@@ -15,7 +15,11 @@ def check_at_least(name: str, value: float, minimum: float) -> None:
     Raises:
         ValueError: If `value` is below `minimum` (or NaN).
     """
-    if not value >= minimum:
+    try:
+        fits = bool(value >= minimum)
+    except TypeError:
+        raise ValueError(f"`{name}` must be a number, got {value!r}.") from None
+    if not fits:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
 
 

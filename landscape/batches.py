@@ -8,7 +8,7 @@ shuffling loader).
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,9 @@ class FrozenBatches:
         self._generators = [generator.get_state() for generator in generators_of(data)]
         self._kept: list[_Drawn] | None = []
         self._prints: list[Tensor] = []
-        self._first_pass(amount, ignore, keep_bytes)
+        self._copies = False  # of data that write each batch where the last one was
+        while not self._first_pass(amount, ignore, keep_bytes):
+            self._kept, self._copies = [], True
 
     def __len__(self) -> int:
         return self.num_batches
@@ -122,7 +124,9 @@ class FrozenBatches:
         amount: Callable[[Tensor | None, int], Tensor | float],
         ignore: int,
         keep_bytes: int,
-    ) -> None:
+    ) -> bool:
+        """Draw every batch; return whether those that are kept are tensors of their own."""
+        places: set[int] = set()
         sizes: list[int] = []
         amounts: list[Tensor | float] = []
         extremes: list[Tensor] = []
@@ -137,6 +141,12 @@ class FrozenBatches:
             if self._kept is None:
                 self._prints.append(_fingerprint(drawn))
                 continue
+            here = {
+                t.data_ptr() for t in _tensors(drawn) if t.numel() and t.layout is torch.strided
+            }
+            if here & places and not self._copies:
+                return False
+            places |= here
             self._kept.append(drawn)
             held += _num_bytes(drawn)
             if held > keep_bytes:
@@ -155,6 +165,7 @@ class FrozenBatches:
         if extremes:
             both = torch.stack(extremes)
             self.label_range = (int(both[:, 0].min()), int(both[:, 1].max()))
+        return True
 
     def _redraw(self) -> Iterator["_Drawn"]:
         count = 0
@@ -176,13 +187,15 @@ class FrozenBatches:
     def _prepare(self, raw: Any, index: int) -> "_Drawn":
         inputs, targets = split_batch(raw, index)
         placement = self._placement
-        inputs, targets = placement.place(inputs), placement.place(targets)
+        inputs, targets = placement.place(inputs), placement.place_targets(targets)
+        if self._copies:
+            inputs, targets = copied(inputs), copied(targets)
         size = _size(inputs, targets)
         if self._transform is not None:
             generator = torch.Generator().manual_seed(_mix(self._seed, index))
             with OwnStreams(_mix(self._seed, index)).entered():  # some draw from the global ones
                 inputs, targets = self._transform(copied(inputs), copied(targets), generator)
-            inputs, targets = placement.place(inputs), placement.place(targets)
+            inputs, targets = placement.place(inputs), placement.place_targets(targets)
             if _size(inputs, targets) != size:
                 raise ValueError(
                     f"`transform` must keep the number of samples, got {size} -> "
@@ -232,6 +245,13 @@ class Placement:
         placed = value.to(self.device, dtype)
         return placed.clone() if placed.is_inference() else placed  # autograd cannot save those
 
+    def place_targets(self, targets: Tensor | None) -> Tensor | None:
+        """Return targets on the device, in float32 where a model in half precision would round."""
+        wider = targets is not None and targets.dtype.itemsize > self.dtype.itemsize
+        dtype = torch.promote_types(self.dtype, torch.float32) if wider else self.dtype
+        placed: Tensor | None = replace(self, dtype=dtype).place(targets)
+        return placed
+
 
 def stream_batches(model: nn.Module, data: Iterable[Any]) -> "Iterator[_Drawn]":
     """Return one pass over the data as `(inputs, targets, size)` on the model's device.
@@ -257,7 +277,7 @@ def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
     total = 0
     for index, raw in enumerate(one_pass(data)):
         inputs, targets = split_batch(raw, index)
-        inputs, targets = placement.place(inputs), placement.place(targets)
+        inputs, targets = placement.place(inputs), placement.place_targets(targets)
         size = _size(inputs, targets)
         total += size
         if size:
@@ -266,6 +286,26 @@ def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
             check_unchanged(inputs, versions)
     if not total:
         raise ValueError("`data` must yield at least one sample, got none; is it empty?")
+
+
+_MAIN = ("pixel_values", "input_ids", "inputs_embeds", "input_values", "input_features")
+
+
+def images_of(inputs: Any) -> Tensor:
+    """Return what a batch is about: its floating-point tensor of the most dimensions.
+
+    Else its integer tensor; of several alike the first, or what Hugging Face calls the main input.
+
+    Raises:
+        TypeError: If a batch holds no tensor.
+    """
+    named = inputs.items() if isinstance(inputs, Mapping) else [("", inputs)]
+    tensors = [(name, v) for name, v in named if isinstance(v, Tensor) and v.dim()]
+    if not tensors:
+        raise TypeError(
+            f"`inputs` must be a tensor or a mapping of tensors, got a {type(inputs).__name__}."
+        )
+    return max(tensors, key=lambda t: (t[0] in _MAIN, t[1].is_floating_point(), t[1].dim()))[1]
 
 
 def rows_of(
@@ -380,9 +420,8 @@ def _extremes(labels: Tensor, ignore: int) -> Tensor:
 def _size(inputs: Inputs, targets: Tensor | None) -> int:
     if targets is not None:
         return len(targets)
-    if isinstance(inputs, Tensor):
-        return len(inputs)
-    return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
+    values = [inputs] if isinstance(inputs, Tensor) else inputs.values()
+    return len(images_of(inputs)) if any(isinstance(v, Tensor) and v.dim() for v in values) else 0
 
 
 def _tensors(drawn: _Drawn) -> list[Tensor]:
@@ -396,11 +435,15 @@ def _num_bytes(drawn: _Drawn) -> int:
 
 
 def _fingerprint(drawn: _Drawn) -> Tensor:
-    """Return numbers that change when a sample of the batch changes or moves."""
+    """Return numbers that change when a sample of the batch changes, or something moves."""
     sums = []
     for t in _tensors(drawn):
         rows = t.detach().double()
-        rows = rows.flatten(1).sum(1) if rows.dim() > 1 else rows.reshape(-1)
+        if rows.dim() > 1:
+            rows = rows.flatten(1)
+            places = torch.arange(rows.shape[1], device=t.device, dtype=torch.float64)
+            rows = (rows * (1 + places / len(places))).sum(1)
+        rows = rows.reshape(-1)
         ramp = torch.arange(1, len(rows) + 1, device=t.device, dtype=torch.float64)
         sums.append(torch.stack([rows.sum(), (rows * ramp).sum(), rows.new_tensor(t.numel())]))
     return torch.stack(sums)

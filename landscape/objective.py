@@ -10,9 +10,11 @@ of L (or two products with its Hessian) would belong to two different functions.
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +52,9 @@ from landscape.restore import (
     emptied,
     eval_mode,
     exclusive,
+    one_function,
     own_randomness,
+    watched_streams,
 )
 
 _HOOKED = "saved tensors are hooked"
@@ -85,6 +89,11 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_at_least("weight_decay", self.weight_decay, 0.0)
+        if self.loss is not None and (isinstance(self.loss, type) or not callable(self.loss)):
+            raise ValueError(
+                f"`loss` must be a function of outputs and targets, or None, got {self.loss!r}; "
+                "make a module of a class, as in `nn.CrossEntropyLoss()`."
+            )
         reduction = loss_settings(self.loss)[2]
         if reduction not in ("mean", "batchmean"):
             raise ValueError(
@@ -124,6 +133,19 @@ class Objective:
             16 of its samples (a second one of all in a batch of up to 32), and one of two.
         """
         return FrozenObjective(self, model, data, keep_bytes, check_mean)
+
+
+def check_objective(objective: object) -> None:
+    """Refuse what is no objective, such as a loss alone.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"`objective` must be an Objective, got {type(objective).__name__}; pass "
+            "`Objective(loss=…)`."
+        )
 
 
 class FrozenObjective:
@@ -169,6 +191,7 @@ class FrozenObjective:
         self.num_samples, self.num_batches = batches.num_samples, batches.num_batches
         self.num_left_out = batches.num_drawn - batches.num_batches
         self._caches: list[Cache] = []
+        self._draws = False  # whether a pass moves the global random streams
         self._check_model(batches, check_mean)
 
     def of_batch(self, batch: PreparedBatch) -> "FrozenObjective":
@@ -186,7 +209,8 @@ class FrozenObjective:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the model in evaluation mode, without what it keeps of its own parameters."""
-        with eval_mode(self.model), emptied(self._caches):
+        randomness = own_randomness(self.model) if self._draws else nullcontext()
+        with eval_mode(self.model), emptied(self._caches), one_function(), randomness:
             yield
 
     def logits(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
@@ -203,7 +227,7 @@ class FrozenObjective:
         self, parameters: Mapping[str, Tensor], batch: PreparedBatch
     ) -> tuple[Tensor, Any]:
         """Return the mean loss of one batch that the model itself gives, and its raw output."""
-        outputs = self.outputs(parameters, _with_labels(batch))
+        outputs = self.outputs(parameters, _with_labels(self.model, batch))
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
         if not isinstance(loss, Tensor):
             raise ValueError(
@@ -248,14 +272,16 @@ class FrozenObjective:
                 self.model, functools.partial(self._call_with_gradient, few), learned=True
             )
             if self.objective.loss is None:
-                once, *more = (self.data_term(self.space.values, batch) for _ in range(3))
-                for again in more:  # two numbers may agree by chance
-                    _check_same(once, again)
+                with watched_streams(self.model) as moved:
+                    once = self.data_term(self.space.values, batch)
+                for _ in range(2):  # two numbers may agree by chance
+                    _check_same(once, self._again(self.space.values, batch, self.data_term))
+                self._draws = moved()
                 return
             versions = versions_of(inputs)
             weights = {**self.space.fixed, **self.space.values}
             own = [(n, t, t._version) for n, t in weights.items() if not t.is_inference()]
-            with _explained("`model` on", inputs):
+            with _explained("`model` on", inputs), watched_streams(self.model) as moved:
                 once = self.logits(self.space.values, inputs)
             check_unchanged(inputs, versions)
             known = dict(self.model.named_parameters(remove_duplicate=False))
@@ -266,6 +292,7 @@ class FrozenObjective:
                     f"for {size} samples."
                 )
             self._check_repeatable(once, inputs, size)
+            self._draws = moved()
             self._check_targets(once, batch.targets)
             self._check_labels(once, batches.label_range)
             with _explained("`loss` on", once, batch.targets), self._loss_left_as_found():
@@ -332,17 +359,40 @@ class FrozenObjective:
                 once = self.logits(awake, rows)
                 values, inputs = awake, rows
                 break
-        _check_same(once, self._logits_again(values, inputs))
+        _check_same(once, self._again(values, inputs, self.logits))
 
-    def _logits_again(self, values: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    def _again(self, values: Mapping[str, Tensor], data: Any, run: Callable[..., Tensor]) -> Tensor:
+        """Return what a pass gives that records its graph, and look at that."""
         try:
             with torch.enable_grad(), disable_saved_tensors_hooks(_HOOKED):
-                return self.logits(values, inputs)
+                again = run(values, data)
         except RuntimeError as error:
             if _HOOKED not in str(error):
                 raise
-        self.recomputes = True
-        return self.logits(values, inputs)
+            self.recomputes = True
+            again = run(values, data)
+        self._check_reached(again)
+        return again.detach()
+
+    def _check_reached(self, outputs: Tensor) -> None:
+        """Refuse a model that uses a chosen parameter of its own, not what stands in its place."""
+        if not outputs.requires_grad:  # what stands there does not
+            return
+        known = {id(p): name for name, p in self.model.named_parameters()}
+        nodes, seen = [outputs.grad_fn], {outputs.grad_fn}
+        for node in nodes:  # grows
+            name = known.get(id(getattr(node, "variable", None)))
+            if name in self.space.values:
+                raise ValueError(
+                    f"`model` must find its parameters as attributes of its modules, got {name!r} "
+                    "by another way (a list, a `partial`, a view made before), where nothing can "
+                    "stand in for it; look it up in the forward pass, or leave it out by "
+                    "`Objective(parameters=…)`."
+                )
+            for below, _ in node.next_functions if node is not None else ():
+                if below is not None and below not in seen:
+                    seen.add(below)
+                    nodes.append(below)
 
     def _check_targets(self, logits: Tensor, targets: Tensor | None) -> None:
         if targets is None:
@@ -426,7 +476,7 @@ class FrozenObjective:
         if len(counted) < 2:
             return
         mean = sum(a * v for a, v in counted) / sum(a for a, _ in counted)
-        if abs(mean - loss) > 1e-2 * max(abs(mean), abs(loss)):
+        if math.isfinite(loss) and not abs(mean - loss) <= 1e-2 * max(abs(mean), abs(loss)):
             raise ValueError(
                 f"`loss` must be a mean over samples, got {loss:.6g} for a batch whose parts "
                 f"average to {mean:.6g}; pass class weights as `nn.CrossEntropyLoss(weight=…)`, "
@@ -456,7 +506,14 @@ def _is_same(now: Tensor, before: Tensor) -> bool:
 
 
 def _check_same(once: Tensor, again: Tensor) -> None:
-    if not torch.allclose(once, again, rtol=1e-3, atol=1e-3, equal_nan=True):
+    """Refuse a model that is random, whatever the size of its outputs."""
+    finite = once.double()[once.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    precision = torch.finfo(once.dtype).eps if once.is_floating_point() else 0.0
+    # A GPU may round the factors of products, and take another kernel where a graph is wanted.
+    relative = max(1e-4 if once.device.type == "cpu" else 1e-3, 4 * precision)
+    atol = relative * scale + 1e-7  # a loss near zero is the rounding of larger numbers
+    if not torch.allclose(once, again, rtol=relative, atol=atol, equal_nan=True):
         raise ValueError(
             "`model` must be deterministic in evaluation mode, got two different outputs for one "
             "batch; switch off its functional dropout or sampling."
@@ -486,10 +543,13 @@ def predict(model: nn.Module, inputs: Inputs) -> Tensor:
     return as_logits(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
 
 
-def _with_labels(batch: PreparedBatch) -> Inputs:
+def _with_labels(model: nn.Module, batch: PreparedBatch) -> Inputs:
+    """Return the arguments of a model that takes its own loss, by its name for the labels."""
     if batch.targets is None or not isinstance(batch.inputs, Mapping):
         return batch.inputs
-    return {**batch.inputs, "labels": batch.targets}
+    arguments = inspect.signature(model.forward).parameters
+    key = next((key for key in LABEL_KEYS if key in arguments), LABEL_KEYS[0])
+    return {**batch.inputs, key: batch.targets}
 
 
 def _name(function: Any) -> str:

@@ -156,6 +156,11 @@ def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:
         canonical = aliases(model)
         wanted: set[str] = set()
         for pattern in [choice] if isinstance(choice, str) else choice:
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    "`parameters` must be patterns of names, or a predicate `(name, parameter)`, "
+                    f"got a {type(pattern).__name__}."
+                )
             matched = {canonical[n] for n in fnmatch.filter(canonical, pattern)}
             if not matched:
                 raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from landscape._checks import check_materialised
 from landscape._locks import locked
-from landscape._streams import OwnStreams
+from landscape._streams import OwnStreams, read_streams, same_streams
 
 Cache = tuple[nn.Module, str, Any]
 """A module, the name of an attribute of it, and what that is when it is empty."""
@@ -159,6 +159,20 @@ def eagerly() -> Iterator[None]:
 
 
 @contextmanager
+def one_function() -> Iterator[None]:
+    """Keep the encoder layers of PyTorch to one function, with gradients and without.
+
+    Their fast path, taken without, sets what is padded to zero.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
 def rounding(precision: str) -> Iterator[None]:
     """Let matrix products and convolutions of a GPU round their factors to TF32, or not.
 
@@ -200,6 +214,19 @@ def own_randomness(model: nn.Module) -> Iterator[None]:
                 torch.cuda.manual_seed(0)
         with OwnStreams().entered():
             yield
+
+
+@contextmanager
+def watched_streams(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Yield what tells, afterwards, whether something was drawn from a global random stream."""
+    with device_streams(model) as devices:
+        states = {device: torch.cuda.get_rng_state(device) for device in devices}
+        before, drawn = read_streams(), [False]
+        yield lambda: drawn[0]
+        drawn[0] = not same_streams(before, read_streams()) or any(
+            not torch.equal(state, torch.cuda.get_rng_state(device))
+            for device, state in states.items()
+        )
 
 
 @contextmanager

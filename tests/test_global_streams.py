@@ -116,6 +116,7 @@ class Residual(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):
+        torch.rand(2)  # it changes nothing
         x = self.stem(x)
         return self.head((x + self.conv(F.gelu(x))).mean((2, 3)))
 

@@ -1,4 +1,5 @@
 import functools
+import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils import prune
 
@@ -783,3 +785,208 @@ def test_bad_models_and_settings_are_refused():
         Objective(transform=lambda x, y, g: (x[:2], y[:2])).freeze(make_model("conv"), batches)
     with pytest.raises(ValueError, match="only ignored labels"):
         Objective().freeze(make_model("conv"), [(X, torch.full_like(Y, -100))])
+
+
+# --- one function at every pass ------------------------------------------------------------------
+
+
+def test_batches_may_be_written_where_the_last_one_was():
+    x, y = torch.randn(9, 4, 4, 4, dtype=torch.float64), torch.arange(9) % 3
+
+    class Recycling:
+        def __iter__(self):
+            inputs, labels = torch.empty_like(x[:3]), torch.empty_like(y[:3])
+            for start in (0, 3, 6):
+                inputs.copy_(x[start : start + 3])
+                labels.copy_(y[start : start + 3])
+                yield inputs, labels
+
+    model, whole = make_model("conv"), [(x, y)]
+    expected = Objective().freeze(model, whole).value()
+    for keep_bytes in (None, 0):
+        frozen = Objective().freeze(model, Recycling(), keep_bytes=keep_bytes)
+        assert frozen.value() == pytest.approx(expected, rel=1e-12)
+    parts = [(x[:3], y[:3]), (x[3:], y[3:])]  # of one storage: nothing to copy
+    first = next(iter(Objective().freeze(model, parts).batches))
+    assert first.inputs.data_ptr() == x.data_ptr()
+
+
+class Elsewhere(nn.Module):
+    """Holds one of its parameters in another place too, and uses that."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.call = {
+            "list": lambda own=[self.a.weight]: own[0],  # noqa: B006
+            "partial": functools.partial(lambda own: own, own=self.a.weight),
+            "view": lambda own=self.a.weight.view(5, 4): own,
+            "attribute": lambda: self.a.weight,
+        }[place]
+
+    def forward(self, x):
+        return self.b(torch.tanh(F.linear(x, self.call(), self.a.bias)))
+
+
+@pytest.mark.parametrize("place", ["list", "partial", "view"])
+def test_a_parameter_that_nothing_can_stand_in_for_is_refused(place):
+    data = [(torch.randn(6, 4), torch.arange(6) % 3)]
+    with pytest.raises(ValueError, match="`model` must find its parameters as .* got 'a.weight'"):
+        Objective().freeze(Elsewhere(place), data)
+    Objective(parameters=["b.*", "a.bias"]).freeze(Elsewhere(place), data)  # it stays as it is
+    Objective().freeze(Elsewhere("attribute"), data)
+
+    class Forces(nn.Module):  # a graph of its own, without the parameters of the model
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.a(x.detach().requires_grad_())
+
+    Objective().freeze(Forces(), data)
+
+
+def test_padding_of_an_encoder_is_one_function_with_gradients_and_without():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+            self.words, self.encoder = nn.Embedding(7, 4), nn.TransformerEncoder(layer, 2)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(self.words(x), src_key_padding_mask=x == 0).mean(1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Padded().double(), torch.randint(1, 7, (20, 6))
+    x[:, 4:] = 0
+    operator = HessianOperator(model, [(x, torch.arange(20) % 3)])
+    space, step = operator.frozen.space, 1e-3
+    origin = space.flatten(space.values)
+    v = torch.ones_like(origin) / len(origin) ** 0.5
+    low, middle, high = (
+        operator.frozen.value(space.unflatten(origin + t * v)) for t in (-step, 0, step)
+    )
+    assert float(operator.gradient() @ v) == pytest.approx((high - low) / (2 * step), rel=1e-4)
+    curvature = (high - 2 * middle + low) / step**2
+    assert float(v @ (operator @ v)) == pytest.approx(curvature, rel=1e-3)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_small_random_outputs_are_random_too():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(20, 32), nn.Linear(32, 3)
+            self.b.weight.data.mul_(2e-4)
+
+        def forward(self, x):
+            return self.b(F.dropout(self.a(x).relu(), 0.5))
+
+    data = [(torch.randn(40, 20), torch.arange(40) % 3)]
+    with pytest.raises(ValueError, match="deterministic"):
+        Objective().freeze(Small(), data)
+
+
+def test_a_hidden_ignored_label_shows_as_nan():
+    def masked(outputs, targets):
+        return F.cross_entropy(outputs, targets, ignore_index=0)
+
+    x, y = torch.randn(40, 4), torch.arange(40) % 2 + 1
+    y[22:] = 0
+    with pytest.raises(ValueError, match="`loss` must be a mean over samples"):
+        Objective(loss=masked).freeze(nn.Linear(4, 3), [(x[:20], y[:20]), (x[20:], y[20:])])
+
+
+def test_targets_are_not_rounded_for_a_part_in_half_precision():
+    model = nn.Sequential(nn.Linear(4, 4).bfloat16().requires_grad_(False), nn.Linear(4, 1))
+
+    class Widened(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model[1](self.model[0](x).float())
+
+    x, y = torch.randn(40, 4).bfloat16(), 100 + torch.randn(40, 1)
+    frozen = Objective(loss=F.mse_loss).freeze(Widened(), [(x, y)])
+    assert frozen.value() == pytest.approx(F.mse_loss(Widened()(x), y).item(), rel=1e-6)
+
+
+def test_data_that_move_within_a_sample_are_refused_when_drawn_again():
+    class Flipping(torch.utils.data.Dataset):
+        def __init__(self):
+            self.x, self.passes = torch.randn(8, 1, 4, 4), 0
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            self.passes += index == 0
+            return self.x[index].flip(-1) if self.passes > 2 else self.x[index], index % 3
+
+    loader = torch.utils.data.DataLoader(Flipping(), batch_size=4)
+    frozen = Objective().freeze(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), loader, keep_bytes=0)
+    with pytest.raises(ValueError, match="must yield the same batches at every pass"):
+        list(itertools.chain(frozen.batches, frozen.batches))
+
+
+# --- losses of the model -------------------------------------------------------------------------
+
+
+class OwnLoss(nn.Module):
+    def __init__(self, checkpoints=False):
+        super().__init__()
+        self.a, self.b, self.checkpoints = nn.Linear(5, 4), nn.Linear(4, 3), checkpoints
+
+    def forward(self, x, targets):
+        body = self.a
+        if self.checkpoints:
+            x = torch.utils.checkpoint.checkpoint(body, x, use_reentrant=False)
+        else:
+            x = body(x)
+        return {"loss": F.cross_entropy(self.b(x.tanh()), targets)}
+
+
+def test_labels_go_to_a_model_by_the_name_that_it_has_for_them():
+    model, x, y = OwnLoss(), torch.randn(6, 5), torch.arange(6) % 3
+    frozen = Objective(loss=None).freeze(model, [{"x": x, "targets": y}])
+    assert frozen.value() == pytest.approx(model(x, y)["loss"].item(), rel=1e-6)
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        hessian_trace(OwnLoss(True), [{"x": x, "targets": y}], objective=Objective(loss=None))
+
+
+def test_samples_of_a_mapping_are_those_of_its_largest_input():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(5, 5)
+
+        def forward(self, mask, x):
+            return {"loss": F.mse_loss(self.a(x) * mask, x * mask)}
+
+    model, mask, x = Masked(), torch.rand(5), torch.randn(12, 5)
+    batches = [{"mask": mask, "x": x[:9]}, {"mask": mask, "x": x[9:]}]
+    frozen = Objective(loss=None).freeze(model, batches)
+    assert frozen.num_samples == 12
+    assert frozen.value() == pytest.approx(model(mask, x)["loss"].item(), rel=1e-6)
+
+
+def test_mistakes_are_named():
+    model, data = nn.Linear(4, 3), [(torch.randn(6, 4), torch.arange(6) % 3)]
+    with pytest.raises(ValueError, match="`loss` must be a function of .* make a module of a cl"):
+        Objective(loss=nn.CrossEntropyLoss)
+    with pytest.raises(ValueError, match="`weight_decay` must be a number, got None"):
+        Objective(weight_decay=None)
+    for probe in (hessian_trace, loss_line):
+        with pytest.raises(TypeError, match="`objective` must be an Objective, got function"):
+            probe(model, data, objective=F.cross_entropy)
+    with pytest.raises(TypeError, match="`parameters` must be patterns of names, .* a Parameter"):
+        Objective(parameters=[model.weight]).freeze(model, data)
+    operator = HessianOperator(model, data)
+    with pytest.raises(TypeError, match="`v` must be a tensor, got ndarray"):
+        operator @ np.ones(operator.dim)
+    assert (operator @ torch.ones(operator.dim, 0)).shape == (operator.dim, 0)

@@ -6,29 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landscape.batches import rows_of
+from landscape.batches import images_of, rows_of
 
 _SIDES = (224, 32, 64, 256, 384, 28)
-
-
-_MAIN = ("pixel_values", "input_ids", "inputs_embeds", "input_values", "input_features")
-
-
-def images_of(inputs: Any) -> Tensor:
-    """Return what a batch is about: its floating-point tensor of the most dimensions.
-
-    Else its integer tensor; of several alike the first, or what Hugging Face calls the main input.
-
-    Raises:
-        TypeError: If a batch holds no tensor.
-    """
-    named = inputs.items() if isinstance(inputs, Mapping) else [("", inputs)]
-    tensors = [(name, v) for name, v in named if isinstance(v, Tensor) and v.dim()]
-    if not tensors:
-        raise TypeError(
-            f"`inputs` must be a tensor or a mapping of tensors, got a {type(inputs).__name__}."
-        )
-    return max(tensors, key=lambda t: (t[0] in _MAIN, t[1].is_floating_point(), t[1].dim()))[1]
 
 
 def likely_images(model: nn.Module) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from landscape.blocks.inputs import images_of
+from landscape.batches import images_of
 from landscape.objective import predict
 
 INPUT = -1

@@ -52,8 +52,9 @@ class GradientGraph:
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> tuple[Tensor, int]:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
+            if tensor.layout is torch.strided:  # another has no storage of its own
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
             # The tensor itself would hold its own graph for ever.
             return tensor.detach(), tensor._version
 

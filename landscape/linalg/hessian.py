@@ -27,7 +27,7 @@ from landscape.linalg.gradient import (
 from landscape.linalg.operators import SymmetricOperator
 from landscape.linalg.recorded_hessian import RecordedHessian
 from landscape.memory import free_memory
-from landscape.objective import FrozenObjective, Objective
+from landscape.objective import FrozenObjective, Objective, check_objective
 from landscape.parameters import ParameterSpace
 from landscape.recording import Repeated, apart
 
@@ -65,6 +65,7 @@ class CurvatureOperator(SymmetricOperator):
                 model has gradient checkpointing on.
         """
         self.memory = _memory_budget(memory)
+        check_objective(objective)
         self._set_frozen(objective.freeze(model, data))
 
     def _set_frozen(self, frozen: FrozenObjective) -> None:

@@ -77,10 +77,17 @@ class SymmetricOperator(ABC):
             raise ValueError(
                 f"`vectors` must have shape ({self.dim}, k), got {tuple(vectors.shape)}."
             )
+        if not vectors.shape[1]:
+            return vectors.new_empty(self.dim, 0, dtype=self.dtype, device=self.device)
         self.num_matvecs += vectors.shape[1]
         return self._matmat(vectors.detach().to(self.device, self.dtype))
 
     def __matmul__(self, other: Tensor) -> Tensor:
+        if not isinstance(other, Tensor):
+            raise TypeError(
+                f"`v` must be a tensor, got {type(other).__name__}; call `torch.as_tensor`, or "
+                "take `to_scipy()`."
+            )
         return self.matvec(other) if other.dim() == 1 else self.matmat(other)
 
     def to_scipy(self) -> "LinearOperator":

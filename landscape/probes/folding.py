@@ -41,7 +41,8 @@ class Calls(TorchFunctionMode):
         self._names = {module: name for name, module in model.named_modules()}
         self._count: dict[nn.Module, int] = {}
         self._outputs: list[tuple[nn.Module, Tensor]] = []  # of convolutions
-        self._uses: dict[int, int] = {}  # of these, in functions that return a tensor
+        self._uses: Counter[int] = Counter()  # of tensors, in functions that return one
+        self._weights: dict[nn.Module, list[int]] = {}  # of convolutions, those of the pass
         self._follows: list[tuple[nn.Module, nn.Module, int]] = []
 
     def pairs(self) -> list[Pair]:
@@ -58,7 +59,7 @@ class Calls(TorchFunctionMode):
             for conv, norm, output in self._follows
             if is_plain(conv)
             and is_plain(norm)
-            and self._uses[output] == 1
+            and all(self._uses[tensor] == 1 for tensor in (output, *self._weights[conv]))
             and conv._parameters.get("weight") is not None
             and norm.running_mean is not None
             and "forward" not in vars(norm)
@@ -67,12 +68,11 @@ class Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Make one call, and count it where it makes something of a convolution's output."""
+        """Make one call, and count what it makes something of."""
         out = func(*args, **(kwargs or {}))
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
-            for leaf in tree_leaves((args, kwargs)):
-                if id(leaf) in self._uses:
-                    self._uses[id(leaf)] += 1
+            given = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            self._uses.update(given)
         return out
 
     def note(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -80,7 +80,8 @@ class Calls(TorchFunctionMode):
         self._count[module] = self._count.get(module, 0) + 1
         if type(module) in _CONVOLUTIONS:
             self._outputs.append((module, output))  # kept, so that no other gets its id
-            self._uses[id(output)] = 0
+            self._uses[id(output)] = 0  # another had it before
+            self._weights[module] = [id(tensor) for tensor in _tensors(module)]
         else:
             for conv, made in self._outputs:
                 if args and args[0] is made:

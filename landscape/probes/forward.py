@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from landscape.batches import Inputs, names_of_rows, rows_of
 from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
+from landscape.probes.batch_norm import has_batch_statistics
 from landscape.probes.folding import Pair, calls_of, folded
 from landscape.restore import eagerly, is_compiled
 
@@ -66,7 +67,8 @@ class Forward:
         frozen = self._frozen
         batch = next(iter(frozen.batches))
         on_cpu = frozen.space.device.type == "cpu"
-        if not on_cpu or frozen.objective.loss is None or batch.size <= PART:
+        mixes = has_batch_statistics(frozen.model)  # however little it shows at these weights
+        if not on_cpu or mixes or frozen.objective.loss is None or batch.size <= PART:
             return 0, False, []
         size = min(batch.size, 2 * PART)
         inputs = rows_of(batch.inputs, batch.size, slice(0, size))
@@ -91,7 +93,7 @@ class Forward:
         for channels_last, folds in itertools.product(last, [pairs, []] if pairs else [[]]):
             try:
                 outputs = self._cut_logits(state, inputs, size, PART, channels_last, folds)
-            except RuntimeError:  # such as a `view` that wants its channels first
+            except Exception:  # such as a `view` that wants its channels first
                 continue
             if _close(outputs, expected):
                 return part, channels_last, folds

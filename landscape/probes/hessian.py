@@ -22,7 +22,7 @@ from landscape.linalg.krylov import RitzPairs
 from landscape.linalg.quadrature import SpectralDensity, check_density, density_of, spectral_density
 from landscape.linalg.search import EigenSearch, check_tol, multiply, start_vector
 from landscape.linalg.trace import FEWEST, TraceEstimate, hutch_plus_plus
-from landscape.objective import Objective
+from landscape.objective import Objective, check_objective
 from landscape.provenance import provenance
 from landscape.results import Provenance, Result
 
@@ -134,6 +134,7 @@ def hessian_spectrum(
     if first is not None and density:
         raise ValueError("`start` needs `density=False`, got `density=True`.")
     seed = generator.initial_seed()
+    check_objective(objective)
     frozen = objective.freeze(model, data)
     k = min(k, frozen.space.dim)
     first = first if first is None else start_vector(first, frozen.space.dim)

@@ -25,7 +25,7 @@ from landscape.linalg.hessian import HessianOperator, Memory, check_finite_losse
 from landscape.linalg.mini_batches import MiniBatchHessian
 from landscape.linalg.search import EigenSearch, multiply, start_vector
 from landscape.memory import free_memory
-from landscape.objective import FrozenObjective, Objective
+from landscape.objective import FrozenObjective, Objective, check_objective
 from landscape.probes.hessian import (
     Engine,
     HessianSpectrum,
@@ -69,6 +69,8 @@ class HessianMaxSpectrum(Result):
         nep: Negative max eigenvalue proportion, ∫_{-∞}^0 p(λ)dλ, over all eigenvalues gathered.
         nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high); for fewer
             than ten it is a rough one, for a single one NaN.
+            An eigenvalue within its error, or within rounding, of 0 counts as neither negative nor
+            positive: those of a rank below `k`.
         ape: Average of the positive max eigenvalues, ∫_0^∞ λp(λ)dλ / ∫_0^∞ p(λ)dλ; NaN if none.
         ape_interval: That of `ape`.
         num_hvps: Mini-batch Hessian-vector products in all.
@@ -156,6 +158,7 @@ def hessian_max_spectrum(
     check_native(engine, group=group)
     first = start_vectors(start)
     seed = generator.initial_seed()
+    check_objective(objective)
     frozen = objective.freeze(model, data, check_mean=False)
     check_precision(precision, frozen.space)
     first = first if first is None else start_vector(first, frozen.space.dim)
@@ -196,17 +199,19 @@ def hessian_max_spectrum(
         pyhessian_engine.warn_unconverged([converged], num_hvps, tol)
     else:
         warn_unconverged([converged], num_hvps, tol, remedy(precision))
-    nep_interval, ape_interval = _bootstrap(eigenvalues, num_bootstrap, generator)
+    errors = np.stack([row.errors for row in rows])
+    signed = _signed(eigenvalues, errors, torch.finfo(frozen.space.dtype).eps)
+    nep_interval, ape_interval = _bootstrap(signed, num_bootstrap, generator)
     return HessianMaxSpectrum(
         eigenvalues=eigenvalues,
         residuals=np.stack([row.residuals for row in rows]),
         converged=converged,
-        nep=_nep(eigenvalues),
+        nep=_nep(signed),
         nep_interval=nep_interval,
-        ape=_ape(eigenvalues),
+        ape=_ape(signed),
         ape_interval=ape_interval,
         num_hvps=num_hvps,
-        errors=np.stack([row.errors for row in rows]),
+        errors=errors,
         miss=np.array([row.miss for row in rows]),
         provenance=provenance(
             frozen,
@@ -406,6 +411,13 @@ def _check_finite(frozen: FrozenObjective) -> None:
     with torch.no_grad():
         losses = [frozen.data_term(frozen.space.values, batch) for batch in frozen.batches]
     check_finite_losses(losses)
+
+
+def _signed(eigenvalues: np.ndarray, errors: np.ndarray, eps: float) -> np.ndarray:
+    """Return the eigenvalues with 0 for those that rounding or their error may have signed."""
+    rounding = 10 * eps * np.abs(eigenvalues).max(1, keepdims=True)
+    signed: np.ndarray = np.where(np.abs(eigenvalues) > np.fmax(errors, rounding), eigenvalues, 0.0)
+    return signed
 
 
 def _nep(eigenvalues: np.ndarray) -> float:

@@ -64,6 +64,16 @@ class PointRecord:
             self._descriptor = None
 
 
+def check_record(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"`resume` must be a file, got the folder {str(path)!r}.")
+
+
 @contextmanager
 def open_record(
     path: str | os.PathLike[str] | None,

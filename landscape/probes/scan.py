@@ -13,12 +13,12 @@ from torch import nn
 
 from landscape._checks import check_at_least, check_choice, check_generator
 from landscape._progress import track
-from landscape.objective import Objective
+from landscape.objective import Objective, check_objective
 from landscape.probes.adaptive import interpolate
 from landscape.probes.batch_norm import has_batch_statistics
 from landscape.probes.directions import Directions, random_directions
 from landscape.probes.measure import L2, BatchNorm, PointMeter
-from landscape.probes.record import PointRecord, fingerprint, open_record
+from landscape.probes.record import PointRecord, check_record, fingerprint, open_record
 from landscape.provenance import provenance
 
 Metric = Literal["loss", "accuracy", "ece"]
@@ -59,12 +59,15 @@ def scan(
         The fields that the results of lines and surfaces share, arrays in the order of the grid.
     """
     started = time.perf_counter()
+    check_objective(objective)
     extra = _extra_metrics(metrics)
     check_choice("l2", l2, ("squared", "norms"))
     check_choice("batch_norm", batch_norm, ("fixed", "recalibrate"))
     generator = check_generator(generator)
     if tol is not None:
         check_at_least("tol", tol, 0)
+    if resume is not None:
+        check_record(resume)
     num = len(axes)
     grid = [tuple(map(float, point)) for point in itertools.product(*axes)]
     if directions is None:
@@ -85,7 +88,7 @@ def scan(
 
     with open_record(resume, marks, len(grid), len(meter.columns)) as record, torch.no_grad():
         points = _Points(meter, grid, record)
-        points.check()
+        points.check(1e-3 if frozen.space.dtype.itemsize < 4 else 1e-4)
         missing = [index for index in range(len(grid)) if index not in record.done]
         with track(missing, "Loss surface" if num == 2 else "Loss line", progress) as bar:
             adaptive: dict[str, Any] = {}
@@ -176,8 +179,11 @@ class _Points:
             todo = todo[len(part) :]
             advance(len(part))
 
-    def check(self) -> None:
+    def check(self, rounding: float) -> None:
         """Measure one finished point again, which tells two losses of one name apart.
+
+        Args:
+            rounding: Relative difference that another machine, or batch size, may make.
 
         Raises:
             ValueError: If the loss is another one than before.
@@ -187,7 +193,7 @@ class _Points:
             return
         index = max(done, key=lambda i: abs(done[i][0]) if math.isfinite(done[i][0]) else -1.0)
         before, now = done[index][0], self._values([index])[0][0]
-        if not np.isclose(now, before, rtol=1e-3, atol=0, equal_nan=True):
+        if not np.isclose(now, before, rtol=rounding, atol=0, equal_nan=True):
             raise ValueError(
                 f"`resume` must hold points of this very surface, got points of another loss: "
                 f"{before:.6g} where it is {now:.6g} now; pass another path or remove the file."

@@ -9,6 +9,7 @@ from torch import nn
 from landscape.objective import Objective
 from landscape.probes.directions import random_directions
 from landscape.probes.forward import Forward
+from landscape.probes.planes import between
 from landscape.probes.surface import loss_line, loss_surface
 from landscape.probes.weights import MovedWeights
 from tests.cases import MODELS, assert_untouched, make_batches, make_model, snapshot
@@ -306,3 +307,70 @@ def test_a_model_that_writes_to_its_buffers_is_left_as_found():
     before = snapshot(model)
     loss_line(model, batches, points=3)
     assert_untouched(model, before)
+
+
+class Tied(nn.Module):
+    """The weights before a batch norm are those of a decoder too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return F.conv_transpose2d(self.norm(self.conv(x)).relu(), self.conv.weight)
+
+
+@pytest.mark.parametrize("batch_norm", ["fixed", "recalibrate"])
+def test_no_batch_norm_is_folded_into_weights_that_are_used_again(batch_norm, generator):
+    """Near the identity, as it is before training, that would change little at the start."""
+    model, x = Tied(), 3 * torch.randn(40, 4, 5, 5, generator=generator)
+    directions = random_directions(model, num=1, ignore_1d=False, generator=generator)
+    line = loss_line(
+        model, [(x, x)], directions=directions, points=[-1.0, 0.0, 1.0], metrics="loss",
+        batch_norm=batch_norm, objective=Objective(loss=F.mse_loss),
+    )  # fmt: skip
+    for a, found in zip(line.x, line.nll, strict=True):
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, vector in directions.vectors[0].items():
+                moved.get_parameter(name).add_(a * torch.from_numpy(vector))
+            if batch_norm == "recalibrate":
+                moved.norm.momentum = 1.0
+                moved.train()(x)
+            assert found == pytest.approx(F.mse_loss(moved.eval()(x), x).item(), rel=1e-4)
+
+
+def test_no_batch_is_cut_whose_samples_see_each_other_a_little(generator):
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.norm = nn.BatchNorm1d(8, track_running_stats=False)
+            self.scale = nn.Parameter(torch.full((8,), scale))
+
+        def forward(self, x):
+            x = self.body(x)
+            return self.head(x + self.scale * self.norm(x))
+
+    model, other = Scaled(1e-6), Scaled(1.0)
+    x = torch.randn(128, 5, generator=generator)
+    x, y = x[x[:, 0].argsort()], torch.arange(128) % 3
+    line = loss_line(
+        model, [(x, y)], directions=between(model, other), points=[1.0], metrics="loss"
+    )
+    assert line.nll[0] == pytest.approx(F.cross_entropy(other(x), y).item(), rel=1e-5)
+
+
+def test_a_model_that_wants_its_batch_whole_gets_it(generator):
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(5, 3)
+
+        def forward(self, x):
+            assert len(x) == 20
+            return self.a(x)
+
+    model, x, y = Whole(), torch.randn(20, 5, generator=generator), torch.arange(20) % 3
+    line = loss_line(model, [(x, y)], points=[0.0], metrics="loss")
+    assert line.nll[0] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)

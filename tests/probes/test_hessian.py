@@ -590,3 +590,36 @@ def test_mini_batches_of_a_single_parameter_without_a_positive_eigenvalue():
     np.testing.assert_allclose(result.eigenvalues[:, 0], -2 * x.square().mean((1, 2)), rtol=1e-12)
     assert result.nep == 1
     assert np.isnan([result.ape, *result.ape_interval]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_of_zero_eigenvalues_has_no_sign(dtype, generator):
+    """Two samples of a logistic regression: a convex loss, and a Hessian of rank two."""
+    model = nn.Linear(10, 2, dtype=dtype)
+    x, y = torch.randn(40, 10, generator=generator, dtype=dtype), torch.arange(40) % 2
+    batches = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 40, 2)]
+    found = landscape.hessian_max_spectrum(model, batches)
+    assert (np.abs(found.eigenvalues[:, 2:]) < 1e-5).all()
+    assert found.nep == 0
+    assert found.nep_interval == (0, 0)
+    top = found.eigenvalues[:, :2]
+    assert found.ape == pytest.approx(top.mean(), rel=1e-6)
+    assert found.ape_interval[0] < found.ape < found.ape_interval[1]
+
+
+def test_sparse_tensors_in_a_model_are_no_obstacle(generator):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("edges", torch.eye(6).to_sparse())
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.b(torch.sparse.mm(self.edges, self.a(x).tanh()).tanh())
+
+    model, x = Graph(), torch.randn(6, 4, generator=generator)
+    data = [(x, torch.arange(6) % 3)]
+    plain = nn.Sequential(model.a, nn.Tanh(), nn.Tanh(), model.b)
+    ours, expected = landscape.HessianOperator(model, data), landscape.HessianOperator(plain, data)
+    v = torch.randn(ours.dim, generator=generator)
+    torch.testing.assert_close(ours @ v, expected @ v)

@@ -773,6 +773,21 @@ def test_other_batches_are_another_surface_where_norms_see_batches(kept, tmp_pat
         loss_surface(model, make_batches((13,)), **arguments)
 
 
+def test_points_of_a_loss_that_differs_a_little_are_refused(tmp_path, generator):
+    model, path = nn.Linear(5, 3), tmp_path / "points"
+    data = [(torch.randn(20, 5, generator=generator), torch.arange(20) % 3)]
+
+    def line(factor, **arguments):
+        loss = Objective(loss=lambda o, t: F.cross_entropy(factor * o, t))
+        return loss_line(model, data, points=3, objective=loss, **arguments).nll
+
+    line(1.0, resume=path)
+    with pytest.raises(ValueError, match="`resume` must hold .* got points of another loss"):
+        line(1.002, resume=path)
+    with pytest.raises(ValueError, match="`resume` must be a file, got the folder"):
+        line(1.0, resume=tmp_path)
+
+
 def test_a_call_that_fails_at_once_leaves_no_file(tmp_path):
     path, data = tmp_path / "points", [(torch.ones(4, 3), torch.ones(4))]
     arguments = {"objective": Objective(loss=lambda o, t: F.mse_loss(o[:, 0], t)), "resume": path}
