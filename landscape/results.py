@@ -85,7 +85,7 @@ class Result:
         """Read a result that `save` wrote.
 
         Args:
-            path: The `.npz` file.
+            path: The `.npz` file; without its `.npz`, as `save` takes it, too.
 
         Returns:
             The result; its class is `cls` or a subclass of it.
@@ -95,7 +95,10 @@ class Result:
             ValueError: If the file is damaged, foreign, of a newer version, or holds another kind
                 of result.
         """
-        with Path(path).open("rb") as file:
+        path = Path(path)
+        if path.suffix != ".npz" and not path.exists():
+            path = path.with_name(path.name + ".npz")
+        with path.open("rb") as file:
             content = io.BytesIO(file.read())
         try:
             with np.load(content, allow_pickle=False) as archive:

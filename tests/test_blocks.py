@@ -738,3 +738,27 @@ def test_other_calls_than_in_the_trace_are_told(images):
     model.turned = True
     with pytest.raises(ValueError, match="must make the same calls"), blocks.lesion("convs.1"):
         model(images)
+
+
+def test_a_block_that_calls_what_another_module_holds_has_a_name(images):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.blocks = nn.ModuleList(Calling() for _ in range(2))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + block(x, self.conv)
+            return x.mean((2, 3))
+
+    class Calling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x, shared):
+            return shared(self.own(x))
+
+    names = Blocks(build(Shared), example=images).names
+    assert names == ("blocks.0", "blocks.1", "head")

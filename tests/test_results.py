@@ -34,6 +34,7 @@ def make_result():
 def test_save_and_load_return_the_same_result(tmp_path):
     result = make_result()
     path = result.save(tmp_path / "deep" / "result")
+    assert type(result).load(tmp_path / "deep" / "result") == result
     assert path.name == "result.npz"
     for loaded in (Nested.load(path), Result.load(path)):
         assert isinstance(loaded, Nested)

@@ -321,12 +321,21 @@ class _Graph:
             if len(set(parts)) > 1:
                 break
             shared.append(parts[0])
-        path = ".".join(shared)
-        if path == self.trace.spans[owner].path:  # several children: the last one's is the output
+        path, whole = ".".join(shared), self.trace.spans[owner].path
+        if len(path) <= len(whole):  # some are held elsewhere
+            path = self._caller_of(weighted)
+        if path == whole:  # several children: the last one's is the output
             longer = range(len(shared) + 1, len(paths[-1]) + 1)
             ran = (".".join(paths[-1][:end]) for end in longer)
             path = next((path for path in ran if path in self._ran), path)
         return path
+
+    def _caller_of(self, steps: list[int]) -> str:
+        """Return the innermost module that calls what makes all steps, wherever that is held."""
+        last = self.steps[steps[-1]].span
+        while not all(self.trace.inside(s, last) for s in steps):
+            last = self.trace.spans[last].parent
+        return self.trace.spans[last].path
 
     def _last_cut_before(self, s: int) -> int:
         return max((cut for cut in self.cuts if cut < s), default=INPUT)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_choice, check_generator
+from landscape._checks import check_choice, check_count, check_generator
 from landscape.corruptions.apply import check_images, corrupt
 from landscape.corruptions.severities import CORRUPTIONS, PROFILES, SEVERITIES, Profile
 from landscape.objective import predict
@@ -268,19 +268,22 @@ def from_bytes(pixels: Tensor, scale: PixelScale, dtype: torch.dtype) -> Tensor:
     return (pixels.to(working) * factor + shift).to(dtype)
 
 
-def _distinct(name: str, values: Sequence[Any], choices: Sequence[object]) -> tuple[Any, ...]:
+def _distinct(name: str, values: Iterable[Any], choices: Sequence[object]) -> tuple[Any, ...]:
     """Return the values as a tuple.
 
     Raises:
         ValueError: If there is none, one comes twice, or one is unknown.
     """
-    if isinstance(values, str) or not len(values) or len(set(values)) != len(values):
+    chosen = (values,) if isinstance(values, str) else tuple(values)
+    if isinstance(values, str) or not chosen or len(set(chosen)) != len(chosen):
         raise ValueError(
             f"`{name}` must be a sequence of one or more different values, got {values!r}."
         )
-    for value in values:
+    for value in chosen:
         check_choice(name, value, choices)
-    return tuple(values)
+        if not isinstance(value, str):
+            check_count(name, value, 1)  # 1.0 is among them
+    return chosen
 
 
 def _check_alike(

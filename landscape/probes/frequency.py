@@ -212,7 +212,7 @@ def ring(size: tuple[int, ...], frequency: float, width: float) -> Tensor:
     if not inside.any():
         raise ValueError(
             f"`frequencies` must be those of rings that {size[0]} × {size[1]} images have a "
-            f"frequency in, got none in {low:g}π … {high:g}π; stay below √2 (a corner) and make "
-            f"`width` at least {2 / min(size):.3g}."
+            f"frequency in, got none in {low:g}π … {high:g}π; the nearest is "
+            f"{radius.flat[np.abs(radius - frequency).argmin()]:.3g}π."
         )
     return torch.from_numpy(inside)

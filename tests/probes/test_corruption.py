@@ -254,6 +254,14 @@ def test_outputs_that_are_not_finite_are_kept():
     assert np.isnan(result.mean_corruption_error)
 
 
+def test_conditions_are_checked_before_work_and_may_come_from_an_iterator():
+    with pytest.raises(ValueError, match="`severities` must be a whole number, got 1.0"):
+        measure(severities=(1.0,), corruptions=("fog",))
+    some = measure(severities=iter((1, 3)), corruptions=(name for name in ("fog", "contrast")))
+    assert some.severities == (1, 3)
+    assert some.corruptions == ("fog", "contrast")
+
+
 def write_cifar_c(folder, pixels, y, names=SOME):
     """Files in the form of CIFAR-10-C, with `corrupt` for what made them."""
     for name in names:

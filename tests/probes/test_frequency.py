@@ -345,7 +345,7 @@ class Forbidden(nn.Module):
         ({"frequencies": [0.3, 0.2]}, "`frequencies` must be numbers .* increase"),
         ({"frequencies": [-0.1]}, "`frequencies` must be numbers from 0"),
         ({"frequencies": [np.nan]}, "`frequencies` must be numbers from 0"),
-        ({"frequencies": [0.5, 1.6]}, r"none in 1.55π … 1.65π; stay below √2 \(a corner\)"),
+        ({"frequencies": [0.5, 1.6]}, r"none in 1.55π … 1.65π; the nearest is 1.41π"),
         ({"width": 0.0}, "`width` must be positive and finite, got 0.0"),
         ({"norm": -1.0}, "`norm` must be positive and finite, got -1.0"),
         ({"norm": np.inf}, "`norm` must be positive and finite"),
