@@ -5,11 +5,15 @@ counts, not by the number of samples; the mean over all data must divide by the 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Loss = Callable[[Any, Tensor], Tensor]
+"""`loss(outputs, targets)`."""
 
 _ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 _ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)

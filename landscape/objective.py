@@ -12,8 +12,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
+from landscape import trial
 from landscape._checks import check_at_least
 from landscape.batches import (
     LABEL_KEYS,
@@ -35,14 +35,7 @@ from landscape.batches import (
     rows_of,
     versions_of,
 )
-from landscape.losses import (
-    amount_averaged,
-    compares_entries,
-    for_loss,
-    is_classification,
-    is_elementwise,
-    loss_settings,
-)
+from landscape.losses import Loss, amount_averaged, for_loss, is_classification, loss_settings
 from landscape.memory import free_memory
 from landscape.parameters import Choice, ParameterSpace, call_with
 from landscape.restore import (
@@ -58,9 +51,6 @@ from landscape.restore import (
 )
 
 _HOOKED = "saved tensors are hooked"
-_FEW = 16  # samples that show whether a model gives the same outputs again
-
-Loss = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -275,13 +265,13 @@ class FrozenObjective:
                 with watched_streams(self.model) as moved:
                     once = self.data_term(self.space.values, batch)
                 for _ in range(2):  # two numbers may agree by chance
-                    _check_same(once, self._again(self.space.values, batch, self.data_term))
+                    trial.check_same(once, self._again(self.space.values, batch, self.data_term))
                 self._draws = moved()
                 return
             versions = versions_of(inputs)
             weights = {**self.space.fixed, **self.space.values}
             own = [(n, t, t._version) for n, t in weights.items() if not t.is_inference()]
-            with _explained("`model` on", inputs), watched_streams(self.model) as moved:
+            with trial.explained("`model` on", inputs), watched_streams(self.model) as moved:
                 once = self.logits(self.space.values, inputs)
             check_unchanged(inputs, versions)
             known = dict(self.model.named_parameters(remove_duplicate=False))
@@ -293,22 +283,25 @@ class FrozenObjective:
                 )
             self._check_repeatable(once, inputs, size)
             self._draws = moved()
-            self._check_targets(once, batch.targets)
-            self._check_labels(once, batches.label_range)
-            with _explained("`loss` on", once, batch.targets), self._loss_left_as_found():
-                loss, again = (self.loss(once, batch) for _ in range(2))
-            # A GPU may add up in another order.
-            if not torch.allclose(loss, again, rtol=1e-4, atol=0, equal_nan=True):
-                raise ValueError(
-                    "`loss` must be deterministic, got two different values for one batch; put a "
-                    "loss module in evaluation mode."
-                )
-            if loss.dim() != 0:
-                raise ValueError(
-                    f"`loss` must return a scalar mean, got shape {tuple(loss.shape)}."
-                )
+            loss = self.objective.loss
+            trial.check_targets(loss, once, batch.targets)
+            trial.check_labels(loss, once, batches.label_range)
+            with trial.explained("`loss` on", once, batch.targets), trial.left_as_found(loss):
+                value = trial.settled(functools.partial(self.loss, once, batch))
             if check_mean and self.num_batches > 1 and size > 1:
-                self._check_mean(once, batch, float(loss), batches)
+                assert batch.targets is not None  # the loss has been taken of them
+                others = functools.partial(self._other_outputs, batches)
+                trial.check_mean(loss, for_loss(loss, once), batch.targets, value, others)
+
+    def _other_outputs(self, batches: FrozenBatches) -> tuple[Tensor, Tensor]:
+        """Return outputs and targets of a few samples of another batch than the first."""
+        index = len(batches) - 1 if batches.are_kept else 1
+        batch = next(itertools.islice(batches, index, None))
+        few = slice(0, trial.FEW)
+        outputs = self.logits(self.space.values, rows_of(batch.inputs, batch.size, few))
+        assert self.objective.loss is not None  # of the first batch it has been taken
+        assert batch.targets is not None  # as the first batch has them
+        return for_loss(self.objective.loss, outputs), batch.targets[few]
 
     def _call(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
         # Buffers are cloned: a module that writes to its own must not move this objective.
@@ -325,41 +318,16 @@ class FrozenObjective:
         with torch.enable_grad():
             self._call(leaves, inputs)
 
-    @contextmanager
-    def _loss_left_as_found(self) -> Iterator[None]:
-        """Refuse a loss module that keeps something of what it sees, and put that back.
-
-        Raises:
-            ValueError: If it does.
-        """
-        loss = self.objective.loss
-        if not isinstance(loss, nn.Module):
-            yield
-            return
-        before = {name: (buffer, buffer.clone()) for name, buffer in loss.named_buffers()}
-        yield
-        now, changed = dict(loss.named_buffers()), False
-        for name, (buffer, value) in before.items():
-            for holder in {id(t): t for t in (buffer, now.get(name, buffer))}.values():
-                if not _is_same(holder, value):
-                    changed = True
-                    holder.copy_(value)
-        if changed:
-            raise ValueError(
-                "`loss` must keep nothing of what it sees, got a module that changes its buffers; "
-                "put it in evaluation mode."
-            )
-
     def _check_repeatable(self, once: Tensor, inputs: Inputs, size: int) -> None:
         values, awake = self.space.values, self.space.awake
-        few = [rows_of(inputs, size, slice(0, _FEW))] if size > 2 * _FEW else []
+        few = [rows_of(inputs, size, slice(0, trial.FEW))] if size > 2 * trial.FEW else []
         # Who wants batches of one size is called with all again.
         for rows in few if awake is values else [*few, inputs]:
             with suppress(Exception):
                 once = self.logits(awake, rows)
                 values, inputs = awake, rows
                 break
-        _check_same(once, self._again(values, inputs, self.logits))
+        trial.check_same(once, self._again(values, inputs, self.logits))
 
     def _again(self, values: Mapping[str, Tensor], data: Any, run: Callable[..., Tensor]) -> Tensor:
         """Return what a pass gives that records its graph, and look at that."""
@@ -371,153 +339,8 @@ class FrozenObjective:
                 raise
             self.recomputes = True
             again = run(values, data)
-        self._check_reached(again)
+        trial.check_reached(self.model, self.space.values, again)
         return again.detach()
-
-    def _check_reached(self, outputs: Tensor) -> None:
-        """Refuse a model that uses a chosen parameter of its own, not what stands in its place."""
-        if not outputs.requires_grad:  # what stands there does not
-            return
-        known = {id(p): name for name, p in self.model.named_parameters()}
-        nodes, seen = [outputs.grad_fn], {outputs.grad_fn}
-        for node in nodes:  # grows
-            name = known.get(id(getattr(node, "variable", None)))
-            if name in self.space.values:
-                raise ValueError(
-                    f"`model` must find its parameters as attributes of its modules, got {name!r} "
-                    "by another way (a list, a `partial`, a view made before), where nothing can "
-                    "stand in for it; look it up in the forward pass, or leave it out by "
-                    "`Objective(parameters=…)`."
-                )
-            for below, _ in node.next_functions if node is not None else ():
-                if below is not None and below not in seen:
-                    seen.add(below)
-                    nodes.append(below)
-
-    def _check_targets(self, logits: Tensor, targets: Tensor | None) -> None:
-        if targets is None:
-            return
-        binary = compares_entries(self.objective.loss) and not is_elementwise(self.objective.loss)
-        if binary and not targets.is_floating_point():
-            raise ValueError(
-                f"`data` must have floating targets for this loss, got {targets.dtype}; convert "
-                "them with `.float()`."
-            )
-        expected, labels = logits.shape, logits.shape[:1] + logits.shape[2:]
-        if is_classification(self.objective.loss):
-            if not targets.is_floating_point():
-                expected = labels
-            elif targets.shape == labels != expected:
-                raise ValueError(
-                    f"`data` must have labels of an integer type, got {targets.dtype} "
-                    f"{tuple(targets.shape)} for outputs {tuple(logits.shape)} of `model`; convert "
-                    "them with `.long()`."
-                )
-        elif not is_elementwise(self.objective.loss):
-            return
-        if targets.shape != expected:
-            raise ValueError(
-                f"`data` must have targets of shape {tuple(expected)} for outputs "
-                f"{tuple(logits.shape)} of `model` and this loss, got {targets.dtype} "
-                f"{tuple(targets.shape)}."
-            )
-
-    def _check_labels(self, logits: Tensor, label_range: tuple[int, int] | None) -> None:
-        if label_range is None or not is_classification(self.objective.loss):
-            return
-        low, high = label_range
-        classes = logits.shape[1] if logits.dim() > 1 else 1
-        if high >= classes or low < 0:
-            raise ValueError(
-                f"`data` must have labels in 0 … {classes - 1} for the {classes} outputs of "
-                f"`model`, got labels from {low} to {high}."
-            )
-
-    def _check_mean(
-        self, logits: Tensor, batch: PreparedBatch, loss: float, batches: FrozenBatches
-    ) -> None:
-        """Refuse a loss that is no mean: over two parts of a batch, and over single samples.
-
-        Those are of two batches: one may hold a single class, which hides its weight.
-        """
-        function, targets = self.objective.loss, batch.targets
-        assert function is not None  # the loss has been taken of both
-        assert targets is not None
-        logits = for_loss(function, logits)
-        cut = batch.size // 3 or 1
-        self._compare_mean([(logits[:cut], targets[:cut]), (logits[cut:], targets[cut:])], loss)
-        rows = [(logits[i : i + 1], targets[i : i + 1]) for i in range(min(batch.size, _FEW))]
-        with suppress(Exception):  # who wants samples of one size, or several of them, is spared
-            index = len(batches) - 1 if batches.are_kept else 1
-            other = next(itertools.islice(batches, index, None))
-            few = min(other.size, _FEW)
-            inputs = rows_of(other.inputs, other.size, slice(0, few))
-            outputs = for_loss(function, self.logits(self.space.values, inputs))
-            assert other.targets is not None  # as the first batch has them
-            more = [(outputs[i : i + 1], other.targets[i : i + 1]) for i in range(few)]
-            torch.cat([rows[0][0], more[0][0]]), torch.cat([rows[0][1], more[0][1]])
-            rows += more
-        whole = torch.cat([o for o, _ in rows]), torch.cat([t for _, t in rows])
-        try:
-            total = float(function(*whole))
-            values = [float(function(o, t)) for o, t in rows]
-        except Exception:
-            return
-        self._compare_mean(rows, total, values)
-
-    def _compare_mean(
-        self, parts: Sequence[tuple[Tensor, Tensor]], loss: float, values: Sequence[float] = ()
-    ) -> None:
-        function = self.objective.loss
-        assert function is not None  # a model's own has no parts
-        values = values or [float(function(*part)) for part in parts]
-        amounts = [float(amount_averaged(function, t, len(t))) for _, t in parts]
-        counted = [(a, v) for a, v in zip(amounts, values, strict=True) if a > 0]
-        if len(counted) < 2:
-            return
-        mean = sum(a * v for a, v in counted) / sum(a for a, _ in counted)
-        if math.isfinite(loss) and not abs(mean - loss) <= 1e-2 * max(abs(mean), abs(loss)):
-            raise ValueError(
-                f"`loss` must be a mean over samples, got {loss:.6g} for a batch whose parts "
-                f"average to {mean:.6g}; pass class weights as `nn.CrossEntropyLoss(weight=…)`, "
-                "or all samples as one batch."
-            )
-
-
-@contextmanager
-def _explained(what: str, *arguments: Any) -> Iterator[None]:
-    """Note on an error of the user's code what it was called with."""
-    try:
-        yield
-    except Exception as error:
-        shown = [
-            f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-            for t in arguments
-        ]
-        error.add_note(f"It came from {what} the first batch of `data`: {', '.join(shown)}.")
-        raise
-
-
-def _is_same(now: Tensor, before: Tensor) -> bool:
-    """Whether a buffer has the values that it had, wherever and in whatever precision it is."""
-    return now.shape == before.shape and torch.allclose(
-        now.to(before), before, rtol=0, atol=0, equal_nan=True
-    )
-
-
-def _check_same(once: Tensor, again: Tensor) -> None:
-    """Refuse a model that is random, whatever the size of its outputs."""
-    finite = once.double()[once.isfinite()].abs()
-    scale = float(finite.max()) if finite.numel() else 0.0
-    precision = torch.finfo(once.dtype).eps if once.is_floating_point() else 0.0
-    # A GPU may round the factors of products, and take another kernel where a graph is wanted.
-    relative = max(1e-4 if once.device.type == "cpu" else 1e-3, 4 * precision)
-    atol = relative * scale + 1e-7  # a loss near zero is the rounding of larger numbers
-    if not torch.allclose(once, again, rtol=relative, atol=atol, equal_nan=True):
-        raise ValueError(
-            "`model` must be deterministic in evaluation mode, got two different outputs for one "
-            "batch; switch off its functional dropout or sampling."
-        )
 
 
 def as_logits(outputs: Any) -> Tensor:

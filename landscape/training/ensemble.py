@@ -23,7 +23,7 @@ from landscape._checks import check_choice
 from landscape._loaders import one_pass
 from landscape._progress import progress_bar
 from landscape.batches import Transform, split_batch
-from landscape.objective import Loss
+from landscape.losses import Loss
 from landscape.results import Result
 from landscape.training import loop, run, stacking, states, surroundings, together
 from landscape.training.checkpoints import Named

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from landscape._progress import progress_bar
 from landscape.batches import Transform
-from landscape.objective import Loss
+from landscape.losses import Loss
 from landscape.training import loop, run, states, surroundings
 from landscape.training.checkpoints import Named
 from landscape.training.run import Callback, FitResult

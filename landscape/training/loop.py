@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from landscape._loaders import with_own_workers
 from landscape.batches import Inputs, Placement, Transform, copied, split_batch
-from landscape.losses import amount_averaged, is_classification, is_probability, loss_settings
-from landscape.objective import Loss, as_logits
+from landscape.losses import Loss, amount_averaged, is_classification, is_probability, loss_settings
+from landscape.objective import as_logits
 from landscape.recording import apart
 from landscape.restore import eval_mode
 from landscape.training.data import DeviceImages

@@ -1,0 +1,232 @@
+"""One batch is tried before anything is measured, and what could not be measured is refused."""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from landscape.losses import (
+    Loss,
+    amount_averaged,
+    compares_entries,
+    is_classification,
+    is_elementwise,
+)
+
+FEW = 16
+"""Samples that show whether a model gives the same outputs again, and whether a loss is a mean."""
+
+
+@contextmanager
+def explained(what: str, *arguments: Any) -> Iterator[None]:
+    """Note on an error of the user's code what it was called with."""
+    try:
+        yield
+    except Exception as error:
+        shown = [
+            f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            for t in arguments
+        ]
+        error.add_note(f"It came from {what} the first batch of `data`: {', '.join(shown)}.")
+        raise
+
+
+def check_same(once: Tensor, again: Tensor) -> None:
+    """Refuse a model that is random, whatever the size of its outputs."""
+    finite = once.double()[once.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    precision = torch.finfo(once.dtype).eps if once.is_floating_point() else 0.0
+    # A GPU may round the factors of products, and take another kernel where a graph is wanted.
+    relative = max(1e-4 if once.device.type == "cpu" else 1e-3, 4 * precision)
+    atol = relative * scale + 1e-7  # a loss near zero is the rounding of larger numbers
+    if not torch.allclose(once, again, rtol=relative, atol=atol, equal_nan=True):
+        raise ValueError(
+            "`model` must be deterministic in evaluation mode, got two different outputs for one "
+            "batch; switch off its functional dropout or sampling."
+        )
+
+
+def check_reached(model: nn.Module, chosen: Collection[str], outputs: Tensor) -> None:
+    """Refuse a model that uses a chosen parameter of its own, not what stands in its place."""
+    if not outputs.requires_grad:  # what stands there does not
+        return
+    known = {id(p): name for name, p in model.named_parameters()}
+    nodes, seen = [outputs.grad_fn], {outputs.grad_fn}
+    for node in nodes:  # grows
+        name = known.get(id(getattr(node, "variable", None)))
+        if name in chosen:
+            raise ValueError(
+                f"`model` must find its parameters as attributes of its modules, got {name!r} "
+                "by another way (a list, a `partial`, a view made before), where nothing can "
+                "stand in for it; look it up in the forward pass, or leave it out by "
+                "`Objective(parameters=…)`."
+            )
+        for below, _ in node.next_functions if node is not None else ():
+            if below is not None and below not in seen:
+                seen.add(below)
+                nodes.append(below)
+
+
+def check_targets(loss: Loss | None, logits: Tensor, targets: Tensor | None) -> None:
+    """Refuse targets of a shape or type that the loss would broadcast, or take for others.
+
+    Raises:
+        ValueError: If they are.
+    """
+    if targets is None:
+        return
+    binary = compares_entries(loss) and not is_elementwise(loss)
+    if binary and not targets.is_floating_point():
+        raise ValueError(
+            f"`data` must have floating targets for this loss, got {targets.dtype}; convert "
+            "them with `.float()`."
+        )
+    expected, labels = logits.shape, logits.shape[:1] + logits.shape[2:]
+    if is_classification(loss):
+        if not targets.is_floating_point():
+            expected = labels
+        elif targets.shape == labels != expected:
+            raise ValueError(
+                f"`data` must have labels of an integer type, got {targets.dtype} "
+                f"{tuple(targets.shape)} for outputs {tuple(logits.shape)} of `model`; convert "
+                "them with `.long()`."
+            )
+    elif not is_elementwise(loss):
+        return
+    if targets.shape != expected:
+        raise ValueError(
+            f"`data` must have targets of shape {tuple(expected)} for outputs "
+            f"{tuple(logits.shape)} of `model` and this loss, got {targets.dtype} "
+            f"{tuple(targets.shape)}."
+        )
+
+
+def check_labels(loss: Loss | None, logits: Tensor, label_range: tuple[int, int] | None) -> None:
+    """Refuse labels that the model has no output for.
+
+    Raises:
+        ValueError: If the smallest or the largest is one.
+    """
+    if label_range is None or not is_classification(loss):
+        return
+    low, high = label_range
+    classes = logits.shape[1] if logits.dim() > 1 else 1
+    if high >= classes or low < 0:
+        raise ValueError(
+            f"`data` must have labels in 0 … {classes - 1} for the {classes} outputs of "
+            f"`model`, got labels from {low} to {high}."
+        )
+
+
+@contextmanager
+def left_as_found(loss: Loss | None) -> Iterator[None]:
+    """Refuse a loss module that keeps something of what it sees, and put that back.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if not isinstance(loss, nn.Module):
+        yield
+        return
+    before = {name: (buffer, buffer.clone()) for name, buffer in loss.named_buffers()}
+    yield
+    now, changed = dict(loss.named_buffers()), False
+    for name, (buffer, value) in before.items():
+        for holder in {id(t): t for t in (buffer, now.get(name, buffer))}.values():
+            if not _is_same(holder, value):
+                changed = True
+                holder.copy_(value)
+    if changed:
+        raise ValueError(
+            "`loss` must keep nothing of what it sees, got a module that changes its buffers; "
+            "put it in evaluation mode."
+        )
+
+
+def settled(loss: Callable[[], Tensor]) -> float:
+    """Return the value of a loss that is a scalar, and the same twice.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    value, again = loss(), loss()
+    # A GPU may add up in another order.
+    if not torch.allclose(value, again, rtol=1e-4, atol=0, equal_nan=True):
+        raise ValueError(
+            "`loss` must be deterministic, got two different values for one batch; put a "
+            "loss module in evaluation mode."
+        )
+    if value.dim() != 0:
+        raise ValueError(f"`loss` must return a scalar mean, got shape {tuple(value.shape)}.")
+    return float(value)
+
+
+def check_mean(
+    loss: Loss,
+    outputs: Tensor,
+    targets: Tensor,
+    value: float,
+    others: Callable[[], tuple[Tensor, Tensor]],
+) -> None:
+    """Refuse a loss that is no mean: over two parts of a batch, and over single samples.
+
+    Those are of two batches: one may hold a single class, which hides its weight.
+
+    Args:
+        loss: The loss.
+        outputs: Outputs for a batch, as the loss takes them.
+        targets: Its targets.
+        value: Its loss.
+        others: Returns outputs and targets of a few samples of another batch.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    cut = len(targets) // 3 or 1
+    _compare_mean(loss, [(outputs[:cut], targets[:cut]), (outputs[cut:], targets[cut:])], value)
+    rows = _samples(outputs[:FEW], targets[:FEW])
+    with suppress(Exception):  # who wants samples of one size, or several of them, is spared
+        more = _samples(*others())
+        torch.cat([rows[0][0], more[0][0]]), torch.cat([rows[0][1], more[0][1]])
+        rows += more
+    whole = torch.cat([o for o, _ in rows]), torch.cat([t for _, t in rows])
+    try:
+        total = float(loss(*whole))
+        values = [float(loss(o, t)) for o, t in rows]
+    except Exception:
+        return
+    _compare_mean(loss, rows, total, values)
+
+
+def _samples(outputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(torch.split(outputs, 1), torch.split(targets, 1), strict=True))
+
+
+def _compare_mean(
+    function: Loss,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    loss: float,
+    values: Sequence[float] = (),
+) -> None:
+    values = values or [float(function(*part)) for part in parts]
+    amounts = [float(amount_averaged(function, t, len(t))) for _, t in parts]
+    counted = [(a, v) for a, v in zip(amounts, values, strict=True) if a > 0]
+    if len(counted) < 2:
+        return
+    mean = sum(a * v for a, v in counted) / sum(a for a, _ in counted)
+    if math.isfinite(loss) and not abs(mean - loss) <= 1e-2 * max(abs(mean), abs(loss)):
+        raise ValueError(
+            f"`loss` must be a mean over samples, got {loss:.6g} for a batch whose parts "
+            f"average to {mean:.6g}; pass class weights as `nn.CrossEntropyLoss(weight=…)`, "
+            "or all samples as one batch."
+        )
+
+
+def _is_same(now: Tensor, before: Tensor) -> bool:
+    """Whether a buffer has the values that it had, wherever and in whatever precision it is."""
+    return now.shape == before.shape and torch.allclose(
+        now.to(before), before, rtol=0, atol=0, equal_nan=True
+    )
