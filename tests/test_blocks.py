@@ -762,3 +762,25 @@ def test_a_block_that_calls_what_another_module_holds_has_a_name(images):
 
     names = Blocks(build(Shared), example=images).names
     assert names == ("blocks.0", "blocks.1", "head")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_modules_whose_inside_is_hidden_are_no_blocks(images):
+    class Hidden(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.stem, self.conv = inner, nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return (x + self.conv(x)).mean((2, 3))
+
+    inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    model = Hidden(torch.jit.trace(inner, images))
+    with pytest.raises(ValueError, match="`choose` must name modules whose inside .* got 'stem'"):
+        Blocks(model, ["stem"], example=images)
+    seen = Hidden(inner)
+    seen.conv = model.conv
+    blocks, plain = Blocks(model, example=images), Blocks(seen, example=images)
+    assert blocks.names == plain.names[1:]
+    torch.testing.assert_close(blocks.capture(images)["conv"], plain.capture(images)["conv"])

@@ -77,7 +77,7 @@ def find_units(trace: Trace) -> list[Unit]:
     units = sorted([*residual, *_plain_siblings(graph, residual)], key=lambda unit: unit.value)
     found: list[Unit] = []
     entry = graph.entry(units[0])
-    if entry != INPUT:
+    if entry != INPUT and trace.steps[entry].ordinal is not None:
         found.append(Unit("stem", "stem", entry))
     for unit in units:
         between = graph.between(found[-1].value, graph.entry(unit)) if found else None
@@ -97,7 +97,8 @@ def named_units(trace: Trace, paths: list[str]) -> list[Unit]:
         The units, of the kind that their inside says.
 
     Raises:
-        ValueError: If a module does not run, or returns nothing that depends on the input.
+        ValueError: If a module does not run, returns nothing that depends on the input, or makes
+            calls that cannot be seen.
     """
     graph = _Graph(trace)
     found = []
@@ -111,6 +112,11 @@ def named_units(trace: Trace, paths: list[str]) -> list[Unit]:
             )
         for span, value in outputs:
             if value is not None and value != INPUT:
+                if trace.steps[value].ordinal is None:
+                    raise ValueError(
+                        f"`choose` must name modules whose inside can be seen, got {path!r}; pass "
+                        "the module that it was scripted or exported from."
+                    )
                 steps = tuple(
                     s for s in range(trace.spans[span].first, trace.spans[span].end)
                     if trace.steps[s].follows
@@ -231,6 +237,8 @@ class _Graph:
             return None
         span = tuple(s for s in range(last + 1, entry + 1) if s in self._relevant)
         if not any(self.steps[s].name in WEIGHTED | POOLING for s in span):
+            return None
+        if self.steps[entry].ordinal is None:
             return None
         return Unit(self._module_of(span) or "pool", "pool", entry)
 

@@ -150,7 +150,8 @@ class Blocks:
         shown: dict[int, list[tuple[Block, str, Layout]]] = {}  # two blocks may end in one call
         for block, unit, layout in zip(self._blocks, traced.units, traced.layouts, strict=True):
             step = traced.trace.steps[unit.value]
-            shown.setdefault(step.ordinal or 0, []).append((block, step.name, layout))
+            assert step.ordinal is not None  # a unit ends in a call that can be seen
+            shown.setdefault(step.ordinal, []).append((block, step.name, layout))
         handlers: dict[int, Handler] = {
             ordinal: functools.partial(_show, ending, n, visitor)
             for ordinal, ending in shown.items()

@@ -48,8 +48,6 @@ class CurvatureOperator(SymmetricOperator):
         model: nn.Module,
         data: Iterable[Any],
         objective: Objective = Objective(),
-        *,
-        memory: Memory = "auto",
     ) -> None:
         """Draw the data and fix the parameters.
 
@@ -57,14 +55,11 @@ class CurvatureOperator(SymmetricOperator):
             model: Any module; see `Objective`.
             data: Re-iterable of batches.
             objective: Whose curvature.
-            memory: What may be kept between products: bytes, a fraction of the free memory of the
-                device, or `"auto"` (half of it).
 
         Raises:
-            ValueError: If the loss is not finite on some batch, an argument is out of range, or the
-                model has gradient checkpointing on.
+            ValueError: If the loss is not finite on some batch, or the model has gradient
+                checkpointing on.
         """
-        self.memory = _memory_budget(memory)
         check_objective(objective)
         self._set_frozen(objective.freeze(model, data))
 
@@ -107,6 +102,30 @@ class HessianOperator(CurvatureOperator):
 
     precision: Precision = "full"
     bytes_per_sample: float = 0.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        objective: Objective = Objective(),
+        *,
+        memory: Memory = "auto",
+    ) -> None:
+        """Draw the data and fix the parameters.
+
+        Args:
+            model: Any module; see `Objective`.
+            data: Re-iterable of batches.
+            objective: Whose Hessian.
+            memory: What may be kept between products: bytes, a fraction of the free memory of the
+                device, or `"auto"` (half of it).
+
+        Raises:
+            ValueError: If the loss is not finite on some batch, an argument is out of range, or the
+                model has gradient checkpointing on.
+        """
+        self.memory = _memory_budget(memory)
+        super().__init__(model, data, objective)
 
     @classmethod
     def of(
