@@ -378,7 +378,7 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
         key = next((k for k in LABEL_KEYS if k in raw), None)
         inputs: Inputs = {k: v for k, v in raw.items() if k != key}
         targets = None if key is None else raw[key]
-    elif isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) == 2:
+    elif isinstance(raw, Sequence) and len(raw) == 2:
         inputs, targets = raw
     else:
         got = type(raw).__name__

@@ -83,6 +83,25 @@ def test_captured_features_are_those_of_hooks(model, images):
         torch.testing.assert_close(features["head"], model.eval()(images))
 
 
+def test_a_gate_between_two_blocks_is_no_residual_sum(images):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+            self.gate = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            x = x + self.convs[0](x)
+            x = x * self.gate(x).sigmoid()
+            return (x + self.convs[1](x)).mean((2, 3))
+
+    model = build(Gated)
+    blocks = Blocks(model, example=images)
+    assert blocks.kinds == ("conv", "pool", "conv", "head")
+    features = blocks.capture(images)
+    torch.testing.assert_close(features["convs.0"], (images + model.convs[0](images)).detach())
+
+
 def test_the_stem_is_what_the_first_block_takes(images):
     model = build(SMALL["vit"])
     tokens = model.patch_embed(images).flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]

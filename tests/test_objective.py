@@ -642,6 +642,14 @@ def test_data_that_come_in_another_order_are_refused_when_drawn_again(order):
         frozen.value()
 
 
+def test_fewer_batches_than_before_are_refused_when_drawn_again():
+    batches = make_batches((4, 4, 4))
+    frozen = Objective().freeze(make_model("conv"), batches, keep_bytes=0)
+    del batches[-1]
+    with pytest.raises(ValueError, match="same batches at every pass, got another batch 2"):
+        frozen.value()
+
+
 def test_batches_beyond_what_is_kept_are_drawn_again():
     model, batches = make_model("conv"), make_batches((4, 4, 4))
     size = batches[0][0].numel() * 8 + 4 * 8

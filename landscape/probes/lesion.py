@@ -104,24 +104,26 @@ def lesion_study(
     began = time.perf_counter()
     batches = tracked_batches(model, data, "Lesion study", progress)
     truths, shares = Truths(), True
-    plan: _Plan | None = None
+    lesions: list[tuple[int, Part]] = []
     with untouched(model), eagerly(), torch.no_grad():
         for inputs, targets, _ in batches:
             blocks = blocks_of(model, blocks, inputs)
-            traced, passes = blocks.traced(inputs), _passes(blocks, inputs)
-            if plan is None:
-                plan = _Plan(blocks, traced, units)
-                paired = PairedScores(len(plan.lesions))
-                shares = _resumes(plan, traced, passes)
+            traced = blocks.traced(inputs)
+            passes = _passes(blocks, traced, inputs)
+            if not lesions:
+                lesions, skipped = _plan(blocks, traced, units)
+                paired = PairedScores(len(lesions))
+                shares = _resumes(lesions, traced, passes)
             truth = truths.read(passes.logits, targets)
             clean = truth.scores(passes.logits)
             paired.add_clean(clean)
-            for unit, logits in enumerate(_lesioned(plan, traced, passes, shares)):
+            for unit, logits in enumerate(_lesioned(lesions, traced, passes, shares)):
                 paired.add(unit, truth.scores(logits), clean)
     truths.finish()
-    assert plan is not None  # an empty stream has raised
-    chosen = [list(plan.blocks)[position] for position, _ in plan.lesions]
-    parts = [part if isinstance(part, str) else f"head {part}" for _, part in plan.lesions]
+    assert blocks is not None  # an empty stream has raised
+    known = list(blocks)
+    chosen = [known[position] for position, _ in lesions]
+    parts = [part if isinstance(part, str) else f"head {part}" for _, part in lesions]
     return LesionStudy(
         names=tuple(block.name for block in chosen),
         kinds=tuple(block.kind for block in chosen),
@@ -129,45 +131,38 @@ def lesion_study(
         depth=np.array([block.depth for block in chosen]),
         stage=np.array([block.stage for block in chosen]),
         **paired.fields(),
-        skipped=plan.skipped,
+        skipped=skipped,
         provenance=forward_provenance(
             model,
             num_samples=paired.count,
-            num_forwards=1 + len(plan.lesions),
+            num_forwards=1 + len(lesions),
             seconds=time.perf_counter() - began,
             settings={"units": units, "shared_prefix": shares},
         ),
     )
 
 
-class _Plan:
-    """What is removed, and what cannot be.
-
-    Attributes:
-        blocks: The blocks of the model.
-        lesions: Position of a block and its part, in network order.
-        skipped: Name of a block to the reason why it has no lesion.
-    """
-
-    def __init__(self, blocks: Blocks, traced: Traced, units: Units) -> None:
-        self.blocks = blocks
-        self.lesions: list[tuple[int, Part]] = []
-        self.skipped: dict[str, str] = {}
-        for position, block in enumerate(blocks):
-            unit = traced.units[position]
-            for part in _parts(block.kind, units, num_heads(traced.trace, unit)):
-                try:
-                    removal(traced.trace, unit, part)
-                except Irremovable as reason:
-                    self.skipped[block.name] = str(reason)
-                else:
-                    self.lesions.append((position, part))
-        if not self.lesions:
-            reasons = "; ".join(f"{k}: {v}" for k, v in list(self.skipped.items())[:3])
-            raise ValueError(
-                f"`units` must be something that can be removed from the model, got {units!r}, "
-                f"which leaves nothing ({reasons or 'it has no such block'})."
-            )
+def _plan(
+    blocks: Blocks, traced: Traced, units: Units
+) -> tuple[list[tuple[int, Part]], dict[str, str]]:
+    """Return what is removed, position of a block and its part, and why other blocks are not."""
+    lesions: list[tuple[int, Part]] = []
+    skipped: dict[str, str] = {}
+    for position, (block, unit) in enumerate(zip(blocks, traced.units, strict=True)):
+        for part in _parts(block.kind, units, num_heads(traced.trace, unit)):
+            try:
+                removal(traced.trace, unit, part)
+            except Irremovable as reason:
+                skipped[block.name] = str(reason)
+            else:
+                lesions.append((position, part))
+    if not lesions:
+        reasons = "; ".join(f"{k}: {v}" for k, v in list(skipped.items())[:3])
+        raise ValueError(
+            f"`units` must be something that can be removed from the model, got {units!r}, "
+            f"which leaves nothing ({reasons or 'it has no such block'})."
+        )
+    return lesions, skipped
 
 
 def _parts(kind: str, units: Units, heads: int) -> list[Part]:
@@ -181,16 +176,17 @@ def _parts(kind: str, units: Units, heads: int) -> list[Part]:
     return ["branch"]
 
 
-def _passes(blocks: Blocks, inputs: Any) -> PartialPasses:
-    steps = blocks.traced(inputs).trace.steps
-    follows = (s.ordinal for s in steps if s.follows and s.ordinal is not None)
+def _passes(blocks: Blocks, traced: Traced, inputs: Any) -> PartialPasses:
+    follows = (s.ordinal for s in traced.trace.steps if s.follows and s.ordinal is not None)
     return PartialPasses(functools.partial(blocks.predict, inputs), frozenset(follows))
 
 
-def _lesioned(plan: _Plan, traced: Traced, passes: PartialPasses, shares: bool) -> Iterator[Tensor]:
+def _lesioned(
+    lesions: list[tuple[int, Part]], traced: Traced, passes: PartialPasses, shares: bool
+) -> Iterator[Tensor]:
     """Yield the logits of one batch under each lesion, from the last block before it on."""
     walk = _Walk(traced, passes)
-    for position, part in plan.lesions:
+    for position, part in lesions:
         if shares:
             walk.advance(position)
         ordinal, handler = removal(traced.trace, traced.units[position], part)
@@ -219,11 +215,11 @@ class _Walk:
             self.start = end
 
 
-def _resumes(plan: _Plan, traced: Traced, passes: PartialPasses) -> bool:
+def _resumes(lesions: list[tuple[int, Part]], traced: Traced, passes: PartialPasses) -> bool:
     """Whether passes that begin in the middle give the logits of the whole pass."""
     walk = _Walk(traced, passes)
     try:
-        for position, _ in plan.lesions:
+        for position, _ in lesions:
             walk.advance(position)
         logits = passes.logits_from(walk.start, walk.value, {})
     except Exception:  # control flow that depends on values: whatever it raises without them

@@ -65,6 +65,14 @@ def test_error_is_within_the_estimate_and_the_estimate_within_the_tolerance(shap
     assert result.measured[20, 20]
 
 
+def test_first_cells_meet_at_the_origin_wherever_it_is():
+    axis = np.linspace(-0.35, 1.65, 41)
+    x, y = np.meshgrid(axis, AXIS, indexing="ij")
+    bowl = look_up(axis, AXIS, x**2 + y**2, 0.05)
+    assert bowl.measured[7, 20]  # where the model is
+    assert bowl.measured.sum() < 60
+
+
 def test_a_cell_fears_what_its_neighbours_have_seen():
     from types import SimpleNamespace
 
