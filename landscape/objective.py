@@ -199,7 +199,10 @@ class FrozenObjective:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the model in evaluation mode, without what it keeps of its own parameters."""
-        randomness = own_randomness(self.model) if self._draws else nullcontext()
+        # The random state of a GPU cannot be read while work is recorded.
+        recorded = self.space.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        puts_back = self._draws and not recorded
+        randomness = own_randomness(self.model) if puts_back else nullcontext()
         with eval_mode(self.model), emptied(self._caches), one_function(), randomness:
             yield
 
