@@ -1,6 +1,7 @@
 """How many gradients do Hessian eigenvalues and densities cost, and are they right?
 
     python benchmarks/hessian.py [--quick | --full] [--only W1,W2] [--rounds 2] [--threads 1]
+    python benchmarks/hessian.py --table-only    # the table again, from results that are there
 
 | workload | |
 |---|---|
@@ -144,6 +145,11 @@ def joined(before: dict[str, Any], now: dict[str, Any], only: list[str]) -> dict
     return before | {"machine": described | {"again": again}, "rows": rows}
 
 
+def write_table(content: dict[str, Any], folder: Path) -> None:
+    """Write the Markdown of a result into a folder."""
+    (folder / "hessian.md").write_text(table(content["rows"], content["machine"], folder))
+
+
 def main() -> None:
     """Run the workloads, print the table, write `results/hessian.json`, `.md` and `.png`."""
     parser = argparse.ArgumentParser(description="Cost and accuracy of Hessian spectra.")
@@ -154,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="turns of each solver")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="folder of the results")
+    parser.add_argument("--table-only", action="store_true", help="from results that are there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     name = "quick" if arguments.quick else "full" if arguments.full else "default"
@@ -166,6 +173,11 @@ def main() -> None:
     described = machine.describe(PACKAGES) | {"preset": name}
     path = output / "hessian.json"
     before = json.loads(path.read_text()) if path.exists() else None
+    if arguments.table_only:
+        if before is None:
+            parser.error(f"--table-only needs results, got none at {path}")
+        write_table(before, output)
+        return
     began = time.perf_counter()
     prepare(chosen, preset.steps, preset.sizes)
     tqdm.write(f"training and references: {time.perf_counter() - began:.0f} s")
@@ -181,9 +193,9 @@ def main() -> None:
             if set(only) < set(NAMES) and before is not None:
                 content = joined(before, content, only)
             path.write_text(json.dumps(content, indent=1) + "\n")
-            (output / "hessian.md").write_text(table(content["rows"], content["machine"]))
+            write_table(content, output)
             draw(content["rows"], output / "hessian.png")
-    print(table(rows, described))
+    print(table(rows, described, output))
 
 
 if __name__ == "__main__":

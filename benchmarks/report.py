@@ -1,6 +1,7 @@
 """The table and the drawing of the Hessian benchmark."""
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.lines import Line2D
 from presets import OURS
 from turns import RIGHT
 
+GPU = Path(__file__).parent / "results" / "gpu.md"
 K = 5
 
 
@@ -21,8 +23,8 @@ def _later(described: dict[str, Any]) -> str:
     )
 
 
-def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
-    """Return the rows as Markdown."""
+def table(rows: list[dict[str, Any]], described: dict[str, Any], folder: Path) -> str:
+    """Return the rows as Markdown, with links for a page in a folder."""
     versions = ", ".join(f"{k} {v or 'absent'}" for k, v in described["versions"].items())
     lines = [
         "# Hessian benchmark",
@@ -36,7 +38,8 @@ def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
         f"all of the data, how many of the {K} largest by magnitude are right to {RIGHT:g} (mean "
         "over turns and mini-batches), and the largest relative error against float64. W4: error "
         "of the extreme nodes, mass of the density. *Part*: fewer images, for peers that are too "
-        "slow for the whole, next to ours on the same ones. GPU: [gpu.md](gpu.md).",
+        "slow for the whole, next to ours on the same ones. "
+        f"GPU: [gpu.md]({Path(os.path.relpath(GPU, folder)).as_posix()}).",
         "",
         "| workload | model | images | solver | gradients | products | right | largest error | "
         "turns |",
