@@ -6,6 +6,8 @@ on 32×32 RGB images. One thread for PyTorch and OpenCV, same process, timed in 
 medians over the rounds.
 
     python benchmarks/corruptions.py [--quick]
+
+The package is needed: `pip install imagecorruptions-imaug`.
 """
 
 from __future__ import annotations
@@ -14,12 +16,11 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import cv2
-import imagecorruptions
 import numpy as np
 import torch
 from machine import describe
@@ -59,6 +60,10 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measure(images: Tensor, rounds: int) -> dict[str, dict[str, list[list[float]]]]:
     """Return the seconds of each corruption, severity and round, of ours (A) and theirs (B)."""
+    import cv2
+    import imagecorruptions
+
+    cv2.setNumThreads(1)
     arrays = list(np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy()))
     few = min(8, len(arrays))
     taken: dict[str, dict[str, list[list[float]]]] = {}
@@ -153,11 +158,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 images, one round")
     parser.add_argument("--output", type=Path, help="JSON; Markdown beside it")
     arguments = parser.parse_args()
+    if find_spec("imagecorruptions") is None:
+        parser.error("nothing to compare with here: `pip install imagecorruptions-imaug`")
     count, rounds = (20, 1) if arguments.quick else (arguments.images, arguments.rounds)
     folder = "quick" if arguments.quick else ""
     output = arguments.output or RESULTS / folder / "corruptions.json"
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     np.random.seed(0)  # noqa: NPY002 (the package draws from the global state)
     result: dict[str, Any] = {
         "machine": describe(PACKAGES),
