@@ -254,18 +254,33 @@ class AlterNetSizes(TypedDict, total=False):
 
 
 def alternet18(**sizes: Unpack[AlterNetSizes]) -> AlterNet:
-    """Return Alter-ResNet-18; `sizes` as in `AlterNet`."""
+    """Return Alter-ResNet-18.
+
+    Args:
+        **sizes: `depths`, `msas`, `heads`, `head_dim`, `window`, `width`, `num_classes`,
+            `in_channels`, `stem` and `drop_path` of `AlterNet`.
+    """
     defaults = AlterNetSizes(depths=(2, 2, 2, 2), msas=(0, 1, 1, 1))
     return AlterNet(PreActBasicBlock, **(defaults | sizes))
 
 
 def alternet34(**sizes: Unpack[AlterNetSizes]) -> AlterNet:
-    """Return Alter-ResNet-34; `sizes` as in `AlterNet`."""
+    """Return Alter-ResNet-34.
+
+    Args:
+        **sizes: `depths`, `msas`, `heads`, `head_dim`, `window`, `width`, `num_classes`,
+            `in_channels`, `stem` and `drop_path` of `AlterNet`.
+    """
     defaults = AlterNetSizes(depths=(3, 4, 6, 4), msas=(0, 1, 3, 2))
     return AlterNet(PreActBasicBlock, **(defaults | sizes))
 
 
 def alternet50(**sizes: Unpack[AlterNetSizes]) -> AlterNet:
-    """Return Alter-ResNet-50 (Park & Kim, 2022, Fig. 11); `sizes` as in `AlterNet`."""
+    """Return Alter-ResNet-50 (Park & Kim, 2022, Fig. 11).
+
+    Args:
+        **sizes: `depths`, `msas`, `heads`, `head_dim`, `window`, `width`, `num_classes`,
+            `in_channels`, `stem` and `drop_path` of `AlterNet`.
+    """
     defaults = AlterNetSizes(depths=(3, 4, 6, 4), msas=(0, 1, 3, 2))
     return AlterNet(PreActBottleneck, **(defaults | sizes))

@@ -147,30 +147,49 @@ class ResNetSizes(TypedDict, total=False):
 
 
 def resnet18(**sizes: Unpack[ResNetSizes]) -> ResNet:
-    """Return a ResNet-18 (He et al., 2016, Table 1); `sizes` as in `ResNet`."""
+    """Return a ResNet-18 (He et al., 2016, Table 1).
+
+    Args:
+        **sizes: `depths`, `width`, `num_classes`, `in_channels`, `stem`, `drop_path` of `ResNet`.
+    """
     return ResNet(BasicBlock, **(ResNetSizes(depths=(2, 2, 2, 2)) | sizes))
 
 
 def resnet34(**sizes: Unpack[ResNetSizes]) -> ResNet:
-    """Return a ResNet-34 (He et al., 2016, Table 1); `sizes` as in `ResNet`."""
+    """Return a ResNet-34 (He et al., 2016, Table 1).
+
+    Args:
+        **sizes: `depths`, `width`, `num_classes`, `in_channels`, `stem`, `drop_path` of `ResNet`.
+    """
     return ResNet(BasicBlock, **(ResNetSizes(depths=(3, 4, 6, 3)) | sizes))
 
 
 def resnet50(**sizes: Unpack[ResNetSizes]) -> ResNet:
-    """Return a ResNet-50 (He et al., 2016, Table 1); `sizes` as in `ResNet`."""
+    """Return a ResNet-50 (He et al., 2016, Table 1).
+
+    Args:
+        **sizes: `depths`, `width`, `num_classes`, `in_channels`, `stem`, `drop_path` of `ResNet`.
+    """
     return ResNet(Bottleneck, **(ResNetSizes(depths=(3, 4, 6, 3)) | sizes))
 
 
 def resnet101(**sizes: Unpack[ResNetSizes]) -> ResNet:
-    """Return a ResNet-101 (He et al., 2016, Table 1); `sizes` as in `ResNet`."""
+    """Return a ResNet-101 (He et al., 2016, Table 1).
+
+    Args:
+        **sizes: `depths`, `width`, `num_classes`, `in_channels`, `stem`, `drop_path` of `ResNet`.
+    """
     return ResNet(Bottleneck, **(ResNetSizes(depths=(3, 4, 23, 3)) | sizes))
 
 
 def resnet20(**sizes: Unpack[ResNetSizes]) -> ResNet:
-    """Return the CIFAR ResNet-20 of 16, 32 and 64 channels; `sizes` as in `ResNet`.
+    """Return the CIFAR ResNet-20 of 16, 32 and 64 channels.
 
     Sec. 4.2 of He et al. (2016), but with projections where the channels change (option B), as
     in the networks of Table 1: 272,474 parameters for 10 classes instead of 269,722.
+
+    Args:
+        **sizes: `depths`, `width`, `num_classes`, `in_channels`, `stem`, `drop_path` of `ResNet`.
     """
     return ResNet(BasicBlock, **(ResNetSizes(depths=(3, 3, 3), width=16) | sizes))
 

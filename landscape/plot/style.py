@@ -5,7 +5,8 @@
         figure.savefig("fig1a.pdf")
 
 Colours are those of Okabe and Ito, told apart under every common colour blindness
-(https://jfly.uni-koeln.de/color/). One colour belongs to one model family in every figure.
+(https://jfly.uni-koeln.de/color/). One colour belongs to one model family in every
+figure of models; Figures 10 and 11 colour kinds of blocks.
 """
 
 import textwrap

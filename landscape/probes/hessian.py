@@ -90,7 +90,7 @@ def hessian_spectrum(
         model: Any module; left as it was found.
         data: Re-iterable of batches; the mean is over all samples, however batched.
         objective: Whose Hessian.
-        k: Number of eigenvalues at each edge.
+        k: Number of eigenvalues at each edge; no more than there are parameters are returned.
         density: Also return the density; at least 40 products a probe are then made, or as many
             as `max_iter` allows.
         tol: Relative error of the eigenvalues.
@@ -106,7 +106,8 @@ def hessian_spectrum(
         vectors: Return the eigenvectors too.
         start: What was found at a checkpoint before, with `vectors`, or vectors `(m, dim)`: the
             Krylov space starts from their sum. Needs `density=False`, as a density is that of
-            random start vectors; the trace is then that of the certificate's, or NaN without one.
+            random start vectors; the trace then comes from the certificate's random vector alone,
+            and is NaN with `certify=False`.
         memory: What the operator may keep between products (`HessianOperator`).
         precision: `"tf32"` or `"bf16"` search with cheaper products on a GPU (`HessianOperator`).
             One product in full precision a pair then gives the residuals and better values, so
@@ -271,7 +272,7 @@ def hessian_trace(
         model: Any module; left as it was found.
         data: Re-iterable of batches.
         objective: Whose Hessian.
-        num_matvecs: Products to spend.
+        num_matvecs: Products to spend, at least 6.
         memory: What the operator may keep between products (`HessianOperator`).
         generator: Source of the random signs; seed 0 by default.
         progress: Show a bar.

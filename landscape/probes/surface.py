@@ -161,7 +161,8 @@ def loss_surface(
         span: Ends of the axes: a number s for -s … s, `(low, high)` for both, or
             `(x_low, x_high, y_low, y_high)`.
         points: Points an axis, one number for both or one each; a sequence of increasing
-            coordinates instead of a number is taken as it is.
+            coordinates instead of a number is taken as it is (two coordinates as a list: a tuple
+            of two is one entry an axis).
         objective: Loss, weight decay, transform and chosen parameters.
         metrics: Any of `"loss"` (always there), `"accuracy"` and `"ece"`.
         l2: `"squared"` for (λ/2)‖θ‖², `"norms"` for λ Σ_p ‖p‖, with λ the weight decay of
