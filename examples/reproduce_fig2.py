@@ -45,13 +45,14 @@ def claims(results: Results) -> list[Claim]:
         change, kinds = np.diff(result.highest), np.array(result.kinds[1:])
         for kind in ("msa", "conv", "mlp"):
             if (kinds == kind).any():
-                step = (f"{name} {kind}", averaged(change[kinds == kind]))
+                label = {"msa": "MSAs", "conv": "Convs", "mlp": "MLPs"}[kind]
+                step = (f"{name} {label}", averaged(change[kinds == kind]))
                 low, high = (step, ZERO) if kind == "msa" else (ZERO, step)
                 verb = "reduce" if kind == "msa" else "amplify"
-                label = {"msa": "MSAs", "conv": "Convs", "mlp": "MLPs"}[kind]
+                which = " (subsampling blocks included)" if kind == "conv" else ""
                 found.append(
                     Claim(
-                        f"(a) {label} {verb} high frequencies",
+                        f"(a) {label}{which} {verb} high frequencies",
                         "change of Δ log amplitude at π over a block",
                         low,
                         high,

@@ -52,22 +52,31 @@ def page(found: dict[str, tuple[list[Claim], dict[str, Any]]]) -> str:
     parts = [HEAD]
     for number, text in PAPER.items():
         of_claim = [(name, claim) for name, claim in every if claim.about == number]
-        parts.append(f"## {number}. {text}\n\n{_tally([claim for _, claim in of_claim])}\n")
+        parts.append(f"## {number}. {text}\n\n{_tally(of_claim)}\n")
         if of_claim:
             parts.append(_table(of_claim))
     parts.append("## Settings\n")
     rows = "\n".join(f"| {_label(name)} | {_setting(found[name][1])} |" for name in figures)
-    parts.append(f"| figure | measured on |\n|---|---|\n{rows}\n")
+    parts.append(f"| figure | networks trained on |\n|---|---|\n{rows}\n")
     return "\n".join(parts)
 
 
-def _tally(claims: Sequence[Claim]) -> str:
-    counts = Counter(claim.verdict for claim in claims)
+def _tally(claims: Sequence[tuple[str, Claim]]) -> str:
+    """Return the verdicts in numbers; what two figures share is counted once."""
     if not claims:
         return "Not measured."
+    first: dict[Any, str] = {}  # both sides of a comparison -> figure
+    counted = [
+        claim
+        for name, claim in claims
+        if first.setdefault((claim.smaller, claim.larger), name) == name
+    ]
+    counts = Counter(claim.verdict for claim in counted)
+    again = len(claims) - len(counted)
     words = {"agrees": "agree", "disagrees": "disagree", "undecided": "undecided"}
     shares = [f"{counts[verdict]} {word}" for verdict, word in words.items() if counts[verdict]]
-    return f"**{len(claims)} comparisons: {', '.join(shares)}.**"
+    tally = f"**{len(counted)} comparisons: {', '.join(shares)}.**"
+    return f"{tally} Rows that repeat those of an earlier figure: {again}." if again else tally
 
 
 def _table(claims: Sequence[tuple[str, Claim]]) -> str:
@@ -86,13 +95,21 @@ def _label(name: str) -> str:
 
 
 def _setting(setting: dict[str, Any]) -> str:
-    """Return in words what the numbers of a figure were measured on."""
+    """Return in words what the networks of a figure were trained on."""
     if "dataset" not in setting:
-        return f"{', '.join(setting.get('models', []))} on {setting.get('images', 'images')}"
-    words = f"{setting['train_images']:,} training images of `{setting['dataset']}`, "
-    words += f"{setting['epochs']} epochs ({setting['warmup_epochs']} of warm-up)"
+        models = ", ".join(setting.get("models", []))
+        return f"{models}: weights from files, measured on {setting.get('images', 'images')}"
+    images = f"{setting['train_images']:,} training images of `{setting['dataset']}`"
+    words = f"{images}, {_training(setting)}"
+    if "build_up" in setting:
+        words += f"; build-up: {_training(setting['build_up'])}"
+    return words
+
+
+def _training(setting: dict[str, Any]) -> str:
     seeds = setting.get("seeds")
-    return words + (f", {seeds} runs a network" if seeds else ", one run a network")
+    runs = f"{seeds} runs a network" if seeds else "one run a network"
+    return f"{setting['epochs']} epochs ({setting['warmup_epochs']} of warm-up), {runs}"
 
 
 if __name__ == "__main__":
