@@ -1,7 +1,7 @@
 """How flat and how convex the loss of any vision model is: three panels in one figure, and numbers.
 
     python examples/any_loss.py timm:convnext_atto            # 4 minutes of one CPU core
-    python examples/any_loss.py timm:convnext_atto --quick    # a quarter of the products
+    python examples/any_loss.py timm:convnext_atto --quick    # one minute
     python examples/any_loss.py torchvision:resnet18 --weights resnet18.pth \
         --images imagenet/train --weight-decay 1e-4
 
@@ -11,9 +11,9 @@ both edges of the Hessian over all images. Without `--weights` the model is a ra
 `--images` so are the images and labels, four mini-batches from seed 0: both run offline. Measure
 with the weight decay, and on the images, that the model was trained with.
 
-Most of the time goes to Hessian products of a mini-batch: the first command made 475 of 2 images
-(3.7 million parameters, 224 pixels) in 4 minutes of processor time on one core, 12 minutes beside
-other programs; the second makes 116.
+Most of the time goes to Hessian products of a mini-batch: the first command makes 475 of 2 images
+(3.7 million parameters, 224 pixels), the second 116. With `OMP_NUM_THREADS=1` they took 237 and
+50 s of processor time; on cores that others use, two threads wait for each other and take longer.
 """
 
 import matplotlib as mpl
