@@ -92,12 +92,12 @@ class Objective:
 
     def describe(self) -> str:
         """Return the objective in one line, for `Provenance`."""
-        parts = [f"loss={_name(self.loss)}", f"weight_decay={self.weight_decay:g}"]
+        parts = [f"loss={name_of(self.loss)}", f"weight_decay={self.weight_decay:g}"]
         if self.transform is not None:
-            parts.append(f"transform={_name(self.transform)}, seed={self.seed}")
+            parts.append(f"transform={name_of(self.transform)}, seed={self.seed}")
         if self.parameters is not None:
             choice = self.parameters
-            parts.append(f"parameters={_name(choice) if callable(choice) else choice!r}")
+            parts.append(f"parameters={name_of(choice) if callable(choice) else choice!r}")
         return ", ".join(parts)
 
     def freeze(
@@ -378,9 +378,10 @@ def _with_labels(model: nn.Module, batch: PreparedBatch) -> Inputs:
     return {**batch.inputs, key: batch.targets}
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """Return the name of a function, with what a `partial` gives it."""
     if isinstance(function, functools.partial):
         keywords = ", ".join(f"{k}={v!r}" for k, v in function.keywords.items())
-        return f"{_name(function.func)}({keywords})"
+        return f"{name_of(function.func)}({keywords})"
     name = getattr(function, "__name__", None) or getattr(function, "__qualname__", None)
     return str(name) if name else repr(function)

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from landscape._checks import check_count, check_data
 from landscape.losses import loss_settings
-from landscape.results import Result
+from landscape.objective import name_of
+from landscape.provenance import forward_provenance
+from landscape.results import Provenance, Result
 from landscape.training import loop, surroundings
 from landscape.training.checkpoints import Named, Saves, plan
 from landscape.training.schedule import Schedule, WarmupCosine
@@ -59,6 +61,7 @@ class FitResult(Result):
         seconds: Wall time of each epoch `(e,)`.
         checkpoints: Path of the state dict of each named epoch reached so far, by its name.
         trajectory: Paths of the state dicts of the trajectory so far, from epoch 0 on.
+        provenance: Where it came from: the run's seed, its steps an epoch and what trained it.
     """
 
     epoch: Floats
@@ -70,6 +73,7 @@ class FitResult(Result):
     seconds: Floats
     checkpoints: dict[Named, str]
     trajectory: tuple[str, ...]
+    provenance: Provenance = Provenance()
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,32 @@ def result(run: Run, history: History) -> FitResult:
         **{column: np.array(values, dtype=np.float64) for column, values in history.items()},
         checkpoints={n: str(saves.path(e)) for n, e in saves.named.items() if e <= done},
         trajectory=tuple(str(saves.path(e)) for e in saves.trajectory if e <= done),
+        provenance=forward_provenance(
+            run.step.model,
+            num_samples=getattr(run.data, "num_samples", 0),
+            seed=run.seed,
+            seconds=sum(history["seconds"]),
+            num_forwards=float(done),
+            settings=_settings(run),
+        ),
     )
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Return what trained a model, in words and numbers."""
+    step, schedule = run.step, run.schedule
+    has_state = isinstance(schedule, LRScheduler)
+    identity = run.identity()
+    return {
+        name: identity[name]
+        for name in ("optimizer", "learning_rates", "weight_decays", "epochs", "num_batches")
+    } | {
+        "schedule": type(schedule).__name__ if has_state else name_of(schedule),
+        "loss": name_of(step.loss),
+        "transform": None if step.transform is None else name_of(step.transform),
+        "clip": step.clip,
+        "bfloat16": step.bfloat16,
+    }
 
 
 def weights(run: Run) -> dict[str, Tensor]:

@@ -152,6 +152,22 @@ def test_ignored_labels_count_for_nothing():
         np.testing.assert_allclose(result.validation_loss, [loss(model(x), y).item()], rtol=1e-6)
 
 
+def test_a_history_says_what_trained_the_model(data, tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    result = fit(
+        model, data, epochs=2, optimizer=optimizer, schedule=WarmupCosine(2, 1), transform=jitter,
+        seed=7,
+    )  # fmt: skip
+    told, settings = result.provenance, result.provenance.settings
+    assert (told.model, told.seed, told.num_samples) == ("Sequential", 7, 22)
+    assert told.num_parameters == sum(p.numel() for p in model.parameters())
+    assert (settings["optimizer"], settings["learning_rates"]) == ("SGD", (0.1,))
+    assert settings["schedule"] == "WarmupCosine(epochs=2, warmup_epochs=1, per_epoch=False)"
+    assert (settings["loss"], settings["transform"]) == ("cross_entropy", "jitter")
+    assert FitResult.load(result.save(tmp_path / "history")) == result
+
+
 def test_validation_runs_in_evaluation_mode_and_without_the_transform(data):
     model = make_model(dropout=0.5)
     result = fit(model, data, epochs=1, transform=jitter, validation=data)
