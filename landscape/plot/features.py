@@ -146,7 +146,8 @@ def feature_variance(
     ax = ax if ax is not None else style.fresh_axes()
     _draw_steps(ax, result, result.variance, result.stderr, label, line)
     if log:
-        ax.set_yscale("log")
+        if (result.variance > 0).any():  # a logarithmic axis needs a value
+            ax.set_yscale("log")
     else:
         ax.set_autoscaley_on(True)  # to what was drawn before, too
         ax.autoscale_view()

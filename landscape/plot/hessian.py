@@ -195,7 +195,7 @@ def spectral_density(result: "SpectralDensity", *, ax: Axes | None = None, **lin
     high = np.maximum(result.values + 2 * result.values_stderr, floor)
     ax.fill_between(result.grid, low, high, color=drawn.get_color(), alpha=0.25, lw=0)
     ax.set_yscale("log")
-    ax.set_ylim(floor, 3 * max(float(np.max(high)), floor))
+    ax.set_ylim(floor, 3 * float(np.nanmax(high, initial=floor)))
     ax.set(xlabel=LABEL, ylabel="Density (1/nats)")
     return ax
 

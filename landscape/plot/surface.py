@@ -149,7 +149,7 @@ def loss_line(
         error = 2 * np.ma.masked_invalid(result.nll_stderr)
         low, high = values - error, values + error
         ax.fill_between(result.x, low, high, color=drawn.get_color(), alpha=0.2, lw=0, zorder=1)
-    if log:
+    if log and values.count():  # a logarithmic axis needs a value
         ax.set_yscale("log")
     missing = np.ma.getmaskarray(values)
     beside = np.pad(missing, 1, constant_values=True)

@@ -1,5 +1,7 @@
 """What all plots of a result have in common: the axes that they make, and what they refuse."""
 
+from dataclasses import replace
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -58,6 +60,35 @@ def test_no_text_leaves_the_page(name):
     for text, box in drawn:
         assert figure.bbox.padded(1).contains(box.x0, box.y0), text
         assert figure.bbox.padded(1).contains(box.x1, box.y1), text
+
+
+def unknown(result, *names):
+    return replace(result, **{name: np.nan * getattr(result, name) for name in names})
+
+
+NOT_FINITE = {
+    "feature_variance": (unknown(variance(vit(2)), "variance", "stderr"), {"log": True}),
+    "feature_variance of zeros": (
+        replace(variance(vit(2)), variance=np.zeros(5), stderr=np.zeros(5)),
+        {"log": True},
+    ),
+    "hessian_max_spectrum": (unknown(random_spectrum(), "eigenvalues"), {"log": True}),
+    "hessian_spectrum": (
+        replace(full_spectrum(), density=unknown(density(), "values", "values_stderr")),
+        {},
+    ),
+    "loss_line": (unknown(line([3, 1, 2]), "nll", "loss"), {"log": True}),
+    "spectral_density": (unknown(density(), "values", "values_stderr"), {}),
+}
+
+
+@pytest.mark.parametrize("module", [plot, plot.interactive], ids=["matplotlib", "plotly"])
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_a_logarithmic_plot_of_nothing_to_draw_is_blank(name, module):
+    result, look = NOT_FINITE[name]
+    figure = getattr(module, name.split()[0])(result, **look)
+    if module is plot:
+        figure.figure.canvas.draw()
 
 
 SEVERAL = {

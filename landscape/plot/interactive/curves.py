@@ -52,7 +52,7 @@ def loss_line(
         if quantity in {"loss", "nll"}:
             error = 2 * np.where(np.isfinite(result.nll_stderr), result.nll_stderr, 0.0)
             low = values - error
-            if log:  # a logarithmic axis has no place for less
+            if log and np.isfinite(values).any():  # a logarithmic axis has no place for less
                 low = np.maximum(low, np.nanmin(values) / 10)
             _add_band(figure, result.x, low, values + error, styles[name], name)
         figure.add_trace(
