@@ -167,6 +167,9 @@ def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") ->
 def panels(results: "Mapping[str, Result]") -> Figure:
     """Draw different results side by side, each as it draws itself, under its label.
 
+    What a drawing says above its axes is a note under the label, in lines that the panel has room
+    for.
+
     Args:
         results: Results by title.
 
@@ -178,13 +181,31 @@ def panels(results: "Mapping[str, Result]") -> Figure:
     """
     with mpl.rc_context(style.rc()):
         figure, axes = _panels(2.3, results)
+        notes = [0.0]
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             result.plot(ax=ax)
-            ax.set_title(
-                style.wrapped_title(name, 2 * len(results) - 1), loc="left"
-            )  # notes stand at the right
+            notes.append(_head(ax, name, len(results)))
+            ax.set_xlabel(style.wrapped_title(ax.get_xlabel(), len(results)))
+        figure.set_figheight(2.3 + max(notes))
         figure.draw_without_rendering()
     return figure
+
+
+def _head(ax: Axes, name: str, panels: int) -> float:
+    """Put a title over the drawing's own title and notes; return the inches that these take."""
+    notes = [text for text in ax.texts if text.get_gid() == "note"]
+    said = [ax.get_title(), *(line for note in notes for line in note.get_text().split("\n"))]
+    lines = [style.wrapped_title(line, panels, style.NOTE_SIZE) for line in said if line]
+    for note in notes:
+        note.remove()
+    text = "\n".join(lines)
+    look: dict[str, Any] = {"size": style.NOTE_SIZE, "color": style.MUTED, "gid": "note"}
+    ax.text(0, 1.01, text, transform=ax.transAxes, va="bottom", **look)
+    ax.set_title("")
+    room = 1.45 * style.NOTE_SIZE * (text.count("\n") + 1) if text else 0.0
+    pad = mpl.rcParams["axes.titlepad"] + room
+    ax.set_title(style.wrapped_title(name, panels), loc="left", pad=pad)
+    return room / 72
 
 
 def _draw_matrices(figure: Figure, axes: dict[str, Axes], results: "Mapping[str, CKA]") -> None:

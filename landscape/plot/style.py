@@ -43,7 +43,8 @@ _LINES: tuple[Any, ...] = (
     "-", "--", ":", "-.",
     (0, (6, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 3)), (0, (1, 3)),
 )  # fmt: skip
-_CHARACTER = 4.2  # points that one of a title takes
+_SIZE = 8.0  # points of a title
+_CHARACTER = 4.2  # points that a character of this size takes
 _MOST_INSIDE = 4  # entries of a legend that has room inside of the axes
 _LONGEST_NAME, _LONGEST_BESIDE, _LONGEST_INSIDE = 30, 40, 60  # characters of a line of a legend
 
@@ -180,16 +181,17 @@ def entries_inside(named: Mapping[str, Any]) -> int:
     return len(named) if len(named) <= _MOST_INSIDE else 0
 
 
-def wrapped_title(name: str, panels: int) -> str:
+def wrapped_title(name: str, panels: int, size: float = _SIZE) -> str:
     """Return a title in lines that a panel has room for.
 
     Args:
         name: The title.
         panels: Number of panels side by side in a figure of the text's width, or in a column's
             width if it is one.
+        size: Size of the font, in points.
     """
     room = (COLUMN_WIDTH if panels == 1 else TEXT_WIDTH) * 72 / panels
-    return "\n".join(textwrap.wrap(name, max(8, int(room / _CHARACTER)))) or name
+    return "\n".join(textwrap.wrap(name, max(8, int(room * _SIZE / size / _CHARACTER)))) or name
 
 
 def wrapped_entries(texts: Mapping[str, str]) -> dict[str, str]:
