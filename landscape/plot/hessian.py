@@ -11,6 +11,7 @@ from matplotlib.font_manager import FontProperties
 from landscape._checks import check_choice
 from landscape.plot import style
 from landscape.plot.density import finite_eigenvalues, half_density
+from landscape.plot.scale import SignedDecades
 
 if TYPE_CHECKING:
     from landscape.linalg.eigenpairs import Eigenpairs
@@ -96,6 +97,7 @@ def limit_eigenvalues(
     if log:
         decade = 10 ** np.floor(np.log10(np.abs(values).min()))
         ax.set_xscale("symlog", linthresh=decade, linscale=0.6)
+        ax.xaxis.set_major_locator(SignedDecades())
         low, high = 1.5 * min(values.min(), 0), 1.5 * max(values.max(), 0)
     else:
         margin = 0.05 * np.abs(values).max()

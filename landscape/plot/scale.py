@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import FigureBase
@@ -126,6 +127,39 @@ def nice_ticks(norm: Normalize) -> list[float]:
         locator = LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,))
     ticks = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
     return ticks if len(ticks) > 1 else [low, high]
+
+
+class SignedDecades(Locator):
+    """Ticks of a `symlog` axis: 0 and powers of ten of both signs, as many as their labels fit."""
+
+    def __call__(self) -> list[float]:
+        """Return the ticks in what the axis shows."""
+        return self.tick_values(*cast(Axis, self.axis).get_view_interval())
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        """Return the ticks between two values, evenly spaced from 0 outwards.
+
+        Args:
+            vmin: Lower end.
+            vmax: Upper end.
+
+        Returns:
+            The ticks in ascending order.
+        """
+        axis: Any = self.axis
+        scale = axis.get_transform()
+        smallest = scale.linthresh
+        low, high = scale.transform([vmin, vmax])
+        first, second = scale.transform([smallest, 10 * smallest])
+        # `Axis.get_tick_space` would ask the settings at drawing for the size, not the labels
+        label = 3.4 * axis.get_major_ticks(1)[0].label1.get_size()  # points of "-10^-8" and a gap
+        width = axis.axes.get_window_extent().width * 72 / axis.figure.dpi
+        closest = (high - low) * label / width
+        top = int(np.log10(max(-vmin, vmax) / smallest) + 1e-9)
+        step = int(np.clip(np.ceil((closest - first) / (second - first)) + 1, 1, max(top, 1)))
+        powers = 10.0 ** (round(np.log10(smallest)) + np.arange(step - 1, top + 1, step))
+        ticks = [*-powers[::-1], 0.0, *powers]
+        return [float(tick) for tick in ticks if vmin <= tick <= vmax]
 
 
 def norm_ends(norm: Normalize) -> tuple[float, float]:

@@ -1,3 +1,5 @@
+import itertools
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -124,6 +126,35 @@ def test_no_density_is_cut_off(half, log, spread):
         grid, heights = curve.get_data()
         inside = (low <= grid) & (grid <= high)
         assert heights[~inside].max(initial=0) <= 0.01 * heights.max()
+
+
+def far(first, last):
+    values = 10.0 ** np.arange(first, last)
+    return max_spectrum(np.stack([values, -values], axis=1))
+
+
+WIDE = {
+    "both": lambda spectrum: plot.hessian_max_spectrum(spectrum, log=True).figure,
+    "negative": lambda spectrum: (
+        plot.hessian_max_spectrum(spectrum, log=True, half="negative").figure
+    ),
+    "runs": lambda spectrum: plot.spectra_over_runs({"ResNet": [spectrum], "ViT": [spectrum]}),
+}
+
+
+@pytest.mark.parametrize("decades", [(0, 5), (-8, 0), (-20, 12)], ids=str)
+@pytest.mark.parametrize("name", WIDE)
+def test_ticks_over_many_decades_stay_apart(name, decades):
+    figure = WIDE[name](far(*decades))
+    figure.canvas.draw()
+    for ax in figure.axes[: 2 if name == "runs" else 1]:
+        low, high = ax.get_xlim()
+        shown = [tick for tick in ax.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        extents = [tick.label1.get_window_extent() for tick in shown]
+        assert len(extents) >= 2
+        assert 0 in [tick.get_loc() for tick in shown]
+        for left, right in itertools.pairwise(extents):
+            assert left.x1 < right.x0
 
 
 def test_legend_gives_estimates_with_intervals_and_counts():
