@@ -18,11 +18,7 @@ from landscape.plot.features import (
     lesion_study,
 )
 from landscape.plot.figures import figure1, figure1a, figure1b, figure1c
-from landscape.plot.hessian import (
-    hessian_max_spectrum,
-    hessian_spectrum,
-    spectral_density,
-)
+from landscape.plot.hessian import hessian_max_spectrum
 from landscape.plot.robustness import (
     adversarial_robustness,
     frequency_robustness,
@@ -30,6 +26,7 @@ from landscape.plot.robustness import (
 )
 from landscape.plot.scale import shared_limits
 from landscape.plot.seeds import run_columns, run_curves, spectra_over_runs
+from landscape.plot.spectrum import hessian_spectrum, spectral_density
 from landscape.plot.surface import loss_line, loss_surface
 from landscape.plot.trajectory import polar_trajectory, trajectory
 

@@ -1,4 +1,4 @@
-"""Hessian spectra: per mini-batch (the paper's) and over all data (edges and density)."""
+"""Hessian spectra per mini-batch, those of the paper."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,14 +14,10 @@ from landscape.plot.density import finite_eigenvalues, half_density
 from landscape.plot.scale import SignedDecades
 
 if TYPE_CHECKING:
-    from landscape.linalg.eigenpairs import Eigenpairs
-    from landscape.linalg.quadrature import SpectralDensity
-    from landscape.probes.hessian import HessianSpectrum
     from landscape.probes.hessian_max import HessianMaxSpectrum
 
 Half = Literal["both", "negative", "positive"]
 
-LABEL = r"Hessian eigenvalue $\lambda$ (nats)"
 MAX_LABEL = r"Hessian max eigenvalue $\lambda$ (nats)"
 
 
@@ -128,7 +124,7 @@ def room_for_legend(ax: Axes, line_height: float | None = None) -> None:
     densities = [np.asarray(line.get_ydata()) for line in ax.lines if line.get_gid() == "density"]
     peak = max((density.max(initial=0.0) for density in densities), default=0.0)
     lines = sum(1 + label.count("\n") for label in ax.get_legend_handles_labels()[1])
-    share = _share_of_legend(ax, lines)
+    share = share_of_legend(ax, lines)
     room = share / (1 - share) if line_height is None else line_height * lines
     ax.set_ylim(0, peak * (1.05 + room) or 1.0)
     if peak == 0:
@@ -171,102 +167,11 @@ def spread_far(results: Iterable["HessianMaxSpectrum"]) -> bool:
     return False
 
 
-def spectral_density(result: "SpectralDensity", *, ax: Axes | None = None, **line: Any) -> Axes:
-    """Draw an eigen-density on a logarithmic scale, with a band of two standard errors each side.
-
-    It is drawn down to a tenth of the peak that a single eigenvalue makes, mass 1/dim smoothed
-    by a Gaussian of width `sigma`.
-
-    Args:
-        result: The density: `values (g,)` on `grid (g,)`.
-        ax: Axes to draw on; fresh ones by default.
-        **line: Passed to `Axes.plot`.
-
-    Returns:
-        The axes.
-
-    Raises:
-        TypeError: If `result` is no `SpectralDensity`.
-    """
-    style.check_result(result, "SpectralDensity")
-    ax = ax if ax is not None else style.fresh_axes()
-    label = rf"density, $\sigma$ = {_number(result.sigma)}"
-    (drawn,) = ax.plot(result.grid, result.values, **{"label": label, **line})
-    floor = density_floor(result)
-    low = np.maximum(result.values - 2 * result.values_stderr, floor)
-    high = np.maximum(result.values + 2 * result.values_stderr, floor)
-    ax.fill_between(result.grid, low, high, color=drawn.get_color(), alpha=0.25, lw=0)
-    ax.set_yscale("log")
-    ax.set_ylim(floor, 3 * float(np.nanmax(high, initial=floor)))
-    ax.set(xlabel=LABEL, ylabel="Density (1/nats)")
-    return ax
-
-
-def density_floor(result: "SpectralDensity") -> float:
-    """Return a tenth of the peak that a single eigenvalue makes, mass 1/dim smoothed by σ."""
-    return float(0.1 / (result.dim * result.sigma * np.sqrt(2 * np.pi)))
-
-
-def hessian_spectrum(result: "HessianSpectrum", *, ax: Axes | None = None, **line: Any) -> Axes:
-    """Draw the eigen-density with the largest and the smallest eigenvalues at its edges.
-
-    An edge eigenvalue is a mark with a bar of its residual `‖Hv − λv‖` each side, within which a
-    true eigenvalue lies; hollow where it has not converged. The legend gives the trace with its
-    standard error.
-
-    Args:
-        result: The spectrum; without a density the edges are drawn alone.
-        ax: Axes to draw on; fresh ones by default.
-        **line: Passed to `Axes.plot` for the density.
-
-    Returns:
-        The axes.
-
-    Raises:
-        TypeError: If `result` is no `HessianSpectrum`.
-    """
-    style.check_result(result, "HessianSpectrum")
-    ax = ax if ax is not None else style.fresh_axes()
-    if result.density is not None:
-        spectral_density(result.density, ax=ax, **line)
-    else:
-        ax.set(xlabel=LABEL, yticks=[])
-    _draw_edge(ax, result.largest, "largest", "^", "#D55E00")
-    _draw_edge(ax, result.smallest, "smallest", "v", "#0072B2")
-    trace = rf"trace {_number(result.trace)} $\pm$ {_number(result.trace_stderr)}"
-    ax.plot([], [], " ", label=trace)
-    if result.density is not None:
-        low, high = ax.get_ylim()
-        share = _share_of_legend(ax, len(ax.get_legend_handles_labels()[1]))
-        ax.set_ylim(low, low * (high / low) ** (1 / (1 - share)))
-    ax.legend(loc="upper right")
-    return ax
-
-
-def _share_of_legend(ax: Axes, lines: int) -> float:
+def share_of_legend(ax: Axes, lines: int) -> float:
     """Return the share of the height of axes that a legend takes, three fifths at the most."""
     size = FontProperties(size=mpl.rcParams["legend.fontsize"]).get_size_in_points()
     height = ax.get_window_extent().height * 72 / ax.figure.dpi
     return min((1.5 * lines + 1) * size / height, 0.6)
-
-
-def _draw_edge(ax: Axes, pairs: "Eigenpairs", name: str, marker: str, color: str) -> None:
-    converged = np.asarray(pairs.converged, dtype=bool)
-    for chosen, fill, note in ((converged, color, ""), (~converged, "none", ", not converged")):
-        if chosen.any():
-            ax.errorbar(
-                pairs.values[chosen],
-                np.full(chosen.sum(), 0.06),
-                xerr=pairs.residuals[chosen],
-                fmt=marker,
-                color=color,
-                markerfacecolor=fill,
-                markersize=4,
-                markeredgewidth=0.7,
-                elinewidth=0.8,
-                transform=ax.get_xaxis_transform(),
-                label=f"{chosen.sum()} {name}{note}",
-            )
 
 
 def _draw_half(
@@ -296,8 +201,8 @@ def _legend_text(result: "HessianMaxSpectrum", half: str, brief: bool) -> str:
     if missing:
         counts += f", {missing} not converged"
     share, bounds = round(result.nep, 2), [round(bound, 2) for bound in result.nep_interval]
-    nep = f"NEP {_number(share) if brief else _estimate(share, bounds)}"
-    ape = f"APE {_number(result.ape) if brief else _estimate(result.ape, result.ape_interval)}"
+    nep = f"NEP {number(share) if brief else _estimate(share, bounds)}"
+    ape = f"APE {number(result.ape) if brief else _estimate(result.ape, result.ape_interval)}"
     if brief:
         numbers = {"both": f"{nep}, {ape}", "negative": nep, "positive": ape}[half]
         return f"{numbers}, {counts}" if missing else numbers
@@ -308,10 +213,10 @@ def _legend_text(result: "HessianMaxSpectrum", half: str, brief: bool) -> str:
 
 def _estimate(value: float, interval: Sequence[float]) -> str:
     low, high = interval
-    return f"{_number(value)} [{_number(low)}, {_number(high)}]"
+    return f"{number(value)} [{number(low)}, {number(high)}]"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Return `value` with three significant digits, without exponent where it is readable."""
     if not np.isfinite(value):
         return "–"

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 
 from landscape import plot
-from tests.plot.cases import line, polar, trajectory
+from tests.plot.cases import density, full_spectrum, line, polar, trajectory
 from tests.plot.feature_cases import fourier, variance, vit
 
 CASES = {
@@ -24,6 +24,49 @@ CASES = {
 }
 MAPPED = [name for name in CASES if name != "run_curves"]
 FAMILIES = ("ViT", "ResNet", "Swin")
+
+
+SPECTRA = {
+    "spectral_density": (plot.spectral_density, [density(dim=50 + k) for k in range(3)]),
+    "hessian_spectrum": (plot.hessian_spectrum, [full_spectrum() for _ in range(3)]),
+    "hessian_spectrum edges alone": (
+        plot.hessian_spectrum,
+        [full_spectrum(with_density=False) for _ in range(3)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_spectra_of_several_models_are_told_apart_and_lie_on_one_scale(name):
+    draw, results = SPECTRA[name]
+    labels = ("ResNet-50", "ViT-S", "other")
+    ax = draw(dict(zip(labels, results, strict=True)))
+    one_by_one = None
+    for result, label in zip(results, labels, strict=True):
+        one_by_one = draw(result, ax=one_by_one, label=label)
+    assert ax.get_ylim() == one_by_one.get_ylim()
+    for each in (ax, one_by_one):
+        found = {text.split(":")[0]: color for text, (color, _) in looks(each).items()}
+        colors = [plot.style.family_color(label) or "#333333" for label in labels]
+        assert found == dict(zip(labels, colors, strict=True))
+        shown = [text.get_text() for text in each.get_legend().get_texts()]
+        assert [text.split(":")[0] for text in shown[:3]] == list(labels)
+        assert len(set(shown)) == len(shown)
+    if "alone" not in name:
+        heights = np.concatenate([path.vertices for c in ax.collections for path in c.get_paths()])
+        assert ax.get_ylim()[1] > heights[:, 1].max()
+    with pytest.raises(ValueError, match="`label` must be None where results come with"):
+        draw({"a": results[0]}, label="x")
+
+
+def test_edges_of_several_spectra_have_rows_and_colours_of_their_own():
+    ax = plot.hessian_spectrum({"ResNet": full_spectrum(), "ViT": full_spectrum()})
+    rows = {}
+    for bars in ax.containers:
+        rows.setdefault(bars.lines[0].get_color(), set()).update(bars.lines[0].get_ydata())
+    assert set(rows) == {plot.style.family_color(name) for name in ("ResNet", "ViT")}
+    heights = [height for row in rows.values() for height in row]
+    assert len(heights) == len(set(heights)) == 2
 
 
 def looks(ax):

@@ -8,9 +8,9 @@ from matplotlib.colors import to_hex, to_rgb
 
 from landscape.plot import style
 from landscape.plot.build_up import SCORE_LABELS
-from landscape.plot.hessian import density_floor
 from landscape.plot.interactive.look import LOOK, plotly_line
 from landscape.plot.scale import LABELS, Quantity, finite_values
+from landscape.plot.spectrum import density_floor
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
