@@ -119,7 +119,7 @@ def figure11(results: "Mapping[str, Architecture]") -> Figure:
     Raises:
         ValueError: If `results` is empty.
     """
-    results = style.named(results)
+    results = style.named(results, argument="results")
     with mpl.rc_context(style.rc()):
         rows = max(diagram_rows(result, 1) for result in results.values())
         width = style.COLUMN_WIDTH if len(results) == 1 else style.TEXT_WIDTH

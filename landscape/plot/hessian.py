@@ -22,7 +22,7 @@ MAX_LABEL = r"Hessian max eigenvalue $\lambda$ (nats)"
 
 
 def hessian_max_spectrum(
-    results: "HessianMaxSpectrum | Mapping[str, HessianMaxSpectrum]",
+    result: "HessianMaxSpectrum | Mapping[str, HessianMaxSpectrum]",
     *,
     ax: Axes | None = None,
     half: Half = "both",
@@ -38,7 +38,7 @@ def hessian_max_spectrum(
     spectra it stands beside the axes, without intervals.
 
     Args:
-        results: One spectrum, or several by label; model families decide the colours.
+        result: One spectrum, or several by label; model families decide the colours.
         ax: Axes to draw on; fresh ones by default.
         half: The half to draw, or both on one axis.
         log: Logarithmic |λ|, and densities per decade, for spectra over several decades.
@@ -48,20 +48,20 @@ def hessian_max_spectrum(
         The axes.
 
     Raises:
-        ValueError: If `half` is unknown or `results` is empty.
+        ValueError: If `half` is unknown or `result` is empty.
     """
     check_choice("half", half, get_args(Half))
-    named = style.named(results, "HessianMaxSpectrum")
+    named = style.named(result, "HessianMaxSpectrum")
     ax = ax if ax is not None else style.fresh_axes()
     styles = style.line_styles(named)
     crowded = not style.entries_inside(named)
-    texts = {name: _legend_text(result, half, brief=crowded) for name, result in named.items()}
+    texts = {name: _legend_text(one, half, brief=crowded) for name, one in named.items()}
     entries = style.wrapped_entries(texts)
-    for row, (name, result) in enumerate(named.items()):
+    for row, (name, one) in enumerate(named.items()):
         label = entries[name]
         for sign in (-1, 1):
             if half != {-1: "positive", 1: "negative"}[sign]:
-                _draw_half(ax, result, sign, row, log, {**styles[name], "label": label, **line})
+                _draw_half(ax, one, sign, row, log, {**styles[name], "label": label, **line})
                 label = "_"  # one legend entry a spectrum
     if half == "both":
         ax.axvline(0, color=style.MUTED, lw=0.6, zorder=0)

@@ -25,7 +25,7 @@ RELIABILITY_LABEL = "Accuracy, share of samples (fraction)"
 
 
 def frequency_robustness(
-    results: "RobustnessCurve | Mapping[str, RobustnessCurve]",
+    result: "RobustnessCurve | Mapping[str, RobustnessCurve]",
     *,
     ax: Axes | None = None,
     **line: Any,
@@ -36,7 +36,7 @@ def frequency_robustness(
     noise. Values that are not finite are gaps, marked by crosses and counted.
 
     Args:
-        results: One curve, or several by label; model families decide the colours.
+        result: One curve, or several by label; model families decide the colours.
         ax: Axes to draw on; fresh ones by default.
         **line: Passed to `Axes.errorbar`.
 
@@ -44,27 +44,27 @@ def frequency_robustness(
         The axes.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
-    named = style.named(results, "RobustnessCurve")
+    named = style.named(result, "RobustnessCurve")
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, clean_entry, noise_of, wrap=True)
     ax.axhline(0, color=style.MUTED, lw=0.6, zorder=0, gid="clean")
-    for name, result in named.items():
+    for name, one in named.items():
         look = {**style.line_styles(named)[name], "label": labels[name], **line}
-        change, error = 100 * result.delta_accuracy, 200 * result.delta_accuracy_stderr
-        _draw_curve(ax, result.frequencies, change, error, look)
+        change, error = 100 * one.delta_accuracy, 200 * one.delta_accuracy_stderr
+        _draw_curve(ax, one.frequencies, change, error, look)
     ax.set(xlabel=FREQUENCY_LABEL, ylabel=DELTA_LABEL)
     low, high = ax.get_ylim()
     room = 0.12 * style.lines_inside(labels)  # for the legend
     ax.set_ylim(low, max(high, 0) + room * (high - low))
-    _note(ax, [result.delta_accuracy for result in named.values()], common)
+    _note(ax, [one.delta_accuracy for one in named.values()], common)
     style.place_legend(ax, named, "upper right")
     return ax
 
 
 def adversarial_robustness(
-    results: "AdversarialRobustness | Mapping[str, AdversarialRobustness]",
+    result: "AdversarialRobustness | Mapping[str, AdversarialRobustness]",
     *,
     ax: Axes | None = None,
     **line: Any,
@@ -75,7 +75,7 @@ def adversarial_robustness(
     attacks. Values that are not finite are gaps, marked by crosses and counted.
 
     Args:
-        results: One result, or several of one norm by label; model families decide the colours.
+        result: One result, or several of one norm by label; model families decide the colours.
         ax: Axes to draw on; fresh ones by default.
         **line: Passed to `Axes.errorbar`.
 
@@ -83,24 +83,24 @@ def adversarial_robustness(
         The axes.
 
     Raises:
-        ValueError: If `results` is empty, or mixes norms.
+        ValueError: If `result` is empty, or mixes norms.
     """
-    named = style.named(results, "AdversarialRobustness")
+    named = style.named(result, "AdversarialRobustness")
     norm = common_norm(named)
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, clean_entry, attack_of, wrap=True)
-    for name, result in named.items():
+    for name, one in named.items():
         look = {**style.line_styles(named)[name], "label": labels[name], **line}
-        radii, accuracy, error = attacked_accuracy(result)
+        radii, accuracy, error = attacked_accuracy(one)
         _draw_curve(ax, 255 * radii, 100 * accuracy, 200 * error, look)
     ax.set(xlabel=RADIUS_LABELS[norm], ylabel="Accuracy (%)", xlim=(0, None), ylim=(0, None))
-    _note(ax, [result.accuracy for result in named.values()], common)
+    _note(ax, [one.accuracy for one in named.values()], common)
     style.place_legend(ax, named, "upper right")
     return ax
 
 
 def reliability_diagram(
-    results: "Evaluation | Mapping[str, Evaluation]", *, ax: Axes | None = None, **line: Any
+    result: "Evaluation | Mapping[str, Evaluation]", *, ax: Axes | None = None, **line: Any
 ) -> Axes:
     """Draw the accuracy of each bin of the confidence against its mean confidence.
 
@@ -110,7 +110,7 @@ def reliability_diagram(
     calibrated model would show on as many samples.
 
     Args:
-        results: One evaluation, or several by label; model families decide the colours.
+        result: One evaluation, or several by label; model families decide the colours.
         ax: Axes to draw on; fresh ones by default.
         **line: Passed to `Axes.errorbar`.
 
@@ -118,21 +118,21 @@ def reliability_diagram(
         The axes.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
-    named = style.named(results, "Evaluation")
+    named = style.named(result, "Evaluation")
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, ece_entry, sample_size, wrap=True)
     ax.plot([0, 1], [0, 1], color=style.MUTED, lw=0.6, ls="--", zorder=0, gid="diagonal")
-    for name, result in named.items():
+    for name, one in named.items():
         look = {**style.line_styles(named)[name], "label": labels[name], **line}
         color = look["color"]
-        share = result.bin_count / max(result.num_samples, 1)
+        share = one.bin_count / max(one.num_samples, 1)
         steps: dict[str, Any] = {"color": color, "alpha": 0.2, "fill": True, "lw": 0, "zorder": 0}
-        ax.stairs(share, result.bin_edges, baseline=0, gid="share", **steps)
-        x, y = result.bin_confidence, result.bin_accuracy
+        ax.stairs(share, one.bin_edges, baseline=0, gid="share", **steps)
+        x, y = one.bin_confidence, one.bin_accuracy
         ax.vlines(x, x, y, color=color, lw=2.5, alpha=0.35, gid="gap", zorder=1)
-        low, high = wilson_interval(y, result.bin_count)
+        low, high = wilson_interval(y, one.bin_count)
         bars = np.clip([y - low, high - y], 0, None)
         ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
     ax.set(
@@ -208,7 +208,7 @@ def common_norm(named: "Mapping[str, AdversarialRobustness]") -> str:
     """
     norms = sorted({result.norm for result in named.values()})
     if len(norms) > 1:
-        raise ValueError(f"`results` must share one norm, got {norms}; draw them apart.")
+        raise ValueError(f"`result` must share one norm, got {norms}; draw them apart.")
     return norms[0]
 
 

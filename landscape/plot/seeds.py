@@ -40,7 +40,7 @@ def run_columns(values: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> A
     Raises:
         ValueError: If `values` is empty.
     """
-    named = style.named(values)
+    named = style.named(values, argument="values")
     ax = ax if ax is not None else style.fresh_axes()
     styles = style.line_styles(named)
     for column, (label, runs) in enumerate(named.items()):
@@ -114,7 +114,9 @@ def draw_spectra_over_runs(figure: Figure | SubFigure, results: "Runs") -> None:
     Raises:
         ValueError: If `results` is empty, or a network has no runs.
     """
-    named = {label: pool_runs(runs) for label, runs in style.named(results).items()}
+    named = {
+        label: pool_runs(runs) for label, runs in style.named(results, argument="results").items()
+    }
     log = spread_far(named.values())
     inch = figure.dpi / figure.bbox.height
     height = {"top": 1 - 0.12 * inch, "bottom": 0.42 * inch}

@@ -247,28 +247,29 @@ def place_legend(
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
 
 
-def named(results: Any, kind: str | None = None) -> dict[str, Any]:
+def named(result: Any, kind: str | None = None, *, argument: str = "result") -> dict[str, Any]:
     """Return results by label, a single one under an empty label.
 
     Args:
-        results: One result, or several by label.
+        result: One result, or several by label.
         kind: Name of their class, to be checked.
+        argument: What the caller calls `result`.
 
     Returns:
         The results by label.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
         TypeError: If one of them is of another class.
     """
-    by_label = dict(results) if isinstance(results, Mapping) else {"": results}
+    by_label = dict(result) if isinstance(result, Mapping) else {"": result}
     if not by_label:
-        raise ValueError("`results` must hold at least one result, got an empty mapping.")
-    for result in by_label.values():
-        if kind is not None and not _is_a(result, kind):
+        raise ValueError(f"`{argument}` must hold at least one result, got an empty mapping.")
+    for one in by_label.values():
+        if kind is not None and not _is_a(one, kind):
             raise TypeError(
-                f"`results` must be a `{kind}`, or a mapping of labels to several, got "
-                f"{type(result).__name__}."
+                f"`{argument}` must be a `{kind}`, or a mapping of labels to several, got "
+                f"{type(one).__name__}."
             )
     return by_label
 

@@ -1,5 +1,6 @@
 """What all plots of a result have in common: the axes that they make, and what they refuse."""
 
+import inspect
 import itertools
 from dataclasses import replace
 
@@ -140,13 +141,18 @@ ONE = {
 @pytest.mark.parametrize("name", [*ONE, *SEVERAL])
 def test_other_results_are_refused_by_the_name_of_what_is_drawn(name):
     kind = ONE.get(name) or SEVERAL[name]
-    argument, several = ("results", ".* mapping") if name in SEVERAL else ("result", "")
+    several = ".* mapping" if name in SEVERAL else ""
     other = surface() if name == "build_up" else build_up()
     for wrong in (other, [other], None):
         found = type(wrong).__name__
-        with pytest.raises(
-            TypeError, match=f"`{argument}` must be a `{kind}`{several}.*, got {found}"
-        ):
+        with pytest.raises(TypeError, match=f"`result` must be a `{kind}`{several}.*, got {found}"):
             getattr(plot, name)(wrong)
     with pytest.raises(TypeError, match=f"must be a `{kind}`"):
         getattr(plot, name)({"a": other})
+
+
+def test_every_drawing_of_a_result_calls_it_so():
+    drawings = [getattr(plot, name) for name in [*ONE, *SEVERAL]]
+    drawings += [getattr(plot.interactive, name) for name in plot.interactive.__all__]
+    firsts = {draw: next(iter(inspect.signature(draw).parameters)) for draw in drawings}
+    assert set(firsts.values()) == {"result"}, firsts

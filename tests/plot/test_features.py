@@ -335,7 +335,7 @@ def test_figure2_is_readable_with_one_to_five_models(panels, models):
     ],
 )
 def test_empty_mappings_are_refused(draw):
-    with pytest.raises(ValueError, match="`results` must hold at least one result"):
+    with pytest.raises(ValueError, match="`results?` must hold at least one result"):
         draw({})
 
 

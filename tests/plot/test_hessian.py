@@ -212,7 +212,7 @@ def test_several_spectra_without_a_negative_eigenvalue_draw():
 def test_spectrum_errors():
     with pytest.raises(ValueError, match="`half` must be one of 'both', 'negative', 'positive'"):
         plot.hessian_max_spectrum(random_spectrum(), half="left")
-    with pytest.raises(ValueError, match="`results` must hold at least one result"):
+    with pytest.raises(ValueError, match="`result` must hold at least one result"):
         plot.hessian_max_spectrum({})
 
 

@@ -170,7 +170,7 @@ def test_pages_are_small_and_load_plotly_from_the_network_address_only(tmp_path)
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="`results` must hold at least one result"):
+    with pytest.raises(ValueError, match="`result` must hold at least one result"):
         plot.interactive.polar_trajectory({})
     with pytest.raises(ValueError, match="`quantities` must name at least one"):
         plot.interactive.loss_surface(surface(), quantities=())

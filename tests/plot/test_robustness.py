@@ -378,7 +378,7 @@ def test_texts_stay_on_the_page_and_apart_at_column_width(case):
 @pytest.mark.parametrize("cls", [Evaluation, RobustnessCurve, AdversarialRobustness])
 def test_every_result_names_its_plot(cls, module):
     assert callable(getattr(module, cls._plot))
-    with pytest.raises(ValueError, match="`results` must hold at least one result"):
+    with pytest.raises(ValueError, match="`result` must hold at least one result"):
         getattr(module, cls._plot)({})
 
 

@@ -138,7 +138,7 @@ def test_a_mapping_draws_what_one_call_a_model_does(name):
 @pytest.mark.parametrize("name", MAPPED)
 def test_an_empty_mapping_and_one_with_a_label_are_refused(name):
     draw, results = CASES[name]
-    with pytest.raises(ValueError, match="`results` must hold at least one result"):
+    with pytest.raises(ValueError, match="`result` must hold at least one result"):
         draw({})
     with pytest.raises(ValueError, match="`label` must be None where results come with .*'x'"):
         draw({"a": results[0]}, label="x")

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def loss_line(
-    results: "LossLine | Mapping[str, LossLine]", *, quantity: Quantity = "loss", log: bool = False
+    result: "LossLine | Mapping[str, LossLine]", *, quantity: Quantity = "loss", log: bool = False
 ) -> "Figure":
     """Draw a quantity along one direction, with a band of two standard errors each side.
 
     Hovering shows the coordinate and the value. Points that are not finite break the line.
 
     Args:
-        results: One line, or several by label.
+        result: One line, or several by label.
         quantity: What to draw.
         log: Logarithmic height.
 
@@ -40,24 +40,24 @@ def loss_line(
     Raises:
         TypeError: If a result is of another kind.
         ValueError: If `quantity` was not evaluated, `log` meets values that are not positive, or
-            `results` is empty.
+            `result` is empty.
     """
     from plotly import graph_objects as go
 
-    named = style.named(results, "LossLine")
+    named = style.named(result, "LossLine")
     styles = style.line_styles(named)
     figure = go.Figure()
-    for name, result in named.items():
-        values = finite_values(result, quantity, log=log).filled(np.nan)
+    for name, one in named.items():
+        values = finite_values(one, quantity, log=log).filled(np.nan)
         if quantity in {"loss", "nll"}:
-            error = 2 * np.where(np.isfinite(result.nll_stderr), result.nll_stderr, 0.0)
+            error = 2 * np.where(np.isfinite(one.nll_stderr), one.nll_stderr, 0.0)
             low = values - error
             if log and np.isfinite(values).any():  # a logarithmic axis has no place for less
                 low = np.maximum(low, np.nanmin(values) / 10)
-            _add_band(figure, result.x, low, values + error, styles[name], name)
+            _add_band(figure, one.x, low, values + error, styles[name], name)
         figure.add_trace(
             go.Scatter(
-                x=result.x,
+                x=one.x,
                 y=values,
                 name=name,
                 legendgroup=name,
@@ -73,29 +73,29 @@ def loss_line(
     return figure
 
 
-def trajectory(results: "Trajectory | Mapping[str, Trajectory]") -> "Figure":
+def trajectory(result: "Trajectory | Mapping[str, Trajectory]") -> "Figure":
     """Draw trajectories projected on two directions; hovering shows the step.
 
     Args:
-        results: One trajectory, coordinates `(t, 2)`, or several by label.
+        result: One trajectory, coordinates `(t, 2)`, or several by label.
 
     Returns:
         The plotly figure.
 
     Raises:
         TypeError: If a result is of another kind.
-        ValueError: If one is not projected on exactly two directions, or `results` is empty.
+        ValueError: If one is not projected on exactly two directions, or `result` is empty.
     """
     from plotly import graph_objects as go
 
-    named = style.named(results, "Trajectory")
+    named = style.named(result, "Trajectory")
     styles = style.line_styles(named)
     figure = go.Figure()
-    for name, result in named.items():
-        coordinates = np.asarray(result.coordinates)
+    for name, one in named.items():
+        coordinates = np.asarray(one.coordinates)
         if coordinates.ndim != 2 or coordinates.shape[1] != 2:
             raise ValueError(
-                f"`results` must have coordinates of shape (t, 2), got {coordinates.shape}; "
+                f"`result` must have coordinates of shape (t, 2), got {coordinates.shape}; "
                 "project on two directions."
             )
         ends = ["star", *["circle"] * (len(coordinates) - 2), "square"][-len(coordinates) :]
@@ -103,7 +103,7 @@ def trajectory(results: "Trajectory | Mapping[str, Trajectory]") -> "Figure":
             go.Scatter(
                 x=coordinates[:, 0],
                 y=coordinates[:, 1],
-                customdata=result.steps,
+                customdata=one.steps,
                 name=name,
                 mode="lines+markers",
                 marker={"symbol": ends, "size": 8},
@@ -117,20 +117,20 @@ def trajectory(results: "Trajectory | Mapping[str, Trajectory]") -> "Figure":
     return figure
 
 
-def spectral_density(results: "SpectralDensity | Mapping[str, SpectralDensity]") -> "Figure":
+def spectral_density(result: "SpectralDensity | Mapping[str, SpectralDensity]") -> "Figure":
     """Draw eigen-densities on a logarithmic scale, with bands of two standard errors each side.
 
     Args:
-        results: One density, or several by label.
+        result: One density, or several by label.
 
     Returns:
         The plotly figure.
 
     Raises:
         TypeError: If a result is of another kind.
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
-    named = style.named(results, "SpectralDensity")
+    named = style.named(result, "SpectralDensity")
     return _densities(named, style.line_styles(named))
 
 
@@ -163,36 +163,36 @@ def _densities(named: dict[str, Any], styles: Mapping[str, dict[str, Any]]) -> "
     return figure
 
 
-def hessian_spectrum(results: "HessianSpectrum | Mapping[str, HessianSpectrum]") -> "Figure":
+def hessian_spectrum(result: "HessianSpectrum | Mapping[str, HessianSpectrum]") -> "Figure":
     """Draw eigen-densities with the eigenvalues at their edges; hovering shows each and its error.
 
     Triangles up are the largest eigenvalues, triangles down the smallest; hollow where one has not
     converged.
 
     Args:
-        results: One spectrum, or several by label; without a density the edges are drawn alone.
+        result: One spectrum, or several by label; without a density the edges are drawn alone.
 
     Returns:
         The plotly figure.
 
     Raises:
         TypeError: If a result is of another kind.
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    named = style.named(results, "HessianSpectrum")
+    named = style.named(result, "HessianSpectrum")
     styles = style.line_styles(named)
     densities = {n: r.density for n, r in named.items() if r.density is not None}
     figure = _densities(densities, styles) if densities else go.Figure(layout=LOOK)
     span = figure.layout.yaxis.range
-    for row, (name, result) in enumerate(named.items()):
+    for row, (name, one) in enumerate(named.items()):
         height = 0.05 * (row + 1)
         if span is not None:
             height = 10 ** (span[0] + height * (span[1] - span[0]))
         for pairs, side, symbol in (
-            (result.largest, "largest", "triangle-up"),
-            (result.smallest, "smallest", "triangle-down"),
+            (one.largest, "largest", "triangle-up"),
+            (one.smallest, "smallest", "triangle-down"),
         ):
             hollow = ["" if converged else "-open" for converged in pairs.converged]
             figure.add_trace(

@@ -25,29 +25,29 @@ _AMPLITUDE = "Δ log amplitude"
 _BLOCK = "%{customdata[0]} (%{customdata[1]})"
 
 
-def fourier_amplitude(results: "FourierAmplitude | Mapping[str, FourierAmplitude]") -> "Figure":
+def fourier_amplitude(result: "FourierAmplitude | Mapping[str, FourierAmplitude]") -> "Figure":
     """Draw a curve for each block; hovering shows block, frequency, value and standard error.
 
     Args:
-        results: One result, or several by label.
+        result: One result, or several by label.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(results)
+    by_label = style.named(result)
     figure = _panels(by_label)
     colors = features.depth_map()
-    for column, result in enumerate(by_label.values(), start=1):
-        for i, name in enumerate(result.names):
-            curve, color = result.delta_log_amplitude[i], to_hex(colors(float(result.depth[i])))
-            data = [[name, result.kinds[i], error] for error in result.stderr[i]]
+    for column, one in enumerate(by_label.values(), start=1):
+        for i, name in enumerate(one.names):
+            curve, color = one.delta_log_amplitude[i], to_hex(colors(float(one.depth[i])))
+            data = [[name, one.kinds[i], error] for error in one.stderr[i]]
             trace = go.Scatter(
-                x=result.frequency[i],
+                x=one.frequency[i],
                 y=curve,
                 customdata=data,
                 mode="lines+markers",
@@ -59,7 +59,7 @@ def fourier_amplitude(results: "FourierAmplitude | Mapping[str, FourierAmplitude
                 "<extra></extra>",
             )
             figure.add_trace(trace, row=1, col=column)
-        figure.update_xaxes(title_text=features.frequency_label(result), col=column)
+        figure.update_xaxes(title_text=features.frequency_label(one), col=column)
     figure.update_xaxes(
         tickvals=[0, 0.25, 0.5, 0.75, 1],
         ticktext=["0", "π/4", "π/2", "3π/4", "π"],
@@ -73,19 +73,19 @@ def fourier_amplitude(results: "FourierAmplitude | Mapping[str, FourierAmplitude
     return figure
 
 
-def fourier_depth(results: "FourierAmplitude | Mapping[str, FourierAmplitude]") -> "Figure":
+def fourier_depth(result: "FourierAmplitude | Mapping[str, FourierAmplitude]") -> "Figure":
     """Draw the amplitude at the highest frequency against depth; hovering shows the block.
 
     Args:
-        results: One result, or several by label.
+        result: One result, or several by label.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
-    by_label = style.named(results)
+    by_label = style.named(result)
     values = {name: (each.highest, each.highest_stderr) for name, each in by_label.items()}
     figure = _against_depth(by_label, values)
     figure.update_yaxes(title_text=f"{_AMPLITUDE} at π", col=1)
@@ -93,21 +93,21 @@ def fourier_depth(results: "FourierAmplitude | Mapping[str, FourierAmplitude]") 
 
 
 def feature_variance(
-    results: "FeatureVariance | Mapping[str, FeatureVariance]", *, log: bool = False
+    result: "FeatureVariance | Mapping[str, FeatureVariance]", *, log: bool = False
 ) -> "Figure":
     """Draw the variance of the feature maps against depth; hovering shows the block.
 
     Args:
-        results: One result, or several by label.
+        result: One result, or several by label.
         log: Logarithmic variance.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
-    by_label = style.named(results)
+    by_label = style.named(result)
     values = {name: (each.variance, each.stderr) for name, each in by_label.items()}
     figure = _against_depth(by_label, values)
     figure.update_yaxes(type="log" if log else "linear", rangemode="normal" if log else "tozero")
@@ -115,31 +115,31 @@ def feature_variance(
     return figure
 
 
-def cka(results: "CKA | Mapping[str, CKA]") -> "Figure":
+def cka(result: "CKA | Mapping[str, CKA]") -> "Figure":
     """Draw the similarity of all pairs of blocks; hovering shows both blocks and the error.
 
     Args:
-        results: One result, or several by label.
+        result: One result, or several by label.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(results)
+    by_label = style.named(result)
     figure = _panels(by_label, shared=False)
-    for column, result in enumerate(by_label.values(), start=1):
-        rows, columns = result.blocks_a.names, result.blocks_b.names
+    for column, one in enumerate(by_label.values(), start=1):
+        rows, columns = one.blocks_a.names, one.blocks_b.names
         pairs = [
-            [[a, b, result.stderr[i, j]] for j, b in enumerate(columns)] for i, a in enumerate(rows)
+            [[a, b, one.stderr[i, j]] for j, b in enumerate(columns)] for i, a in enumerate(rows)
         ]
         trace = go.Heatmap(
             x=np.arange(1, len(columns) + 1),
             y=np.arange(1, len(rows) + 1),
-            z=np.where(np.isfinite(result.values), result.values, np.nan),
+            z=np.where(np.isfinite(one.values), one.values, np.nan),
             customdata=pairs,
             coloraxis="coloraxis",
             hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>"
@@ -147,9 +147,9 @@ def cka(results: "CKA | Mapping[str, CKA]") -> "Figure":
         )
         figure.add_trace(trace, row=1, col=column)
         edge: dict[str, Any] = {"line": {"color": "white", "width": 1}, "row": 1, "col": column}
-        for at in features.stage_edges(result.blocks_a.stage):
+        for at in features.stage_edges(one.blocks_a.stage):
             figure.add_hline(y=float(at) + 0.5, **edge)
-        for at in features.stage_edges(result.blocks_b.stage):
+        for at in features.stage_edges(one.blocks_b.stage):
             figure.add_vline(x=float(at) + 0.5, **edge)
     figure.update_xaxes(title_text="Block", constrain="domain")
     figure.update_yaxes(title_text="Block", col=1)
@@ -162,35 +162,33 @@ def cka(results: "CKA | Mapping[str, CKA]") -> "Figure":
     return figure
 
 
-def lesion_study(results: "LesionStudy | Mapping[str, LesionStudy]") -> "Figure":
+def lesion_study(result: "LesionStudy | Mapping[str, LesionStudy]") -> "Figure":
     """Draw the accuracy that each removed unit costs; hovering shows the unit and the rise in NLL.
 
     Args:
-        results: One result, or several by label.
+        result: One result, or several by label.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(results)
+    by_label = style.named(result)
     figure = _panels(by_label)
     shown: set[str] = set()
-    for column, result in enumerate(by_label.values(), start=1):
-        kinds = features.colored_kinds(result.kinds)
+    for column, one in enumerate(by_label.values(), start=1):
+        kinds = features.colored_kinds(one.kinds)
         for kind in dict.fromkeys(kinds.tolist()):
             chosen = np.flatnonzero(kinds == kind)
-            error = 200 * result.delta_accuracy_stderr[chosen]
+            error = 200 * one.delta_accuracy_stderr[chosen]
             trace = go.Bar(
                 x=chosen + 1,
-                y=-100 * result.delta_accuracy[chosen],
+                y=-100 * one.delta_accuracy[chosen],
                 error_y={"array": error, "thickness": 1},
-                customdata=[
-                    [result.names[i], result.parts[i], result.delta_nll[i]] for i in chosen
-                ],
+                customdata=[[one.names[i], one.parts[i], one.delta_nll[i]] for i in chosen],
                 marker={"color": features.KIND_COLORS[kind]},
                 name=features.KIND_NAMES[kind],
                 legendgroup=kind,
@@ -200,7 +198,7 @@ def lesion_study(results: "LesionStudy | Mapping[str, LesionStudy]") -> "Figure"
             )
             figure.add_trace(trace, row=1, col=column)
             shown.add(kind)
-        for at in features.stage_edges(result.stage):
+        for at in features.stage_edges(one.stage):
             line = {"color": "gray", "width": 1, "dash": "dot"}
             figure.add_vline(x=float(at) + 0.5, line=line, row=1, col=column)
     figure.update_xaxes(title_text=features.UNIT_LABEL)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def loss_surface(
-    results: "LossSurface | Mapping[str, LossSurface]",
+    result: "LossSurface | Mapping[str, LossSurface]",
     *,
     quantities: tuple[Quantity, ...] = ("loss", "nll", "l2"),
 ) -> "Figure":
@@ -41,32 +41,32 @@ def loss_surface(
     are not finite are holes, counted in the titles.
 
     Args:
-        results: One surface, or several by label.
+        result: One surface, or several by label.
         quantities: What the buttons offer; the first is shown at the start.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If a quantity was not evaluated, or `results` or `quantities` is empty.
+        ValueError: If a quantity was not evaluated, or `result` or `quantities` is empty.
     """
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
 
-    named = style.named(results)
+    named = style.named(result)
     if not quantities:
         raise ValueError("`quantities` must name at least one quantity, got none.")
-    titles = [_title(name, result, quantities) for name, result in named.items()]
+    titles = [_title(name, one, quantities) for name, one in named.items()]
     scenes = [[{"type": "surface"}] * len(named)]
     figure = make_subplots(1, len(named), specs=scenes, subplot_titles=titles)
     for quantity in quantities:
         norm = make_norm(*shared_limits(named.values(), quantity))
-        for column, result in enumerate(named.values(), start=1):
-            heights = finite_values(result, quantity).filled(np.nan).T  # plotly's rows are y
+        for column, one in enumerate(named.values(), start=1):
+            heights = finite_values(one, quantity).filled(np.nan).T  # plotly's rows are y
             hover = f"a = %{{x:.3g}}<br>b = %{{y:.3g}}<br>{quantity} = %{{z:.4g}}<extra></extra>"
             surface = go.Surface(
-                x=result.x,
-                y=result.y,
+                x=one.x,
+                y=one.y,
                 z=heights,
                 surfacecolor=np.log10(heights) if isinstance(norm, LogNorm) else heights,
                 coloraxis="coloraxis",
@@ -85,65 +85,65 @@ def loss_surface(
     return figure
 
 
-def polar_trajectory(results: "PolarTrajectory | Mapping[str, PolarTrajectory]") -> "Figure":
+def polar_trajectory(result: "PolarTrajectory | Mapping[str, PolarTrajectory]") -> "Figure":
     """Draw polar trajectories; hovering shows step, radius and angle.
 
     Args:
-        results: One trajectory, or several by label.
+        result: One trajectory, or several by label.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    named = style.named(results)
+    named = style.named(result)
     styles = style.line_styles(named)
     figure = go.Figure()
-    for name, result in named.items():
+    for name, one in named.items():
         figure.add_trace(
             go.Scatterpolar(
-                r=result.radius,
-                theta=np.degrees(known_angles(result)),
-                customdata=result.steps,
+                r=one.radius,
+                theta=np.degrees(known_angles(one)),
+                customdata=one.steps,
                 mode="lines+markers",
                 name=name,
                 line=plotly_line(styles[name]),
                 hovertemplate="step %{customdata}<br>r = %{r:.3g}<br>θ = %{theta:.3g}°",
             )
         )
-    widest = max(float(np.max(known_angles(result), initial=0.0)) for result in named.values())
+    widest = max(float(np.max(known_angles(one), initial=0.0)) for one in named.values())
     sector = [0, 180 if widest > np.pi / 2 else 90]
     figure.update_layout(**LOOK, polar={"sector": sector, "radialaxis_title": "‖Δw_t‖ / ‖Δw_0‖"})
     return figure
 
 
 def hessian_max_spectrum(
-    results: "HessianMaxSpectrum | Mapping[str, HessianMaxSpectrum]", *, log: bool = False
+    result: "HessianMaxSpectrum | Mapping[str, HessianMaxSpectrum]", *, log: bool = False
 ) -> "Figure":
     """Draw Hessian max eigenvalue spectra, the halves apart; hovering shows each eigenvalue.
 
     Args:
-        results: One spectrum, or several by label.
+        result: One spectrum, or several by label.
         log: Densities of log10|λ| on logarithmic axes; the negative half is then drawn over |λ|.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
     from plotly.subplots import make_subplots
 
-    named = style.named(results)
+    named = style.named(result)
     styles = style.line_styles(named)
     figure = make_subplots(1, 2, subplot_titles=["negative half", "positive half"])
     signs: tuple[tuple[int, Literal[-1, 1]], ...] = ((1, -1), (2, 1))
-    for row, (name, result) in enumerate(named.items()):
+    for row, (name, one) in enumerate(named.items()):
         for column, sign in signs:
-            traces = _half_traces(name, result, sign, log, row, plotly_line(styles[name]))
+            traces = _half_traces(name, one, sign, log, row, plotly_line(styles[name]))
             for trace in traces:
                 figure.add_trace(trace, row=1, col=column)
     label = MAX_LABEL.replace(r"$\lambda$", "λ")

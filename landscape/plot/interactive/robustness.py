@@ -36,36 +36,36 @@ if TYPE_CHECKING:
 
 
 def frequency_robustness(
-    results: "RobustnessCurve | Mapping[str, RobustnessCurve]",
+    result: "RobustnessCurve | Mapping[str, RobustnessCurve]",
 ) -> "Figure":
     """Draw the change of accuracy under noise by its frequency; hovering shows NLL, too.
 
     Bars are two paired standard errors each side.
 
     Args:
-        results: One curve, or several by label.
+        result: One curve, or several by label.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(results)
+    by_label = style.named(result)
     common, labels = legend_entries(by_label, clean_entry, noise_of)
     figure = go.Figure()
-    for name, result in by_label.items():
+    for name, one in by_label.items():
         hover = "frequency %{x:.3g}π<br>Δ accuracy %{y:.2f} ± %{customdata[0]:.2f} points"
         hover += "<br>accuracy %{customdata[1]:.2f} %<br>Δ NLL %{customdata[2]:.4g}"
         hover += " ± %{customdata[3]:.2g} nats"
-        columns = [100 * result.delta_accuracy_stderr, 100 * result.accuracy]
-        columns += [result.delta_nll, result.delta_nll_stderr]
+        columns = [100 * one.delta_accuracy_stderr, 100 * one.accuracy]
+        columns += [one.delta_nll, one.delta_nll_stderr]
         curve = go.Scatter(
-            x=result.frequencies,
-            y=100 * result.delta_accuracy,
-            error_y={"array": 200 * result.delta_accuracy_stderr},
+            x=one.frequencies,
+            y=100 * one.delta_accuracy,
+            error_y={"array": 200 * one.delta_accuracy_stderr},
             customdata=np.stack(columns, axis=-1),
             hovertemplate=hover,
             **_curve(labels[name], style.line_styles(by_label)[name]),
@@ -77,29 +77,29 @@ def frequency_robustness(
 
 
 def adversarial_robustness(
-    results: "AdversarialRobustness | Mapping[str, AdversarialRobustness]",
+    result: "AdversarialRobustness | Mapping[str, AdversarialRobustness]",
 ) -> "Figure":
     """Draw accuracy under attack by the radius, from the clean accuracy at 0.
 
     Bars are two standard errors each side.
 
     Args:
-        results: One result, or several of one norm by label.
+        result: One result, or several of one norm by label.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty, or mixes norms.
+        ValueError: If `result` is empty, or mixes norms.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(results)
+    by_label = style.named(result)
     norm = common_norm(by_label)
     common, labels = legend_entries(by_label, clean_entry, attack_of)
     figure = go.Figure()
-    for name, result in by_label.items():
-        radii, accuracy, error = attacked_accuracy(result)
+    for name, one in by_label.items():
+        radii, accuracy, error = attacked_accuracy(one)
         hover = "radius %{x:.3g}/255 = %{customdata[1]:.4g}"
         hover += "<br>accuracy %{y:.2f} ± %{customdata[0]:.2f} %"
         curve = go.Scatter(
@@ -116,46 +116,46 @@ def adversarial_robustness(
     return figure
 
 
-def reliability_diagram(results: "Evaluation | Mapping[str, Evaluation]") -> "Figure":
+def reliability_diagram(result: "Evaluation | Mapping[str, Evaluation]") -> "Figure":
     """Draw accuracy against confidence; hovering shows the edges and the count of a bin.
 
     Bars are Wilson's intervals of two standard errors; the columns are the share of samples in
     each bin of the confidence.
 
     Args:
-        results: One evaluation, or several by label.
+        result: One evaluation, or several by label.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(results)
+    by_label = style.named(result)
     common, labels = legend_entries(by_label, ece_entry, sample_size)
     figure = go.Figure()
     diagonal = {"color": "#737373", "dash": "dash", "width": 1}
     figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line=diagonal)
-    for name, result in by_label.items():
+    for name, one in by_label.items():
         look = style.line_styles(by_label)[name]
-        low, high = wilson_interval(result.bin_accuracy, result.bin_count)
-        bars = {"array": high - result.bin_accuracy, "arrayminus": result.bin_accuracy - low}
+        low, high = wilson_interval(one.bin_accuracy, one.bin_count)
+        bars = {"array": high - one.bin_accuracy, "arrayminus": one.bin_accuracy - low}
         hover = "confidence %{x:.3f}, in (%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
         hover += "<br>accuracy %{y:.3f}<br>gap %{customdata[3]:.3f}<br>%{customdata[2]} samples"
         points = go.Scatter(
-            x=result.bin_confidence,
-            y=result.bin_accuracy,
+            x=one.bin_confidence,
+            y=one.bin_accuracy,
             error_y={"symmetric": False, **bars},
-            customdata=_bins(result),
+            customdata=_bins(one),
             hovertemplate=hover,
             **_curve(labels[name], look),
         )
         columns = go.Bar(
-            x=(result.bin_edges[1:] + result.bin_edges[:-1]) / 2,
-            y=result.bin_count / max(result.num_samples, 1),
-            width=np.diff(result.bin_edges),
+            x=(one.bin_edges[1:] + one.bin_edges[:-1]) / 2,
+            y=one.bin_count / max(one.num_samples, 1),
+            width=np.diff(one.bin_edges),
             marker={"color": look["color"], "opacity": 0.2, "line": {"width": 0}},
             name=labels[name],
             legendgroup=labels[name],
@@ -171,40 +171,40 @@ def reliability_diagram(results: "Evaluation | Mapping[str, Evaluation]") -> "Fi
 
 
 def corruption_robustness(
-    results: "CorruptionRobustness | Mapping[str, CorruptionRobustness]",
+    result: "CorruptionRobustness | Mapping[str, CorruptionRobustness]",
 ) -> "Figure":
     """Draw tables of the error under corruptions side by side; hovering shows errors and NLL.
 
     Args:
-        results: One table, or several by label.
+        result: One table, or several by label.
 
     Returns:
         The plotly figure.
 
     Raises:
-        ValueError: If `results` is empty.
+        ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
 
-    by_label = style.named(results)
+    by_label = style.named(result)
     titles = [
-        f"{name}: {corruption_title(result)}" if name else corruption_title(result)
-        for name, result in by_label.items()
+        f"{name}: {corruption_title(one)}" if name else corruption_title(one)
+        for name, one in by_label.items()
     ]
     figure = make_subplots(1, len(by_label), subplot_titles=titles)
-    for column, result in enumerate(by_label.values(), start=1):
-        rows, groups = grouped_rows(result.corruptions)
-        names = [result.corruptions[row].replace("_", " ") for row in rows]
-        values = 100 * np.asarray(result.error)[rows]
+    for column, one in enumerate(by_label.values(), start=1):
+        rows, groups = grouped_rows(one.corruptions)
+        names = [one.corruptions[row].replace("_", " ") for row in rows]
+        values = 100 * np.asarray(one.error)[rows]
         hover = "%{y} (%{customdata[3]}), severity %{x}"
         hover += "<br>error %{z:.2f} ± %{customdata[0]:.2f} %"
         hover += "<br>NLL %{customdata[1]:.4g} ± %{customdata[2]:.2g} nats<extra></extra>"
         table = go.Heatmap(
-            x=[str(each) for each in result.severities],
+            x=[str(each) for each in one.severities],
             y=names,
             z=values,
-            customdata=_cells(result, rows, groups),
+            customdata=_cells(one, rows, groups),
             coloraxis="coloraxis",
             texttemplate="%{z:.0f}",
             hovertemplate=hover,
