@@ -27,6 +27,7 @@ def hessian_max_spectrum(
     ax: Axes | None = None,
     half: Half = "both",
     log: bool = False,
+    label: str | None = None,
     **line: Any,
 ) -> Axes:
     """Draw densities of the per-mini-batch top eigenvalues (Park & Kim, 2022, Fig. 1c).
@@ -42,34 +43,38 @@ def hessian_max_spectrum(
         ax: Axes to draw on; fresh ones by default.
         half: The half to draw, or both on one axis.
         log: Logarithmic |λ|, and densities per decade, for spectra over several decades.
+        label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.plot` for the densities.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: If `half` is unknown or `result` is empty.
+        ValueError: If `half` is unknown or `result` is empty, or a mapping comes with a `label`.
     """
     check_choice("half", half, get_args(Half))
-    named = style.named(result, "HessianMaxSpectrum")
+    named = style.named(result, "HessianMaxSpectrum", label=label)
     ax = ax if ax is not None else style.fresh_axes()
-    styles = style.line_styles(named)
-    crowded = not style.entries_inside(named)
-    texts = {name: _legend_text(one, half, brief=crowded) for name, one in named.items()}
-    entries = style.wrapped_entries(texts)
-    for row, (name, one) in enumerate(named.items()):
-        label = entries[name]
+    drawn, limits = len(style.entries_of(ax)), ax.get_xlim()
+    brief = not style.entries_inside(named)
+    entries = style.wrapped_entries({n: _legend_text(one, half, brief) for n, one in named.items()})
+    for row, (name, one) in enumerate(named.items(), start=drawn):
+        look = style.added_line(ax, entries[name])
+        entry = entries[name]
         for sign in (-1, 1):
             if half != {-1: "positive", 1: "negative"}[sign]:
-                _draw_half(ax, one, sign, row, log, {**styles[name], "label": label, **line})
-                label = "_"  # one legend entry a spectrum
+                _draw_half(ax, one, sign, row, log, {**look, "label": entry, **line})
+                entry = "_"  # one legend entry a spectrum
     if half == "both":
         ax.axvline(0, color=style.MUTED, lw=0.6, zorder=0)
     limit_eigenvalues(ax, named.values(), half, log=log)
+    if drawn:  # by the calls before
+        ax.set_xlim(min(limits[0], ax.get_xlim()[0]), max(limits[1], ax.get_xlim()[1]))
     ax.set(xlabel=MAX_LABEL, ylabel="Density per decade" if log else "Density (1/nats)")
-    room_for_legend(ax, line_height=0 if crowded else None)
+    beside = not style.entries_inside(style.entries_of(ax))
+    room_for_legend(ax, line_height=0 if beside else None)
     backed = {"frameon": True, "edgecolor": "none", "framealpha": 0.8} if half == "both" else {}
-    style.place_legend(ax, named, "upper left" if half == "negative" else "upper right", **backed)
+    style.place_legend(ax, "upper left" if half == "negative" else "upper right", **backed)
     return ax
 
 
@@ -92,6 +97,9 @@ def limit_eigenvalues(
     values = values[kept] if kept.any() else np.array([-1.0, 1.0])
     if log:
         decade = 10 ** np.floor(np.log10(np.abs(values).min()))
+        if ax.get_xscale() == "symlog":  # what was drawn before may be smaller
+            scale: Any = ax.xaxis.get_transform()
+            decade = min(decade, scale.linthresh)
         ax.set_xscale("symlog", linthresh=decade, linscale=0.6)
         ax.xaxis.set_major_locator(SignedDecades())
         low, high = 1.5 * min(values.min(), 0), 1.5 * max(values.max(), 0)

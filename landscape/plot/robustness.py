@@ -28,6 +28,7 @@ def frequency_robustness(
     result: "RobustnessCurve | Mapping[str, RobustnessCurve]",
     *,
     ax: Axes | None = None,
+    label: str | None = None,
     **line: Any,
 ) -> Axes:
     """Draw the change of accuracy under noise by its frequency (Park & Kim, 2022, Fig. 2b).
@@ -38,28 +39,31 @@ def frequency_robustness(
     Args:
         result: One curve, or several by label; model families decide the colours.
         ax: Axes to draw on; fresh ones by default.
+        label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.errorbar`.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: If `result` is empty.
+        ValueError: If `result` is empty, or a mapping comes with a `label`.
     """
-    named = style.named(result, "RobustnessCurve")
+    named = style.named(result, "RobustnessCurve", label=label)
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, clean_entry, noise_of, wrap=True)
     ax.axhline(0, color=style.MUTED, lw=0.6, zorder=0, gid="clean")
     for name, one in named.items():
-        look = {**style.line_styles(named)[name], "label": labels[name], **line}
+        look = {**style.added_line(ax, labels[name]), "label": labels[name], **line}
         change, error = 100 * one.delta_accuracy, 200 * one.delta_accuracy_stderr
         _draw_curve(ax, one.frequencies, change, error, look)
     ax.set(xlabel=FREQUENCY_LABEL, ylabel=DELTA_LABEL)
+    ax.set_autoscaley_on(True)  # to what was drawn before, too
+    ax.autoscale_view()
     low, high = ax.get_ylim()
-    room = 0.12 * style.lines_inside(labels)  # for the legend
+    room = 0.12 * style.lines_inside(style.entries_of(ax))  # for the legend
     ax.set_ylim(low, max(high, 0) + room * (high - low))
-    _note(ax, [one.delta_accuracy for one in named.values()], common)
-    style.place_legend(ax, named, "upper right")
+    _note(ax, [one.delta_accuracy for one in named.values()], common, label)
+    style.place_legend(ax, "upper right")
     return ax
 
 
@@ -67,6 +71,7 @@ def adversarial_robustness(
     result: "AdversarialRobustness | Mapping[str, AdversarialRobustness]",
     *,
     ax: Axes | None = None,
+    label: str | None = None,
     **line: Any,
 ) -> Axes:
     """Draw accuracy under attack by the radius of the ball, from the clean accuracy at 0.
@@ -77,30 +82,37 @@ def adversarial_robustness(
     Args:
         result: One result, or several of one norm by label; model families decide the colours.
         ax: Axes to draw on; fresh ones by default.
+        label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.errorbar`.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: If `result` is empty, or mixes norms.
+        ValueError: If `result` is empty or mixes norms, or a mapping comes with a `label`.
     """
-    named = style.named(result, "AdversarialRobustness")
+    named = style.named(result, "AdversarialRobustness", label=label)
     norm = common_norm(named)
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, clean_entry, attack_of, wrap=True)
     for name, one in named.items():
-        look = {**style.line_styles(named)[name], "label": labels[name], **line}
+        look = {**style.added_line(ax, labels[name]), "label": labels[name], **line}
         radii, accuracy, error = attacked_accuracy(one)
         _draw_curve(ax, 255 * radii, 100 * accuracy, 200 * error, look)
+    ax.set_autoscale_on(True)  # to what was drawn before, too
+    ax.autoscale_view()
     ax.set(xlabel=RADIUS_LABELS[norm], ylabel="Accuracy (%)", xlim=(0, None), ylim=(0, None))
-    _note(ax, [one.accuracy for one in named.values()], common)
-    style.place_legend(ax, named, "upper right")
+    _note(ax, [one.accuracy for one in named.values()], common, label)
+    style.place_legend(ax, "upper right")
     return ax
 
 
 def reliability_diagram(
-    result: "Evaluation | Mapping[str, Evaluation]", *, ax: Axes | None = None, **line: Any
+    result: "Evaluation | Mapping[str, Evaluation]",
+    *,
+    ax: Axes | None = None,
+    label: str | None = None,
+    **line: Any,
 ) -> Axes:
     """Draw the accuracy of each bin of the confidence against its mean confidence.
 
@@ -112,20 +124,21 @@ def reliability_diagram(
     Args:
         result: One evaluation, or several by label; model families decide the colours.
         ax: Axes to draw on; fresh ones by default.
+        label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.errorbar`.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: If `result` is empty.
+        ValueError: If `result` is empty, or a mapping comes with a `label`.
     """
-    named = style.named(result, "Evaluation")
+    named = style.named(result, "Evaluation", label=label)
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, ece_entry, sample_size, wrap=True)
     ax.plot([0, 1], [0, 1], color=style.MUTED, lw=0.6, ls="--", zorder=0, gid="diagonal")
     for name, one in named.items():
-        look = {**style.line_styles(named)[name], "label": labels[name], **line}
+        look = {**style.added_line(ax, labels[name]), "label": labels[name], **line}
         color = look["color"]
         share = one.bin_count / max(one.num_samples, 1)
         steps: dict[str, Any] = {"color": color, "alpha": 0.2, "fill": True, "lw": 0, "zorder": 0}
@@ -137,13 +150,13 @@ def reliability_diagram(
         ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
     ax.set(
         xlim=(0, 1),
-        ylim=(0, 1.04 + 0.11 * style.lines_inside(labels)),
+        ylim=(0, 1.04 + 0.11 * style.lines_inside(style.entries_of(ax))),
         yticks=np.linspace(0, 1, 6),
     )
     ax.set(xlabel=CONFIDENCE_LABEL, ylabel=RELIABILITY_LABEL)
     setting = "noise: the ECE of a calibrated model" + (f", {common}" if common else "")
-    _note(ax, [], setting)
-    style.place_legend(ax, named, "upper left")
+    _note(ax, [], setting, label)
+    style.place_legend(ax, "upper left")
     return ax
 
 
@@ -253,13 +266,12 @@ def _draw_curve(
         ax.plot(x[missing], at, "x", transform=ax.get_xaxis_transform(), gid="missing", **mark)
 
 
-def _note(ax: Axes, drawn: Iterable[NDArray[np.float64]], setting: str) -> None:
+def _note(ax: Axes, drawn: Iterable[NDArray[np.float64]], setting: str, label: str | None) -> None:
     """Write above the axes what was done and how many of the drawn values are missing."""
     values = np.concatenate([*drawn, np.empty(0)])
     missing = int((~np.isfinite(values)).sum())
     lines = [f"×: {missing} of {values.size} not finite"] if missing else []
-    lines += [setting] if setting else []
-    place: dict[str, Any] = {"x": 1.0, "y": 1.01, "ha": "right", "va": "bottom"}
-    place |= {"fontsize": style.NOTE_SIZE, "color": style.MUTED, "gid": "note"}
-    if lines:
-        ax.text(s="\n".join(lines), transform=ax.transAxes, **place)
+    told = style.notes_of(ax)
+    if label and setting and setting not in told and told:  # it holds for this model alone
+        setting = f"{label}: {setting}"
+    style.add_note(ax, *(f"{label}, {line}" if label else line for line in lines), setting)

@@ -10,7 +10,7 @@ figure of models; Figures 10 and 11 colour kinds of blocks.
 """
 
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, cast
 
 import matplotlib.pyplot as plt
@@ -167,18 +167,14 @@ def draw_each(
     Raises:
         ValueError: If `results` is empty, or there is a `label`.
     """
-    if label is not None:
-        raise ValueError(
-            f"`label` must be None where results come with their labels, got {label!r}."
-        )
-    for name, result in named(results).items():
+    for name, result in named(results, label=label).items():
         ax = draw(result, ax=ax, label=name)
     return cast(Axes, ax)
 
 
-def entries_inside(named: Mapping[str, Any]) -> int:
+def entries_inside(entries: Collection[str]) -> int:
     """Return how many entries of a legend stand inside of the axes: 0 where it is beside them."""
-    return len(named) if len(named) <= _MOST_INSIDE else 0
+    return len(entries) if len(entries) <= _MOST_INSIDE else 0
 
 
 def wrapped_title(name: str, panels: int, size: float = _SIZE) -> str:
@@ -220,49 +216,82 @@ def wrapped_entries(texts: Mapping[str, str]) -> dict[str, str]:
     return entries
 
 
-def lines_inside(entries: Mapping[str, str]) -> int:
+def lines_inside(entries: Collection[str]) -> int:
     """Return how many lines of a legend stand inside of the axes: 0 where it is beside them."""
-    return (
-        sum(1 + entry.count("\n") for entry in entries.values()) if entries_inside(entries) else 0
-    )
+    return sum(1 + entry.count("\n") for entry in entries) if entries_inside(entries) else 0
 
 
-def place_legend(
-    ax: Axes,
-    named: Mapping[str, Any],
-    loc: Literal["upper left", "upper right"],
-    **inside: Any,
-) -> None:
-    """Add a legend inside of the axes, or beside them where there are too many results.
+def place_legend(ax: Axes, loc: Literal["upper left", "upper right"], **inside: Any) -> None:
+    """Add a legend inside of the axes, or beside them where there are too many entries.
 
     Args:
         ax: The axes, in a figure whose layout makes room for what is outside of them.
-        named: The results that are drawn.
         loc: Corner inside of the axes.
         **inside: More settings of a legend inside.
     """
-    if entries_inside(named):
+    if entries_inside(entries_of(ax)):
         ax.legend(loc=loc, **inside)
     else:
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
 
 
-def named(result: Any, kind: str | None = None, *, argument: str = "result") -> dict[str, Any]:
+def entries_of(ax: Axes) -> list[str]:
+    """Return the entries of the legend of axes, in the order in which they were drawn."""
+    return list(ax.get_legend_handles_labels()[1])
+
+
+def add_note(ax: Axes, *lines: str) -> None:
+    """Write lines at the right above axes, below those that stand there; none of them twice.
+
+    Args:
+        ax: The axes.
+        *lines: What to say; "" says nothing.
+    """
+    told = notes_of(ax)
+    said = [line for line in dict.fromkeys(lines) if line and line not in told]
+    if not said:
+        return
+    for note in [text for text in ax.texts if text.get_gid() == "note"]:
+        note.remove()
+    look: dict[str, Any] = {"fontsize": NOTE_SIZE, "color": MUTED, "gid": "note"}
+    place: dict[str, Any] = {"ha": "right", "va": "bottom", "transform": ax.transAxes}
+    ax.text(1.0, 1.01, "\n".join([*told, *said]), **look, **place)
+
+
+def notes_of(ax: Axes) -> list[str]:
+    """Return the lines that stand above axes."""
+    notes = [text.get_text() for text in ax.texts if text.get_gid() == "note"]
+    return [line for note in notes for line in note.split("\n")]
+
+
+def named(
+    result: Any,
+    kind: str | None = None,
+    *,
+    label: str | None = None,
+    argument: str = "result",
+) -> dict[str, Any]:
     """Return results by label, a single one under an empty label.
 
     Args:
         result: One result, or several by label.
         kind: Name of their class, to be checked.
+        label: Label of a single one.
         argument: What the caller calls `result`.
 
     Returns:
         The results by label.
 
     Raises:
-        ValueError: If `result` is empty.
+        ValueError: If `result` is empty, or several come with a `label`.
         TypeError: If one of them is of another class.
     """
-    by_label = dict(result) if isinstance(result, Mapping) else {"": result}
+    several = isinstance(result, Mapping)
+    if several and label is not None:
+        raise ValueError(
+            f"`label` must be None where results come with their labels, got {label!r}."
+        )
+    by_label = dict(result) if several else {label or "": result}
     if not by_label:
         raise ValueError(f"`{argument}` must hold at least one result, got an empty mapping.")
     for one in by_label.values():

@@ -161,7 +161,7 @@ def loss_line(
         floor = ax.get_xaxis_transform()
         mark: dict[str, Any] = {"ms": 3, "color": drawn.get_color(), "clip_on": False}
         ax.plot(at, np.full(at.shape, 0.02), "x", transform=floor, **mark)
-        _note(ax, missing)
+        _note(ax, missing, label=label)
     ax.set(xlabel=X_LABEL, ylabel=LABELS[quantity])
     if len(result.x) > 1:
         ax.set_xlim(result.x.min(), result.x.max())
@@ -236,15 +236,20 @@ def _draw_contour(
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
 
 
-def _note(ax: Any, missing: NDArray[np.bool_], outside: NDArray[np.bool_] | None = None) -> None:
+def _note(
+    ax: Any,
+    missing: NDArray[np.bool_],
+    outside: NDArray[np.bool_] | None = None,
+    label: str | None = None,
+) -> None:
     """Say in the axes how many points are marked by a cross, and how many by a plus."""
-    lines = [f"×: {missing.sum()} of {missing.size} not finite"] if missing.any() else []
+    of_model = f"{label}, " if label else ""
+    lines = [f"{of_model}×: {missing.sum()} of {missing.size} not finite"] if missing.any() else []
     if outside is not None and outside.any():
         lines.append(f"+: {outside.sum()} of {outside.size} outside the scale")
-    place: dict[str, Any] = {"x": 1.0, "y": 1.01, "ha": "right", "va": "bottom"}
-    if isinstance(ax, Axes3D):
-        place = {"x": 0.5, "y": 0.99, "ha": "center", "va": "top"}
-    draw = ax.text2D if isinstance(ax, Axes3D) else ax.text
-    look = {"fontsize": style.NOTE_SIZE, "color": style.MUTED, "gid": "note"}
-    if lines:
-        draw(s="\n".join(lines), transform=ax.transAxes, **place, **look)
+    if not isinstance(ax, Axes3D):
+        style.add_note(ax, *lines)
+    elif lines:
+        place: dict[str, Any] = {"ha": "center", "va": "top", "transform": ax.transAxes}
+        look = {"fontsize": style.NOTE_SIZE, "color": style.MUTED, "gid": "note"}
+        ax.text2D(0.5, 0.99, "\n".join(lines), **place, **look)

@@ -1,12 +1,22 @@
 """Several models on the same axes: one call a model, or one call with a mapping."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
 from landscape import plot
-from tests.plot.cases import density, full_spectrum, line, polar, trajectory
+from tests.plot.cases import (
+    density,
+    full_spectrum,
+    line,
+    polar,
+    random_spectrum,
+    trajectory,
+)
 from tests.plot.feature_cases import fourier, variance, vit
+from tests.plot.test_robustness import attacked, curve, evaluation
 
 CASES = {
     "loss_line": (plot.loss_line, [line([3 + k, 1 + k, 2 + k]) for k in range(4)]),
@@ -24,6 +34,66 @@ CASES = {
 }
 MAPPED = [name for name in CASES if name != "run_curves"]
 FAMILIES = ("ViT", "ResNet", "Swin")
+
+
+SAID = {  # results whose entries in the legend say more than the name
+    "hessian_max_spectrum": (
+        plot.hessian_max_spectrum,
+        [random_spectrum(k, scale=10.0**k) for k in range(3)],
+        "n = 150\nNEP",
+    ),
+    "hessian_max_spectrum log": (
+        partial(plot.hessian_max_spectrum, log=True),
+        [random_spectrum(k, scale=0.01**k) for k in range(3)],
+        "n = 150\nNEP",
+    ),
+    "frequency_robustness": (
+        plot.frequency_robustness,
+        [curve(0.7 - 0.2 * k * np.arange(9) / 9) for k in range(3)],
+        "clean 78.0 %",
+    ),
+    "adversarial_robustness": (
+        plot.adversarial_robustness,
+        [attacked(radii=np.arange(1, 5) * 2**k / 255, clean=0.3 + 0.2 * k) for k in range(3)],
+        "clean",
+    ),
+    "reliability_diagram": (plot.reliability_diagram, [evaluation() for _ in range(3)], "ECE"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_calls_with_a_label_draw_what_one_with_a_mapping_does(name):
+    draw, results, said = SAID[name]
+    labels = ("ViT-S", "ResNet-50", "other")
+    one = draw(dict(zip(labels, results, strict=True)))
+    ax = None
+    for result, label in zip(results, labels, strict=True):
+        ax = draw(result, ax=ax, label=label)
+    assert looks(ax) == looks(one)
+    entries = ax.get_legend_handles_labels()[1]
+    assert entries == one.get_legend_handles_labels()[1]
+    for entry, label in zip(entries, labels, strict=True):
+        assert entry.startswith(f"{label}: {said}")
+        assert looks(ax)[entry][0] == plot.style.family_color(label) or label == "other"
+    np.testing.assert_allclose([ax.get_xlim(), ax.get_ylim()], [one.get_xlim(), one.get_ylim()])
+    assert plot.style.notes_of(ax) == plot.style.notes_of(one)
+    with pytest.raises(ValueError, match="`label` must be None where results come with"):
+        draw({"a": results[0]}, label="x")
+
+
+def test_notes_of_models_drawn_one_after_the_other_stand_one_above_the_other():
+    ax = plot.frequency_robustness(curve(norm=0.1), label="ViT")
+    plot.frequency_robustness(curve(norm=0.2), label="ResNet", ax=ax)
+    plot.frequency_robustness(curve(norm=0.1), label="Swin", ax=ax)
+    first, second = plot.style.notes_of(ax)
+    assert first.startswith("noise RMS 0.1")
+    assert second.startswith("ResNet: noise RMS 0.2")
+    results = {"ViT": line([3, np.inf, 1]), "ResNet": line([3, np.nan, np.inf])}
+    ax = plot.loss_line(results)
+    expected = ["ViT, ×: 1 of 3 not finite", "ResNet, ×: 2 of 3 not finite"]
+    assert plot.style.notes_of(ax) == expected
+    (note,) = [text for text in ax.texts if text.get_gid() == "note"]
+    assert note.get_text() == "\n".join(expected)
 
 
 SPECTRA = {

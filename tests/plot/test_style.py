@@ -105,7 +105,7 @@ def test_entries_of_a_legend_are_lines_that_keep_every_letter():
     assert entries[""] == "t" * 20
     assert entries[name] == f"{'a' * 30}\n{'a' * 15}: NEP 1\nAPE 2"
     assert entries["ViT-Ti"] == "ViT-Ti:\n" + "word " * 11 + "word"
-    assert style.lines_inside(entries) == 1 + 1 + 3 + 2
+    assert style.lines_inside(list(entries.values())) == 1 + 1 + 3 + 2
     many = style.wrapped_entries({**few, " ": "a fifth entry"})
     assert max(len(line) for entry in many.values() for line in entry.split("\n")) <= 40
-    assert style.lines_inside(many) == 0
+    assert style.lines_inside(list(many.values())) == 0
