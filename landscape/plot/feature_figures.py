@@ -23,7 +23,12 @@ from landscape.plot.features import (
     fourier_depth,
     lesion_study,
 )
-from landscape.plot.robustness import frequency_robustness
+from landscape.plot.robustness import (
+    clean_entry,
+    frequency_robustness,
+    legend_entries,
+    noise_of,
+)
 from landscape.plot.scale import color_bar
 
 if TYPE_CHECKING:
@@ -82,11 +87,15 @@ def figure2(
         raise ValueError("`amplitudes` and `curves` must hold a result each, got an empty mapping.")
     with mpl.rc_context(style.rc()):
         beside = max(len(amplitudes), len(curves)) <= 2
-        figure = Figure((style.TEXT_WIDTH, 2.2 if beside else 4.8), layout="constrained")
+        entries = legend_entries(curves, clean_entry, noise_of, wrap=True)[1].values()
+        lines = sum(1 + entry.count("\n") for entry in entries)
+        below = 2.8 + 0.13 * max(lines - (4 if len(curves) <= 4 else 12), 0)  # room for a legend
+        height = 2.2 if beside else 2 + below
+        figure = Figure((style.TEXT_WIDTH, height), layout="constrained")
         parts: Any = (
             figure.subfigures(1, 2, width_ratios=(1.15 * len(amplitudes), 1.35))
             if beside
-            else figure.subfigures(2, 1, height_ratios=(2, 2.8))  # room for a legend of four
+            else figure.subfigures(2, 1, height_ratios=(2, below))
         )
         first, second = parts
         axes = first.subplots(1, len(amplitudes), squeeze=False)[0]
@@ -243,10 +252,10 @@ def _against_depth(results: Mapping[str, Any], draw: Callable[..., Axes], **look
         figure, axes = _panels(2.1, results)
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
-            draw(result, ax=ax, label=name, **look)
+            draw(result, ax=ax, **style.line_styles([name])[name], **look)
             ax.set_title(style.wrapped_title(name, len(results)))
         _label_first(axes[0])
-        _one_legend(figure, axes[0], omit=results)
+        _one_legend(figure, axes[0])
         figure.draw_without_rendering()
     return figure
 
@@ -273,15 +282,14 @@ def _label_first(axes: Sequence[Axes]) -> None:
         ax.set_ylabel("")
 
 
-def _one_legend(figure: Figure, axes: Iterable[Axes], omit: Iterable[str] = ()) -> None:
-    """Move the legends below the panels, each entry once, without the names in the titles."""
+def _one_legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Move the legends below the panels, each entry once."""
     entries: dict[str, Any] = {}
     for ax in axes:
         handles, labels = ax.get_legend_handles_labels()
         entries.update(zip(labels, handles, strict=True))
         if (legend := ax.get_legend()) is not None:
             legend.remove()
-    entries = {label: handle for label, handle in entries.items() if label not in omit}
     if entries:
         place: dict[str, Any] = {"loc": "outside lower center", "ncols": len(entries)}
         figure.legend(entries.values(), entries.keys(), **place)

@@ -279,8 +279,8 @@ def _draw_steps(
     line: dict[str, Any],
 ) -> None:
     """Draw values against depth over the shades of the blocks."""
-    look: dict[str, Any] = {"marker": "o", "elinewidth": 0.6, "label": label or "_"}
-    look |= style.added_line(ax, label or "")
+    look: dict[str, Any] = {"marker": "o", "elinewidth": 0.6, "label": "_"}
+    look |= style.labelled_line(ax, label) if label else style.added_line(ax, "")
     ax.errorbar(table.depth, values, yerr=2 * stderr, **{**look, **line})
     known = set(ax.get_legend_handles_labels()[1])
     for what, start, stop in shaded_steps(table):

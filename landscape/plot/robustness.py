@@ -271,7 +271,7 @@ def _note(ax: Axes, drawn: Iterable[NDArray[np.float64]], setting: str, label: s
     values = np.concatenate([*drawn, np.empty(0)])
     missing = int((~np.isfinite(values)).sum())
     lines = [f"×: {missing} of {values.size} not finite"] if missing else []
-    told = style.notes_of(ax)
+    told, label = style.notes_of(ax), style.shortened(label or "", 30)
     if label and setting and setting not in told and told:  # it holds for this model alone
         setting = f"{label}: {setting}"
     style.add_note(ax, *(f"{label}, {line}" if label else line for line in lines), setting)

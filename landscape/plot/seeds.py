@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.font_manager import FontProperties
 from numpy.typing import ArrayLike
 
 from landscape.intervals import mean_interval
@@ -21,6 +22,8 @@ from landscape.plot.hessian import (
     trim_spectrum,
 )
 
+_LONGEST_COLUMN = 12  # characters of a label that stands aslant
+
 if TYPE_CHECKING:
     from landscape.probes.hessian_max import HessianMaxSpectrum
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 def run_columns(values: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> Axes:
     """Draw one column a label: its runs as points, their mean with its 95 % interval.
+
+    Labels that are longer than their columns are aslant, and shortened in their middle.
 
     Args:
         values: One value a run, `(runs,)`, by label; model families decide the colours.
@@ -46,8 +51,14 @@ def run_columns(values: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> A
     for column, (label, runs) in enumerate(named.items()):
         color = styles[label]["color"]
         _draw_runs(ax, np.array([column]), np.asarray(runs, dtype=float)[None], color)
-    ax.set_xticks(range(len(named)), list(named))
+    size = FontProperties(size=mpl.rcParams["xtick.labelsize"]).get_size_in_points()
+    width = ax.get_window_extent().width * 72 / ax.figure.dpi / len(named)
+    room = int(width / (0.55 * size))  # characters
+    labels = list(style.short_names(named, max(room, _LONGEST_COLUMN)).values())
+    ax.set_xticks(range(len(named)), labels)
     ax.set_xlim(-0.5, len(named) - 0.5)
+    if max(map(len, labels)) > room:
+        tilt_labels(ax)
     return ax
 
 
@@ -75,7 +86,7 @@ def run_curves(
             f"`values` must be (points, runs) for `x` of {x.shape}, got {values.shape}."
         )
     ax = ax if ax is not None else style.fresh_axes()
-    look: dict[str, Any] = {**style.added_line(ax, label), "label": label, **line}
+    look: dict[str, Any] = {**style.labelled_line(ax, label), **line}
     means = values.mean(axis=1)
     ax.plot(x, means, **{"lw": 1.0, **look})
     _draw_runs(ax, x, values, look["color"])
@@ -87,6 +98,7 @@ def spectra_over_runs(results: "Runs") -> Figure:
 
     The eigenvalues of all runs of a network are drawn as one spectrum, negative and positive
     halves apart; beside them stand NEP and APE of every run, with mean and 95 % interval over runs.
+    Labels of more than 12 characters are shortened in their middle.
 
     Args:
         results: Spectra of the runs, by label; model families decide the colours.
@@ -114,12 +126,13 @@ def draw_spectra_over_runs(figure: Figure | SubFigure, results: "Runs") -> None:
     Raises:
         ValueError: If `results` is empty, or a network has no runs.
     """
-    named = {
-        label: pool_runs(runs) for label, runs in style.named(results, argument="results").items()
-    }
+    short = style.short_names(style.named(results, argument="results"), _LONGEST_COLUMN)
+    results = {short[label]: runs for label, runs in results.items()}
+    named = {label: pool_runs(runs) for label, runs in results.items()}
     log = spread_far(named.values())
     inch = figure.dpi / figure.bbox.height
-    height = {"top": 1 - 0.12 * inch, "bottom": 0.42 * inch}
+    aslant = 0.12 + 0.027 * max(map(len, named))  # inches below the columns
+    height = {"top": 1 - 0.12 * inch, "bottom": max(0.42, aslant) * inch}
     left: Any = figure.add_gridspec(1, 2, left=0.02, right=0.67, wspace=0.06, **height).subplots()
     right: Any = figure.add_gridspec(1, 2, left=0.74, right=0.99, wspace=0.85, **height).subplots()
     for ax, half in zip(left, HALVES, strict=True):

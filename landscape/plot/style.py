@@ -44,9 +44,11 @@ _LINES: tuple[Any, ...] = (
     (0, (6, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 3)), (0, (1, 3)),
 )  # fmt: skip
 _SIZE = 8.0  # points of a title
+_SCALES = 0.9  # inches beside panels that scales and a colour bar take
 _CHARACTER = 4.2  # points that a character of this size takes
 _MOST_INSIDE = 4  # entries of a legend that has room inside of the axes
-_LONGEST_NAME, _LONGEST_BESIDE, _LONGEST_INSIDE = 30, 40, 60  # characters of a line of a legend
+_LONGEST_NAME, _MOST_LINES = 30, 2  # characters of a line of a name, and lines
+_LONGEST_BESIDE, _LONGEST_INSIDE = 40, 60  # characters of a line of a legend
 
 
 def rc() -> dict[Any, Any]:
@@ -150,6 +152,54 @@ def added_line(ax: Axes, name: str) -> dict[str, Any]:
     return line_styles([*labels, name])[name]
 
 
+def labelled_line(ax: Axes, name: str) -> dict[str, Any]:
+    """Return `added_line` with a label that a legend has room for.
+
+    Args:
+        ax: Axes with any number of lines.
+        name: Name of the line.
+
+    Returns:
+        The keyword arguments of a line.
+    """
+    label = "\n".join(_name_lines(name))
+    alike = sum(entry.startswith(label) for entry in entries_of(ax))
+    if "…" in label and alike:  # of another name, as far as one can see
+        label = f"{label} ({alike + 1})"
+    return {**added_line(ax, label), "label": label}
+
+
+def shortened(name: str, longest: int) -> str:
+    """Return a name with an ellipsis for its middle where it is longer than `longest`.
+
+    Args:
+        name: The name; families stand at its start, versions at its end.
+        longest: Characters that there is room for.
+    """
+    if len(name) <= longest:
+        return name
+    end = (longest - 1) // 2
+    return f"{name[: longest - 1 - end]}…{name[len(name) - end :]}"
+
+
+def short_names(names: Iterable[str], longest: int) -> dict[str, str]:
+    """Return `shortened` names that differ: those that would not are numbered."""
+    short: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        taken, number = set(short.values()), 1
+        short[name] = shortened(name, longest)
+        while short[name] in taken:
+            number += 1
+            short[name] = f"{shortened(name, longest - 4)} ({number})"
+    return short
+
+
+def _name_lines(name: str) -> list[str]:
+    """Return the lines of a name in a legend."""
+    short = shortened(name, _LONGEST_NAME * _MOST_LINES)
+    return textwrap.wrap(short, _LONGEST_NAME) if len(name) > _LONGEST_NAME else [name]
+
+
 def draw_each(
     draw: Callable[..., Axes], results: Mapping[str, Any], ax: Axes | None, label: str | None
 ) -> Axes:
@@ -178,7 +228,7 @@ def entries_inside(entries: Collection[str]) -> int:
 
 
 def wrapped_title(name: str, panels: int, size: float = _SIZE) -> str:
-    """Return a title in lines that a panel has room for.
+    """Return a title in lines that a panel has room for, shortened in its middle beyond three.
 
     Args:
         name: The title.
@@ -186,15 +236,17 @@ def wrapped_title(name: str, panels: int, size: float = _SIZE) -> str:
             width if it is one.
         size: Size of the font, in points.
     """
-    room = (COLUMN_WIDTH if panels == 1 else TEXT_WIDTH) * 72 / panels
-    return "\n".join(textwrap.wrap(name, max(8, int(room * _SIZE / size / _CHARACTER)))) or name
+    room = ((COLUMN_WIDTH if panels == 1 else TEXT_WIDTH) - _SCALES) * 72 / panels
+    line = max(8, int(room * _SIZE / size / _CHARACTER))
+    return "\n".join(textwrap.wrap(shortened(name, 3 * line), line)) or name
 
 
 def wrapped_entries(texts: Mapping[str, str]) -> dict[str, str]:
     """Return legend entries "name: text" in lines that a legend has room for.
 
-    A name takes lines of 30 characters, and the text goes on to 60 inside of the axes, to 40 beside
-    them; a text that its last line has no room for begins a new one.
+    A name takes two lines of 30 characters, shortened in its middle where it is longer, and the
+    text goes on to 60 inside of the axes, to 40 beside them; a text that its last line has no room
+    for begins a new one.
 
     Args:
         texts: What is said of each name, in one line or several; "" is no name.
@@ -203,11 +255,12 @@ def wrapped_entries(texts: Mapping[str, str]) -> dict[str, str]:
         The entry of each name.
     """
     longest = _LONGEST_INSIDE if entries_inside(texts) else _LONGEST_BESIDE
+    short = short_names(texts, _LONGEST_NAME * _MOST_LINES)
     entries = {}
     for name, text in texts.items():
         lines = [part for line in text.split("\n") for part in textwrap.wrap(line, longest)]
         if name:
-            *above, last = textwrap.wrap(name, _LONGEST_NAME) or [name]
+            *above, last = _name_lines(short[name])
             start = [f"{last}: {lines[0]}"]
             if len(start[0]) > longest:
                 start = [f"{last}:", lines[0]]

@@ -143,7 +143,7 @@ def loss_line(
     values = finite_values(result, quantity, log=log)
     ax = ax if ax is not None else style.fresh_axes()
     if label is not None:
-        line = {**style.added_line(ax, label), "label": label, **line}
+        line = {**style.labelled_line(ax, label), **line}
     (drawn,) = ax.plot(result.x, values, **line)
     if quantity in {"loss", "nll"}:
         error = 2 * np.ma.masked_invalid(result.nll_stderr)
@@ -243,7 +243,7 @@ def _note(
     label: str | None = None,
 ) -> None:
     """Say in the axes how many points are marked by a cross, and how many by a plus."""
-    of_model = f"{label}, " if label else ""
+    of_model = f"{style.shortened(label, 30)}, " if label else ""
     lines = [f"{of_model}×: {missing.sum()} of {missing.size} not finite"] if missing.any() else []
     if outside is not None and outside.any():
         lines.append(f"+: {outside.sum()} of {outside.size} outside the scale")

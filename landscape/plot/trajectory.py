@@ -139,4 +139,4 @@ def _label(ax: PolarAxes, wide: bool) -> None:
 
 
 def _labelled(ax: Axes, label: str | None) -> dict[str, Any]:
-    return {} if label is None else {**style.added_line(ax, label), "label": label}
+    return {} if label is None else style.labelled_line(ax, label)

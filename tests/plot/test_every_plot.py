@@ -85,6 +85,43 @@ def test_titles_and_notes_of_different_results_side_by_side_stay_apart():
         assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, text
 
 
+LONG = [
+    f"vit_base_patch16_clip_224.openai_ft_in12k_in1k, {i} epochs of mixup and cutmix on every image"
+    for i in range(6)
+]
+TOLD_APART = {
+    "figure2": lambda: plot.figure2({"ViT": fourier(vit(4))}, {name: curve() for name in LONG}),
+    "figure2 of four": lambda: plot.figure2(
+        {name: fourier(vit(4)) for name in LONG[:4]}, {name: curve() for name in LONG[:4]}
+    ),
+    "figure9": lambda: plot.figure9({name: variance(vit(4)) for name in LONG[:3]}),
+    "loss_line": lambda: plot.loss_line({name: line([3, 2, 1]) for name in LONG}).figure,
+    "run_columns": lambda: plot.run_columns({LONG[0]: [1.0], "b": [2.0, 3.0]}).figure,
+    "run_columns of six": lambda: plot.run_columns({name: [1.0, 2.0] for name in LONG}).figure,
+    "spectra_over_runs": lambda: plot.spectra_over_runs(
+        {name: [random_spectrum(), random_spectrum(1)] for name in LONG[:3]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOLD_APART)
+def test_long_names_stay_on_the_page_and_leave_room_for_what_is_drawn(name):
+    figure = TOLD_APART[name]()
+    drawn = boxes(figure)
+    for text, box in drawn:
+        assert figure.bbox.padded(1).contains(box.x0, box.y0), text
+        assert figure.bbox.padded(1).contains(box.x1, box.y1), text
+    axes = [ax for ax in figure.axes if ax.lines]
+    assert min(ax.bbox.height for ax in axes) > 0.7 * figure.dpi
+    if "columns" not in name and "runs" not in name:  # boxes of what stands aslant overlap
+        for (first, a), (second, b) in itertools.combinations(drawn, 2):
+            assert not a.padded(-1).overlaps(b.padded(-1)), (first, second)
+    for ax in axes:
+        texts = ax.get_legend().get_texts() if ax.get_legend() else ax.get_xticklabels()
+        entries = [text.get_text() for text in texts]
+        assert len(set(entries)) == len(entries)
+
+
 def unknown(result, *names):
     return replace(result, **{name: np.nan * getattr(result, name) for name in names})
 

@@ -109,3 +109,17 @@ def test_entries_of_a_legend_are_lines_that_keep_every_letter():
     many = style.wrapped_entries({**few, " ": "a fifth entry"})
     assert max(len(line) for entry in many.values() for line in entry.split("\n")) <= 40
     assert style.lines_inside(list(many.values())) == 0
+
+
+def test_long_names_keep_their_ends_and_stay_told_apart():
+    name = "a" * 50 + "b" * 50
+    assert style.shortened("ViT", 3) == "ViT"
+    assert style.shortened(name, 10) == "aaaaa…bbbb"
+    twins = {"a" * 30 + str(i) + "b" * 30: "text" for i in range(3)}
+    short = style.short_names(twins, 20)
+    assert len(set(short.values())) == 3
+    assert max(map(len, short.values())) <= 20
+    assert len(set(style.wrapped_entries({**twins, "c": "text", "d": "text"}).values())) == 5
+    entry = style.wrapped_entries({name: "text"})[name]
+    assert entry.startswith("a" * 30 + "\n")
+    assert entry.endswith("b" * 29 + ": text")
