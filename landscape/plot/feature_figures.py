@@ -107,7 +107,7 @@ def figure2(
         color_bar(first, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
         frequency_robustness(curves, ax=second.subplots())
         for part, letter in ((first, "a"), (second, "b")):
-            part.suptitle(f"({letter})", x=0.01, ha="left", fontsize=8)
+            style.letter_panel(part, letter)
         figure.draw_without_rendering()
     return figure
 

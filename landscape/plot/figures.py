@@ -17,12 +17,20 @@ from landscape.plot import style
 from landscape.plot.hessian import (
     MAX_LABEL,
     Half,
+    density_text,
     hessian_max_spectrum,
     limit_eigenvalues,
     spread_far,
     trim_spectrum,
 )
-from landscape.plot.scale import LABELS, Quantity, color_bar, make_norm, shared_limits
+from landscape.plot.scale import (
+    LABELS,
+    Quantity,
+    color_bar,
+    log_label,
+    make_norm,
+    shared_limits,
+)
 from landscape.plot.surface import loss_surface
 from landscape.plot.trajectory import polar_trajectory
 
@@ -124,7 +132,7 @@ def figure1(surfaces: "Surfaces", trajectories: "Trajectories", spectra: "Spectr
         _draw_trajectories(left, trajectories)
         _draw_spectra(right, spectra)
         for panel, letter in ((top, "a"), (left, "b"), (right, "c")):
-            panel.text(0.005, 0.995, letter, va="top", weight="bold", size=10)
+            style.letter_panel(panel, letter)
         figure.draw_without_rendering()
     return figure
 
@@ -142,7 +150,7 @@ def _draw_surfaces(figure: Figure | SubFigure, results: "Surfaces") -> None:
         place = (column / count, 0.44, 0.96 / count, 0.5)
         ax: Any = figure.add_axes(place, projection="3d")
         loss_surface(result, ax=ax, **scale)
-        _trim_surface3d(ax, zoom=min(1.08, 2.4 / count))
+        _trim_surface3d(ax, zoom=min(1.08, 2.4 / count), log=scale["log"])
         figure.text((column + 0.5) / count, 0.99, name, ha="center", va="top", size=9)
     for block, quantity in enumerate(_TERMS):
         _draw_contours(figure, results, quantity, block)
@@ -179,11 +187,12 @@ def _shared_scale(results: "Surfaces", quantity: Quantity) -> dict[str, Any]:
     return {"vmin": low, "vmax": high, "log": log}
 
 
-def _trim_surface3d(ax: Any, zoom: float) -> None:
+def _trim_surface3d(ax: Any, zoom: float, *, log: bool) -> None:
     """Move labels and ticks of 3D axes close to the box, for a panel of a few inches."""
     ax.view_init(elev=22, azim=-60)
     ax.set_box_aspect((1, 1, 0.7), zoom=zoom)
-    ax.set(xlabel="$a$", ylabel="$b$", zlabel="Loss (nats)")  # in full at its colour bar
+    loss = "Loss (nats)"  # in full at its colour bar
+    ax.set(xlabel="$a$", ylabel="$b$", zlabel=log_label(loss) if log else loss)
     for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
         axis.set_tick_params(pad=-3)
         axis.labelpad = -9
@@ -221,8 +230,8 @@ def _draw_spectra(figure: Figure | SubFigure, results: "Spectra") -> None:
         limit_eigenvalues(ax, everything, half, log=log)
     label: dict[str, Any] = {"x": 0.525, "ha": "center", "va": "bottom"}
     figure.text(y=0.2 * inch, s=MAX_LABEL, **label)
-    unit = r"$\log_{10}|\lambda|$" if log else r"$\lambda$"
-    note = f"Density of {unit}: Gaussian kernels, Silverman's bandwidth. [ ]: 95 % interval"
+    note = f"{density_text(log)}: Gaussian kernels, Silverman's bandwidth. "
+    note += "n: eigenvalues. [ ]: 95 % interval"
     figure.text(y=0.06 * inch, s=note, size=style.NOTE_SIZE, color=style.MUTED, **label)
 
 

@@ -156,6 +156,11 @@ def trim_spectrum(ax: Axes, half: Half, line_height: float = 0.5) -> None:
     ax.legend(**legend)
 
 
+def density_text(log: bool) -> str:
+    """Return what the heights of a spectrum without a scale are, to begin a note with."""
+    return r"Density of $\log_{10}|\lambda|$" if log else r"Density of $\lambda$"
+
+
 def spread_far(results: Iterable["HessianMaxSpectrum"]) -> bool:
     """Return whether, in a half, the largest |λ| is over 30 times the smallest median of |λ|.
 

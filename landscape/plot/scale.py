@@ -113,7 +113,7 @@ def make_norm(low: float, high: float, *, log: bool | None = None) -> Normalize:
 
 
 def nice_ticks(norm: Normalize) -> list[float]:
-    """Return ticks within `norm`; on a logarithmic scale 1, 2, 5 times powers of ten.
+    """Return ticks within `norm`; on a logarithmic scale 1, 2, 5 times powers of ten, or 3.
 
     Args:
         norm: The scale.
@@ -124,7 +124,8 @@ def nice_ticks(norm: Normalize) -> list[float]:
     low, high = norm_ends(norm)
     locator: Locator = MaxNLocator(4)
     if isinstance(norm, LogNorm):  # over many decades powers of ten alone
-        locator = LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,))
+        within = (1, 2, 3, 5) if high < 20 * low else (1, 2, 5)
+        locator = LogLocator(subs=within if high < 300 * low else (1,))
     ticks = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
     return ticks if len(ticks) > 1 else [low, high]
 
@@ -156,7 +157,9 @@ class SignedDecades(Locator):
         width = axis.axes.get_window_extent().width * 72 / axis.figure.dpi
         closest = (high - low) * label / width
         top = int(np.log10(max(-vmin, vmax) / smallest) + 1e-9)
-        step = int(np.clip(np.ceil((closest - first) / (second - first)) + 1, 1, max(top, 1)))
+        decade = second - first
+        step = max(np.ceil(closest / decade), np.ceil((0.65 * closest - first) / decade) + 1)
+        step = int(np.clip(step, 1, max(top, 1)))  # the label of 0 is short
         powers = 10.0 ** (round(np.log10(smallest)) + np.arange(step - 1, top + 1, step))
         ticks = [*-powers[::-1], 0.0, *powers]
         return [float(tick) for tick in ticks if vmin <= tick <= vmax]

@@ -16,6 +16,7 @@ from landscape.plot import style
 from landscape.plot.figures import HALVES
 from landscape.plot.hessian import (
     MAX_LABEL,
+    density_text,
     hessian_max_spectrum,
     limit_eigenvalues,
     spread_far,
@@ -110,7 +111,7 @@ def spectra_over_runs(results: "Runs") -> Figure:
         ValueError: If `results` is empty, or a network has no runs.
     """
     with mpl.rc_context(style.rc()):
-        figure = Figure(figsize=(style.TEXT_WIDTH, 2.0 + 0.12 * max(len(results) - 3, 0)))
+        figure = Figure(figsize=(style.TEXT_WIDTH, 2.1 + 0.12 * max(len(results) - 3, 0)))
         draw_spectra_over_runs(figure, results)
         figure.draw_without_rendering()  # ticks are made now, in this style
     return figure
@@ -132,20 +133,23 @@ def draw_spectra_over_runs(figure: Figure | SubFigure, results: "Runs") -> None:
     log = spread_far(named.values())
     inch = figure.dpi / figure.bbox.height
     aslant = 0.12 + 0.027 * max(map(len, named))  # inches below the columns
-    height = {"top": 1 - 0.12 * inch, "bottom": max(0.42, aslant) * inch}
+    height = {"top": 1 - 0.12 * inch, "bottom": max(0.5, aslant) * inch}
     left: Any = figure.add_gridspec(1, 2, left=0.02, right=0.67, wspace=0.06, **height).subplots()
     right: Any = figure.add_gridspec(1, 2, left=0.74, right=0.99, wspace=0.85, **height).subplots()
     for ax, half in zip(left, HALVES, strict=True):
         hessian_max_spectrum(named, ax=ax, half=half, log=log)
         trim_spectrum(ax, half, line_height=0.14)
         limit_eigenvalues(ax, named.values(), half, log=log)
-    figure.text(0.345, 0.12 * inch, MAX_LABEL, ha="center", va="center", size=8)
+    text: dict[str, Any] = {"x": 0.345, "ha": "center", "va": "center"}
+    figure.text(y=0.2 * inch, s=MAX_LABEL, size=8, **text)
+    note = f"{density_text(log)}. n: eigenvalues of all runs. [ ]: 95 % interval over runs"
+    figure.text(y=0.06 * inch, s=note, size=style.NOTE_SIZE, color=style.MUTED, **text)
     for ax, name in zip(right, ("nep", "ape"), strict=True):
         run_columns({n: [getattr(s, name) for s in runs] for n, runs in results.items()}, ax=ax)
         ax.set_ylabel({"nep": "NEP", "ape": "APE (nats)"}[name])
         tilt_labels(ax)
-        low, high = ax.get_ylim()  # an interval of a few runs may leave the range of a share
-        ax.set_ylim(0 if name == "nep" else min(0, low), min(1, high) if name == "nep" else high)
+        high = ax.get_ylim()[1]  # neither is negative, and an interval of a few runs may be
+        ax.set_ylim(0, min(1, high) if name == "nep" else high)
 
 
 def pool_runs(spectra: "Sequence[HessianMaxSpectrum]") -> "HessianMaxSpectrum":

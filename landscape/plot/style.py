@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -125,6 +126,11 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         styles[name] = {"color": color, "linestyle": _LINES[seen.get(color, 0) % len(_LINES)]}
         seen[color] = seen.get(color, 0) + 1
     return styles
+
+
+def letter_panel(panel: FigureBase, letter: str) -> None:
+    """Write the letter of a panel at its upper left."""
+    panel.text(0.005, 0.995, letter, va="top", weight="bold", size=10)
 
 
 def fresh_axes(projection: str | None = None) -> Axes:

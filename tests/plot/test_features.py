@@ -310,6 +310,11 @@ def test_figure2_is_readable_with_one_to_five_models(panels, models):
     small = [(text, box.padded(-1)) for text, box in drawn]
     for (first, a), (second, b) in itertools.combinations(small, 2):
         assert not a.overlaps(b), (first, second)
+    letters = [text for text in figure.findobj(Text) if text.get_text() in {"a", "b", "(a)"}]
+    assert [(text.get_text(), text.get_weight()) for text in letters] == [
+        ("a", "bold"),
+        ("b", "bold"),
+    ]
     shown, ax = figure.axes[:panels], figure.axes[-1]
     assert [panel.get_title() for panel in shown] == names[:panels]
     assert all(panel.bbox.width > 0.1 * figure.bbox.width for panel in shown)

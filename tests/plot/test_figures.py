@@ -82,6 +82,13 @@ def test_figure1a_names_models_and_quantities_with_units():
         assert any(text.startswith(label) for text in texts)
 
 
+@pytest.mark.parametrize(("factor", "label"), [(1.5, "Loss (nats)"), (9, "Loss (nats, log scale)")])
+def test_heights_of_figure1a_say_that_they_are_logarithmic(factor, label):
+    results = {"ResNet": surface(), "ViT": surface(surface().nll * factor)}
+    deep = [ax for ax in plot.figure1a(results).axes if ax.name == "3d"]
+    assert {ax.get_zlabel() for ax in deep} == {label}
+
+
 def test_figure1a_counts_missing_points_once_a_surface():
     results = surfaces()
     results["ResNet"] = surface(missing=[(6, 4), (0, 0)])

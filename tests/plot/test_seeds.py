@@ -9,6 +9,7 @@ from landscape.plot import style
 from landscape.plot.seeds import pool_runs, run_columns, run_curves, spectra_over_runs
 from landscape.probes.hessian_max import HessianMaxSpectrum
 from landscape.results import Provenance
+from tests.plot.test_figures import boxes
 
 
 def spectrum(values, nep, ape):
@@ -92,3 +93,22 @@ def test_spectra_over_runs_have_a_rug_of_every_eigenvalue_and_a_point_of_every_r
     low, high = nep.get_ylim()
     assert low == 0
     assert high <= 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0], ids=["linear", "log"])
+def test_spectra_over_runs_say_what_they_show_and_none_goes_below_zero(scale):
+    runs = {
+        "ResNet": [spectrum([[900 * scale, 1]], 0, 900), spectrum([[7, 6]], 0, 6)],
+        "ViT": [spectrum([[4, -3]], 0.5, 4), spectrum([[3, -2]], 0.5, 3)],
+    }
+    figure = spectra_over_runs(runs)
+    logarithmic = figure.axes[0].get_xscale() == "symlog"
+    unit = r"$\log_{10}|\lambda|$" if logarithmic else r"$\lambda$"
+    (note,) = [text.get_text() for text in figure.texts if "Density" in text.get_text()]
+    expected = f"Density of {unit}. n: eigenvalues of all runs. [ ]: 95 % interval over runs"
+    assert note == expected
+    drawn = boxes(figure)
+    assert all(figure.bbox.padded(1).contains(box.x0, box.y0) for _, box in drawn)
+    ape = figure.axes[3]
+    assert min(low for low, _ in bars(ape)) < 0  # the interval of two runs
+    assert ape.get_ylim()[0] == 0

@@ -176,6 +176,10 @@ def test_logarithmic_ticks_are_few_and_inside(low, high):
     assert low <= ticks[0] < ticks[-1] <= high
 
 
+def test_a_short_logarithmic_scale_has_a_tick_near_each_end():
+    assert nice_ticks(make_norm(2.2, 24, log=True)) == [3, 5, 10, 20]
+
+
 def test_line_draws_the_values_and_two_standard_errors():
     result = line([3, 2, 1, 2, 4.0], stderr=0.25)
     ax = plot.loss_line(result, label="ViT")
