@@ -9,7 +9,7 @@ images (a) of several networks and (b) of a ResNet and a ViT that get a share of
 paper test error rises with the training NLL: a ViT fits its images worse, not too well.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -60,23 +60,35 @@ def draw(results: Results) -> Figure:
         for name in ("ResNet", "ViT"):
             shares = [f"{name}, {share:.0%}" for share in SHARES]
             _draw_network(right, results, [*shares, name], name, marker="s")
-            # The curves lie close: one is labelled above on the left, one below on the right.
-            side = -1 if name == "ResNet" else 1
-            where: dict[str, Any] = {
-                "xytext": (5 * side, 5 if side < 0 else -8),
-                "textcoords": "offset points",
-                "ha": "right" if side < 0 else "left",
-                "color": style.family_color(name),
-            }
-            for label, share in zip([*shares, name], [*SHARES, 1.0], strict=True):
-                nll, error = (np.mean(values) for values in _runs(results, label))
-                right.annotate(f"{share:.0%}", (nll, error), size=style.NOTE_SIZE, **where)
+            _label_shares(right, results, name, {**dict(zip(shares, SHARES, strict=True)), name: 1})
+        right.margins(x=0.1)  # for the labels at the ends
         for ax, letter in ((left, "a"), (right, "b")):
             ax.set(xlabel="NLL, augmented training images (nats)", ylabel="Test error (%)")
             ax.legend(loc="best")
             ax.text(-0.2, 1.0, letter, transform=ax.transAxes, weight="bold", size=10)
         figure.draw_without_rendering()
     return figure
+
+
+def _label_shares(ax: Axes, results: Results, name: str, shares: Mapping[str, float]) -> None:
+    """Write its share of the images beside each point of a curve.
+
+    The curves lie close: one is labelled above on the left, the other on the right, below but at
+    its upper end.
+    """
+    left = name == "ResNet"
+    look: dict[str, Any] = {
+        "textcoords": "offset points",
+        "ha": "right" if left else "left",
+        "color": style.family_color(name),
+        "size": style.NOTE_SIZE,
+        "bbox": {"facecolor": "w", "edgecolor": "none", "pad": 0.4},  # over the bars
+    }
+    for label, share in shares.items():
+        nll, error = (np.mean(values) for values in _runs(results, label))
+        below = -3 if share == min(shares.values()) else 8
+        offset = (-5, 5) if left else (5, -below)
+        ax.annotate(f"{share:.0%}", (nll, error), xytext=offset, **look)
 
 
 def _draw_network(
