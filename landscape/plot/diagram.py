@@ -16,7 +16,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.textpath import TextPath
 
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.features import KIND_COLORS, KIND_NAMES
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def figure11(results: "Mapping[str, Architecture]") -> Figure:
     with mpl.rc_context(style.rc()):
         rows = max(diagram_rows(result, 1) for result in results.values())
         width = style.COLUMN_WIDTH if len(results) == 1 else style.TEXT_WIDTH
-        titles = [style.wrapped_title(name, len(results)) for name in results]
+        titles = [texts.wrapped_title(name, len(results)) for name in results]
         top = 30 + 10 * max(title.count("\n") for title in titles)
         height = rows * _LINE + top + 2
         figure = Figure(figsize=(width, height / 72))

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.features import (
     DEPTH_LABEL,
     cka,
@@ -59,7 +59,7 @@ def figure2a(results: "Mapping[str, FourierAmplitude]") -> Figure:
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             fourier_amplitude(result, ax=ax, colorbar=False)
-            ax.set_title(style.wrapped_title(name, len(results)))
+            ax.set_title(texts.wrapped_title(name, len(results)))
         _label_first(axes[0])
         color_bar(figure, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
         figure.draw_without_rendering()  # ticks are made now, in this style
@@ -102,7 +102,7 @@ def figure2(
         _share(axes)
         for ax, (name, result) in zip(axes, amplitudes.items(), strict=True):
             fourier_amplitude(result, ax=ax, colorbar=False)
-            ax.set_title(style.wrapped_title(name, len(amplitudes) + beside))
+            ax.set_title(texts.wrapped_title(name, len(amplitudes) + beside))
         _label_first(axes)
         color_bar(first, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
         frequency_robustness(curves, ax=second.subplots())
@@ -164,7 +164,7 @@ def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") ->
     with mpl.rc_context(style.rc()):
         figure, axes = _panels(2.1 * rows, names, rows)
         for ax, name in zip(axes[0], names, strict=True):
-            ax.set_title(style.wrapped_title(name, len(names)))
+            ax.set_title(texts.wrapped_title(name, len(names)))
         if ckas:
             _draw_matrices(figure, dict(zip(names, axes[0], strict=True)), ckas)
         if lesions:
@@ -194,7 +194,7 @@ def panels(results: "Mapping[str, Result]") -> Figure:
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             result.plot(ax=ax)
             notes.append(_head(ax, name, len(results)))
-            ax.set_xlabel(style.wrapped_title(ax.get_xlabel(), len(results)))
+            ax.set_xlabel(texts.wrapped_title(ax.get_xlabel(), len(results)))
         figure.set_figheight(2.3 + max(notes))
         figure.draw_without_rendering()
     return figure
@@ -204,7 +204,7 @@ def _head(ax: Axes, name: str, panels: int) -> float:
     """Put a title over the drawing's own title and notes; return the inches that these take."""
     notes = [text for text in ax.texts if text.get_gid() == "note"]
     said = [ax.get_title(), *(line for note in notes for line in note.get_text().split("\n"))]
-    lines = [style.wrapped_title(line, panels, style.NOTE_SIZE) for line in said if line]
+    lines = [texts.wrapped_title(line, panels, style.NOTE_SIZE) for line in said if line]
     for note in notes:
         note.remove()
     text = "\n".join(lines)
@@ -213,7 +213,7 @@ def _head(ax: Axes, name: str, panels: int) -> float:
     ax.set_title("")
     room = 1.45 * style.NOTE_SIZE * (text.count("\n") + 1) if text else 0.0
     pad = mpl.rcParams["axes.titlepad"] + room
-    ax.set_title(style.wrapped_title(name, panels), loc="left", pad=pad)
+    ax.set_title(texts.wrapped_title(name, panels), loc="left", pad=pad)
     return room / 72
 
 
@@ -253,7 +253,7 @@ def _against_depth(results: Mapping[str, Any], draw: Callable[..., Axes], **look
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             draw(result, ax=ax, **style.line_styles([name])[name], **look)
-            ax.set_title(style.wrapped_title(name, len(results)))
+            ax.set_title(texts.wrapped_title(name, len(results)))
         _label_first(axes[0])
         _one_legend(figure, axes[0])
         figure.draw_without_rendering()

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.ticker import MaxNLocator
 
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.scale import color_bar
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
         ax.text(1, 1.01, note, size=style.NOTE_SIZE, color=style.MUTED, gid="note", **place)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.set(xlim=(0.3, len(number) + 0.7), xlabel=UNIT_LABEL, ylabel=LOSS_LABEL)
-    ax.legend(**style.OVER_DATA)
+    ax.legend(**texts.OVER_DATA)
     return ax
 
 
@@ -280,7 +280,7 @@ def _draw_steps(
 ) -> None:
     """Draw values against depth over the shades of the blocks."""
     look: dict[str, Any] = {"marker": "o", "elinewidth": 0.6, "label": "_"}
-    look |= style.labelled_line(ax, label) if label else style.added_line(ax, "")
+    look |= texts.labelled_line(ax, label) if label else style.added_line(ax, "")
     ax.errorbar(table.depth, values, yerr=2 * stderr, **{**look, **line})
     known = set(ax.get_legend_handles_labels()[1])
     for what, start, stop in shaded_steps(table):
@@ -288,4 +288,4 @@ def _draw_steps(
         known.add(what)
     ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL)
     if known:
-        ax.legend(**style.OVER_DATA)
+        ax.legend(**texts.OVER_DATA)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
 
 from landscape._checks import check_choice
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.density import finite_eigenvalues, half_density
 from landscape.plot.scale import SignedDecades
 
@@ -55,9 +55,9 @@ def hessian_max_spectrum(
     check_choice("half", half, get_args(Half))
     named = style.named(result, "HessianMaxSpectrum", label=label)
     ax = ax if ax is not None else style.fresh_axes()
-    drawn, limits = len(style.entries_of(ax)), ax.get_xlim()
-    brief = not style.entries_inside(named)
-    entries = style.wrapped_entries({n: _legend_text(one, half, brief) for n, one in named.items()})
+    drawn, limits = len(texts.entries_of(ax)), ax.get_xlim()
+    brief = not texts.entries_inside(named)
+    entries = texts.wrapped_entries({n: _legend_text(one, half, brief) for n, one in named.items()})
     for row, (name, one) in enumerate(named.items(), start=drawn):
         look = style.added_line(ax, entries[name])
         entry = entries[name]
@@ -71,10 +71,10 @@ def hessian_max_spectrum(
     if drawn:  # by the calls before
         ax.set_xlim(min(limits[0], ax.get_xlim()[0]), max(limits[1], ax.get_xlim()[1]))
     ax.set(xlabel=MAX_LABEL, ylabel="Density per decade" if log else "Density (1/nats)")
-    beside = not style.entries_inside(style.entries_of(ax))
+    beside = not texts.entries_inside(texts.entries_of(ax))
     room_for_legend(ax, line_height=0 if beside else None)
     backed = {"frameon": True, "edgecolor": "none", "framealpha": 0.8} if half == "both" else {}
-    style.place_legend(ax, "upper left" if half == "negative" else "upper right", **backed)
+    texts.place_legend(ax, "upper left" if half == "negative" else "upper right", **backed)
     return ax
 
 

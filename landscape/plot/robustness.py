@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from landscape.plot import style
+from landscape.plot import style, texts
 
 if TYPE_CHECKING:
     from landscape.probes.adversarial import AdversarialRobustness
@@ -60,10 +60,10 @@ def frequency_robustness(
     ax.set_autoscaley_on(True)  # to what was drawn before, too
     ax.autoscale_view()
     low, high = ax.get_ylim()
-    room = 0.12 * style.lines_inside(style.entries_of(ax))  # for the legend
+    room = 0.12 * texts.lines_inside(texts.entries_of(ax))  # for the legend
     ax.set_ylim(low, max(high, 0) + room * (high - low))
     _note(ax, [one.delta_accuracy for one in named.values()], common, label)
-    style.place_legend(ax, "upper right")
+    texts.place_legend(ax, "upper right")
     return ax
 
 
@@ -103,7 +103,7 @@ def adversarial_robustness(
     ax.autoscale_view()
     ax.set(xlabel=RADIUS_LABELS[norm], ylabel="Accuracy (%)", xlim=(0, None), ylim=(0, None))
     _note(ax, [one.accuracy for one in named.values()], common, label)
-    style.place_legend(ax, "upper right")
+    texts.place_legend(ax, "upper right")
     return ax
 
 
@@ -150,13 +150,13 @@ def reliability_diagram(
         ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
     ax.set(
         xlim=(0, 1),
-        ylim=(0, 1.04 + 0.11 * style.lines_inside(style.entries_of(ax))),
+        ylim=(0, 1.04 + 0.11 * texts.lines_inside(texts.entries_of(ax))),
         yticks=np.linspace(0, 1, 6),
     )
     ax.set(xlabel=CONFIDENCE_LABEL, ylabel=RELIABILITY_LABEL)
     setting = "noise: the ECE of a calibrated model" + (f", {common}" if common else "")
     _note(ax, [], setting, label)
-    style.place_legend(ax, "upper left")
+    texts.place_legend(ax, "upper left")
     return ax
 
 
@@ -173,14 +173,14 @@ def legend_entries(
     """
     settings = {name: setting(result) for name, result in named.items()}
     shared = len(set(settings.values())) == 1
-    texts = {
+    said = {
         name: entry(result) if shared else f"{entry(result)}, {settings[name]}"
         for name, result in named.items()
     }
     common = next(iter(settings.values())) if shared else ""
     if wrap:
-        return common, style.wrapped_entries(texts)
-    return common, {name: f"{name}: {text}" if name else text for name, text in texts.items()}
+        return common, texts.wrapped_entries(said)
+    return common, {name: f"{name}: {text}" if name else text for name, text in said.items()}
 
 
 def clean_entry(result: "RobustnessCurve | AdversarialRobustness") -> str:
@@ -271,7 +271,7 @@ def _note(ax: Axes, drawn: Iterable[NDArray[np.float64]], setting: str, label: s
     values = np.concatenate([*drawn, np.empty(0)])
     missing = int((~np.isfinite(values)).sum())
     lines = [f"×: {missing} of {values.size} not finite"] if missing else []
-    told, label = style.notes_of(ax), style.shortened(label or "", 30)
+    told, label = texts.notes_of(ax), texts.shortened(label or "", 30)
     if label and setting and setting not in told and told:  # it holds for this model alone
         setting = f"{label}: {setting}"
-    style.add_note(ax, *(f"{label}, {line}" if label else line for line in lines), setting)
+    texts.add_note(ax, *(f"{label}, {line}" if label else line for line in lines), setting)

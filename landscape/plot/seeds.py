@@ -12,7 +12,7 @@ from matplotlib.font_manager import FontProperties
 from numpy.typing import ArrayLike
 
 from landscape.intervals import mean_interval
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.figures import HALVES
 from landscape.plot.hessian import (
     MAX_LABEL,
@@ -55,7 +55,7 @@ def run_columns(values: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> A
     size = FontProperties(size=mpl.rcParams["xtick.labelsize"]).get_size_in_points()
     width = ax.get_window_extent().width * 72 / ax.figure.dpi / len(named)
     room = int(width / (0.55 * size))  # characters
-    labels = list(style.short_names(named, max(room, _LONGEST_COLUMN)).values())
+    labels = list(texts.short_names(named, max(room, _LONGEST_COLUMN)).values())
     ax.set_xticks(range(len(named)), labels)
     ax.set_xlim(-0.5, len(named) - 0.5)
     if max(map(len, labels)) > room:
@@ -87,7 +87,7 @@ def run_curves(
             f"`values` must be (points, runs) for `x` of {x.shape}, got {values.shape}."
         )
     ax = ax if ax is not None else style.fresh_axes()
-    look: dict[str, Any] = {**style.labelled_line(ax, label), **line}
+    look: dict[str, Any] = {**texts.labelled_line(ax, label), **line}
     means = values.mean(axis=1)
     ax.plot(x, means, **{"lw": 1.0, **look})
     _draw_runs(ax, x, values, look["color"])
@@ -127,7 +127,7 @@ def draw_spectra_over_runs(figure: Figure | SubFigure, results: "Runs") -> None:
     Raises:
         ValueError: If `results` is empty, or a network has no runs.
     """
-    short = style.short_names(style.named(results, argument="results"), _LONGEST_COLUMN)
+    short = texts.short_names(style.named(results, argument="results"), _LONGEST_COLUMN)
     results = {short[label]: runs for label, runs in results.items()}
     named = {label: pool_runs(runs) for label, runs in results.items()}
     log = spread_far(named.values())

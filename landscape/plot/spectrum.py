@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.hessian import number, share_of_legend
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ def spectral_density(
     style.check_result(result, "SpectralDensity")
     ax = ax if ax is not None else style.fresh_axes()
     width = rf"$\sigma$ = {number(result.sigma)}"
-    entry = f"density, {width}" if label is None else style.wrapped_entries({label: width})[label]
+    entry = f"density, {width}" if label is None else texts.wrapped_entries({label: width})[label]
     look = {} if label is None else style.added_line(ax, entry)
     _draw_density(ax, result, {**look, "label": entry, **line})
     if label is not None:
-        ax.legend(**style.OVER_DATA)
+        ax.legend(**texts.OVER_DATA)
     return ax
 
 
@@ -116,7 +116,7 @@ def hessian_spectrum(
     if label is None:
         _draw_alone(ax, result, trace, line)
     else:
-        _draw_among_others(ax, result, style.wrapped_entries({label: trace})[label], line)
+        _draw_among_others(ax, result, texts.wrapped_entries({label: trace})[label], line)
     scale = [each for each in ax.collections if each.get_gid() == "band"]
     if scale:
         low, high = ax.get_ylim()

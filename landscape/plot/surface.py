@@ -12,7 +12,7 @@ from mpl_toolkits.mplot3d import Axes3D
 from numpy.typing import NDArray
 
 from landscape._checks import check_choice
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.scale import (
     LABELS,
     Quantity,
@@ -143,7 +143,7 @@ def loss_line(
     values = finite_values(result, quantity, log=log)
     ax = ax if ax is not None else style.fresh_axes()
     if label is not None:
-        line = {**style.labelled_line(ax, label), **line}
+        line = {**texts.labelled_line(ax, label), **line}
     (drawn,) = ax.plot(result.x, values, **line)
     if quantity in {"loss", "nll"}:
         error = 2 * np.ma.masked_invalid(result.nll_stderr)
@@ -166,7 +166,7 @@ def loss_line(
     if len(result.x) > 1:
         ax.set_xlim(result.x.min(), result.x.max())
     if label is not None:
-        ax.legend(**style.OVER_DATA)
+        ax.legend(**texts.OVER_DATA)
     return ax
 
 
@@ -243,12 +243,12 @@ def _note(
     label: str | None = None,
 ) -> None:
     """Say in the axes how many points are marked by a cross, and how many by a plus."""
-    of_model = f"{style.shortened(label, 30)}, " if label else ""
+    of_model = f"{texts.shortened(label, 30)}, " if label else ""
     lines = [f"{of_model}×: {missing.sum()} of {missing.size} not finite"] if missing.any() else []
     if outside is not None and outside.any():
         lines.append(f"+: {outside.sum()} of {outside.size} outside the scale")
     if not isinstance(ax, Axes3D):
-        style.add_note(ax, *lines)
+        texts.add_note(ax, *lines)
     elif lines:
         place: dict[str, Any] = {"ha": "center", "va": "top", "transform": ax.transAxes}
         look = {"fontsize": style.NOTE_SIZE, "color": style.MUTED, "gid": "note"}

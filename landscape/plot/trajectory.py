@@ -10,7 +10,7 @@ from matplotlib.projections.polar import PolarAxes
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.surface import X_LABEL, Y_LABEL
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def trajectory(
     ax.plot(*coordinates[-1], "s", ms=4, color=color, mec="k", mew=0.4, gid="w_opt", zorder=3)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
     if label is not None:
-        ax.legend(**style.OVER_DATA)
+        ax.legend(**texts.OVER_DATA)
     return ax
 
 
@@ -139,4 +139,4 @@ def _label(ax: PolarAxes, wide: bool) -> None:
 
 
 def _labelled(ax: Axes, label: str | None) -> dict[str, Any]:
-    return {} if label is None else style.labelled_line(ax, label)
+    return {} if label is None else texts.labelled_line(ax, label)

@@ -76,7 +76,7 @@ def test_calls_with_a_label_draw_what_one_with_a_mapping_does(name):
         assert entry.startswith(f"{label}: {said}")
         assert looks(ax)[entry][0] == plot.style.family_color(label) or label == "other"
     np.testing.assert_allclose([ax.get_xlim(), ax.get_ylim()], [one.get_xlim(), one.get_ylim()])
-    assert plot.style.notes_of(ax) == plot.style.notes_of(one)
+    assert plot.texts.notes_of(ax) == plot.texts.notes_of(one)
     with pytest.raises(ValueError, match="`label` must be None where results come with"):
         draw({"a": results[0]}, label="x")
 
@@ -85,13 +85,13 @@ def test_notes_of_models_drawn_one_after_the_other_stand_one_above_the_other():
     ax = plot.frequency_robustness(curve(norm=0.1), label="ViT")
     plot.frequency_robustness(curve(norm=0.2), label="ResNet", ax=ax)
     plot.frequency_robustness(curve(norm=0.1), label="Swin", ax=ax)
-    first, second = plot.style.notes_of(ax)
+    first, second = plot.texts.notes_of(ax)
     assert first.startswith("noise RMS 0.1")
     assert second.startswith("ResNet: noise RMS 0.2")
     results = {"ViT": line([3, np.inf, 1]), "ResNet": line([3, np.nan, np.inf])}
     ax = plot.loss_line(results)
     expected = ["ViT, ×: 1 of 3 not finite", "ResNet, ×: 2 of 3 not finite"]
-    assert plot.style.notes_of(ax) == expected
+    assert plot.texts.notes_of(ax) == expected
     (note,) = [text for text in ax.texts if text.get_gid() == "note"]
     assert note.get_text() == "\n".join(expected)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.interactive.look import plotly_line
 
 
@@ -100,26 +100,26 @@ def test_no_text_of_a_paper_figure_is_below_six_points():
 def test_entries_of_a_legend_are_lines_that_keep_every_letter():
     name = "a" * 45
     few = {"ViT": "one", "": "t" * 20, name: "NEP 1\nAPE 2", "ViT-Ti": "word " * 11 + "word"}
-    entries = style.wrapped_entries(few)
+    entries = texts.wrapped_entries(few)
     assert entries["ViT"] == "ViT: one"
     assert entries[""] == "t" * 20
     assert entries[name] == f"{'a' * 30}\n{'a' * 15}: NEP 1\nAPE 2"
     assert entries["ViT-Ti"] == "ViT-Ti:\n" + "word " * 11 + "word"
-    assert style.lines_inside(list(entries.values())) == 1 + 1 + 3 + 2
-    many = style.wrapped_entries({**few, " ": "a fifth entry"})
+    assert texts.lines_inside(list(entries.values())) == 1 + 1 + 3 + 2
+    many = texts.wrapped_entries({**few, " ": "a fifth entry"})
     assert max(len(line) for entry in many.values() for line in entry.split("\n")) <= 40
-    assert style.lines_inside(list(many.values())) == 0
+    assert texts.lines_inside(list(many.values())) == 0
 
 
 def test_long_names_keep_their_ends_and_stay_told_apart():
     name = "a" * 50 + "b" * 50
-    assert style.shortened("ViT", 3) == "ViT"
-    assert style.shortened(name, 10) == "aaaaa…bbbb"
+    assert texts.shortened("ViT", 3) == "ViT"
+    assert texts.shortened(name, 10) == "aaaaa…bbbb"
     twins = {"a" * 30 + str(i) + "b" * 30: "text" for i in range(3)}
-    short = style.short_names(twins, 20)
+    short = texts.short_names(twins, 20)
     assert len(set(short.values())) == 3
     assert max(map(len, short.values())) <= 20
-    assert len(set(style.wrapped_entries({**twins, "c": "text", "d": "text"}).values())) == 5
-    entry = style.wrapped_entries({name: "text"})[name]
+    assert len(set(texts.wrapped_entries({**twins, "c": "text", "d": "text"}).values())) == 5
+    entry = texts.wrapped_entries({name: "text"})[name]
     assert entry.startswith("a" * 30 + "\n")
     assert entry.endswith("b" * 29 + ": text")
