@@ -76,7 +76,11 @@ def draw(results: Results) -> Figure:
                 ax.set_xticks(range(len(values)), values)
             column[1].set_xlabel(name.capitalize())
         grid[0, 0].set_ylabel("NEP")
-        grid[1, 0].set_ylabel("APE (nats)")
+        grid[1, 0].set_ylabel("APE (nats, log scale)")
+        runs = [spectrum.ape for of_axis in axes.values() for each in of_axis.values()
+                for spectrum in each]  # fmt: skip
+        grid[1, 0].set_yscale("log", nonpositive="clip")
+        grid[1, 0].set_ylim(min(runs) / 1.5, max(runs) * 1.5)  # one run may lie far from all
         low, high = grid[0, 0].get_ylim()
         grid[0, 0].set_ylim(max(low, -0.02), min(high, 1))
         figure.draw_without_rendering()
