@@ -28,6 +28,7 @@ from landscape.plot.scale import shared_limits
 from landscape.plot.seeds import run_columns, run_curves, spectra_over_runs
 from landscape.plot.spectrum import hessian_spectrum, spectral_density
 from landscape.plot.surface import loss_line, loss_surface
+from landscape.plot.training_history import training_history
 from landscape.plot.trajectory import polar_trajectory, trajectory
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "polar_trajectory",
     "reliability_diagram",
     "spectral_density",
+    "training_history",
     "trajectory",
     # several runs: every run a point, their mean with its interval
     "run_columns",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -74,6 +74,8 @@ class FitResult(Result):
     checkpoints: dict[Named, str]
     trajectory: tuple[str, ...]
     provenance: Provenance = Provenance()
+
+    _plot: ClassVar[str | None] = "training_history"
 
 
 @dataclass(frozen=True)

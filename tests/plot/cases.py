@@ -10,6 +10,7 @@ from landscape.probes.hessian_max import HessianMaxSpectrum
 from landscape.probes.surface import LossLine, LossSurface
 from landscape.probes.trajectory import PolarTrajectory, Trajectory
 from landscape.results import Provenance
+from landscape.training import FitResult
 
 
 def surface(nll=None, *, p=7, q=5, missing=(), accuracy=True):
@@ -48,6 +49,22 @@ def line(nll, stderr=0.1):
         num_nonfinite=int(np.sum(~np.isfinite(nll))),
         directions=Directions(vectors=({},), kind="random"),
         provenance=Provenance(),
+    )
+
+
+def history(epochs=4, validated=True, loss="cross_entropy"):
+    epoch = np.arange(1.0, epochs + 1)
+    return FitResult(
+        epoch=epoch,
+        learning_rate=0.1 / epoch,
+        train_loss=2 / epoch,
+        train_accuracy=1 - 0.8 / epoch,
+        validation_loss=2.5 / epoch if validated else np.full_like(epoch, np.nan),
+        validation_accuracy=1 - 0.9 / epoch if validated else np.full_like(epoch, np.nan),
+        seconds=np.ones_like(epoch),
+        checkpoints={},
+        trajectory=(),
+        provenance=Provenance(settings={"loss": loss}),
     )
 
 

@@ -13,6 +13,7 @@ from landscape.plot import corruption
 from tests.plot.cases import (
     density,
     full_spectrum,
+    history,
     line,
     polar,
     random_spectrum,
@@ -49,6 +50,8 @@ DRAWN = {
     "run_columns": lambda: plot.run_columns({"ResNet": [1e-3, 2e-3], "ViT": [3e-3, 4e-3]}),
     "run_curves": lambda: plot.run_curves([1, 2], np.array([[1e5, 2e5]] * 2), label="ViT"),
     "spectral_density": lambda: plot.spectral_density(density()),
+    "training_history": lambda: plot.training_history(history(), label="ViT"),
+    "training_history log": lambda: plot.training_history({"a": history(), "b": history(2)}, log=1),
     "trajectory": lambda: plot.trajectory(trajectory([(1, 2), (0, 0)]), label="ViT"),
 }
 

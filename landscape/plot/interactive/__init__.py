@@ -8,6 +8,7 @@ from landscape.plot.interactive.curves import (
     hessian_spectrum,
     loss_line,
     spectral_density,
+    training_history,
     trajectory,
 )
 from landscape.plot.interactive.features import (
@@ -26,7 +27,7 @@ from landscape.plot.interactive.robustness import (
 )
 
 __all__ = [
-    # surfaces, trajectories, spectra
+    # training, surfaces, trajectories, spectra
     "build_up",
     "hessian_max_spectrum",
     "hessian_spectrum",
@@ -34,6 +35,7 @@ __all__ = [
     "loss_surface",
     "polar_trajectory",
     "spectral_density",
+    "training_history",
     "trajectory",
     # representations
     "cka",

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.colors import to_hex, to_rgb
 
+from landscape._checks import check_choice
 from landscape.plot import style
 from landscape.plot.build_up import SCORE_LABELS
 from landscape.plot.interactive.look import LOOK, plotly_line
 from landscape.plot.scale import LABELS, Quantity, finite_values
 from landscape.plot.spectrum import density_floor
+from landscape.plot.training_history import COLUMNS, PALE, Column, curves, height_label
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from landscape.probes.hessian import HessianSpectrum
     from landscape.probes.surface import LossLine
     from landscape.probes.trajectory import Trajectory
+    from landscape.training import FitResult
     from landscape.training.build_up_table import BuildUp
 
 
@@ -69,6 +72,57 @@ def loss_line(
         )
     figure.update_xaxes(title_text="a")
     figure.update_yaxes(title_text=LABELS[quantity], type="log" if log else "linear")
+    figure.update_layout(**LOOK)
+    return figure
+
+
+def training_history(
+    result: "FitResult | Mapping[str, FitResult]",
+    *,
+    quantity: Column = "loss",
+    log: bool = False,
+) -> "Figure":
+    """Draw loss or accuracy after every epoch of training runs; training is pale.
+
+    Args:
+        result: The history of one run, or of several by label.
+        quantity: `"loss"` or `"accuracy"`.
+        log: Logarithmic height.
+
+    Returns:
+        The plotly figure.
+
+    Raises:
+        TypeError: If a result is of another kind.
+        ValueError: If `quantity` is unknown, or `result` is empty.
+    """
+    from plotly import graph_objects as go
+
+    check_choice("quantity", quantity, COLUMNS)
+    named = style.named(result, "FitResult")
+    styles = style.line_styles(named)
+    figure = go.Figure()
+    for name, one in named.items():
+        training, validation = curves(one, quantity)
+        parts = [("training", training)] + (
+            [] if validation is None else [("validation", validation)]
+        )
+        for part, values in parts:
+            figure.add_trace(
+                go.Scatter(
+                    x=one.epoch,
+                    y=values,
+                    name=f"{name}, {part}" if name else part,
+                    mode="lines+markers",
+                    marker={"size": 4},
+                    opacity=PALE if len(parts) > 1 and part == "training" else 1.0,
+                    line=plotly_line(styles[name]),
+                    hovertemplate=f"epoch %{{x:d}}<br>{quantity} = %{{y:.4g}}",
+                )
+            )
+    figure.update_xaxes(title_text="epoch")
+    label = height_label(next(iter(named.values())), quantity)
+    figure.update_yaxes(title_text=label, type="log" if log else "linear")
     figure.update_layout(**LOOK)
     return figure
 
