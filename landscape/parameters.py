@@ -64,6 +64,11 @@ class ParameterSpace:
         for value in self.values.values():
             self.dtype = torch.promote_types(self.dtype, value.dtype)
 
+    @property
+    def shapes_by_name(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the chosen parameters, in the order of the flat vector."""
+        return {name: tuple(value.shape) for name, value in self.values.items()}
+
     @cached_property
     def awake(self) -> dict[str, Tensor]:
         """The values, with small numbers in the place of tensors that are zero throughout.

@@ -43,6 +43,8 @@ class HessianSpectrum(Result):
         num_hvps: Hessian-vector products over all of the data.
         asymmetry: Largest measured |uᵀHv − vᵀHu| of unit vectors: rounding of the products.
         provenance: Where it came from.
+        shapes: Shapes of the parameters that an eigenvector runs through, by name and in order.
+        others: Names of the model's other parameters.
     """
 
     largest: Eigenpairs
@@ -54,6 +56,8 @@ class HessianSpectrum(Result):
     num_hvps: int
     asymmetry: float
     provenance: Provenance
+    shapes: dict[str, tuple[int, ...]] | None = None
+    others: tuple[str, ...] = ()
 
     _plot: ClassVar[str | None] = "hessian_spectrum"
 
@@ -194,6 +198,8 @@ def hessian_spectrum(
         dim=operator.dim,
         num_hvps=search.num_matvecs,
         asymmetry=search.space.asymmetry,
+        shapes=operator.frozen.space.shapes_by_name,
+        others=tuple(operator.frozen.space.fixed),
         provenance=provenance(
             operator.frozen,
             seed=seed,

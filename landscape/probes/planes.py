@@ -1,5 +1,6 @@
 """Directions that are not random: Hessian eigenvectors, principal components, other solutions."""
 
+import math
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from landscape.provenance import weights_provenance
 
 
 def eigen_directions(
-    spectrum: Any, model: nn.Module, *, num: int = 2, parameters: Choice = None
+    spectrum: Any, model: nn.Module | None = None, *, num: int = 2, parameters: Choice = None
 ) -> Directions:
     """Leading eigenvectors of a Hessian as directions of length 1.
 
@@ -25,15 +26,16 @@ def eigen_directions(
     Args:
         spectrum: A `HessianSpectrum` (its largest eigenvalues; for the most negative ones pass
             `spectrum.smallest`) or `Eigenpairs`, computed with vectors, or an array `(k, dim)`.
-        model: The model whose Hessian it is.
+        model: The model whose Hessian it is; a `HessianSpectrum` knows its parameters itself.
         num: Number of leading vectors to take.
-        parameters: The `parameters` of the objective whose Hessian it is.
+        parameters: With a model, the `parameters` of the objective whose Hessian it is.
 
     Returns:
         The directions.
 
     Raises:
-        ValueError: If there are no vectors, fewer than `num`, or of another length.
+        ValueError: If there are no vectors, fewer than `num`, or of another length, or no model
+            where the spectrum does not know its parameters.
     """
     check_count("num", num, 1)
     started = time.perf_counter()
@@ -42,29 +44,41 @@ def eigen_directions(
         vectors = getattr(getattr(spectrum, "largest", spectrum), "vectors", None)
     if vectors is None:
         raise ValueError("`spectrum` must hold eigenvectors, got none; compute it with vectors.")
-    table = torch.as_tensor(vectors).detach().cpu().double()
-    space = ParameterSpace(model, parameters)
-    if table.dim() != 2 or table.shape[1] != space.dim:
+    if model is None:
+        shapes, others = getattr(spectrum, "shapes", None), getattr(spectrum, "others", ())
+        if shapes is None:
+            raise ValueError(
+                "`model` must be given where `spectrum` is no HessianSpectrum of this version, "
+                f"got {type(spectrum).__name__} alone."
+            )
+        name, dtypes = spectrum.provenance.model, {}
+    else:
+        space = ParameterSpace(model, parameters)
+        shapes, others = space.shapes_by_name, other_parameters(model, space.names)
+        name, dtypes = type(model).__name__, {n: v.dtype for n, v in space.values.items()}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    table = torch.as_tensor(vectors).detach().cpu()
+    if table.dim() != 2 or table.shape[1] != sum(sizes):
         raise ValueError(
-            f"`spectrum` must have vectors of shape (k, {space.dim}) for this model, got "
+            f"`spectrum` must have vectors of shape (k, {sum(sizes)}) for this model, got "
             f"{tuple(table.shape)}; pass the objective's `parameters`."
         )
     if len(table) < num:
         raise ValueError(f"`spectrum` must hold at least {num} vectors, got {len(table)}.")
-    shapes = {name: value.shape for name, value in space.values.items()}
-    sizes = [shape.numel() for shape in shapes.values()]
     directions = []
-    for row in table[:num] / table[:num].norm(dim=1, keepdim=True):
-        pieces = zip(shapes.items(), row.split(sizes), strict=True)
-        directions.append({n: to_array(p.view(s), space.values[n].dtype) for (n, s), p in pieces})
+    for row in table[:num].double():
+        pieces = zip(shapes.items(), torch.split(row / row.norm(), sizes), strict=True)
+        directions.append(
+            {n: to_array(p.view(s), dtypes.get(n, table.dtype)) for (n, s), p in pieces}
+        )
     return Directions(
         vectors=tuple(directions),
         kind="eigen",
         normalization="unit",
-        ignored=other_parameters(model, shapes),
+        ignored=tuple(others),
         provenance=weights_provenance(
-            model=type(model).__name__,
-            num_parameters=space.dim,
+            model=name,
+            num_parameters=sum(sizes),
             seconds=time.perf_counter() - started,
         ),
     )

@@ -99,6 +99,8 @@ def spectrum(
         dim=operator.dim,
         num_hvps=num_hvps,
         asymmetry=asymmetry,
+        shapes=operator.frozen.space.shapes_by_name,
+        others=tuple(operator.frozen.space.fixed),
         provenance=provenance(
             operator.frozen,
             seed=seed,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from landscape.objective import Objective
+from landscape.probes.hessian import hessian_spectrum
 from landscape.probes.planes import between, eigen_directions, pca_directions
 from landscape.probes.surface import loss_line, loss_surface
 from tests.cases import assert_untouched, make_batches, make_model, snapshot
@@ -31,6 +32,25 @@ def test_eigen_directions_have_the_curvature_of_their_eigenvalue(names):
         line = loss_line(model, batches, directions=directions.select(index), span=h, points=3)
         curvature = (line.nll[0] - 2 * line.nll[1] + line.nll[2]) / h**2
         assert curvature == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("names", [None, ["0.weight", "5.bias"]], ids=["all", "subset"])
+def test_a_spectrum_knows_its_parameters(names, tmp_path):
+    model, batches = make_model("conv"), make_batches((12,))
+    spectrum = hessian_spectrum(
+        model, batches, objective=Objective(parameters=names), vectors=True, density=False
+    )
+    loaded = type(spectrum).load(spectrum.save(tmp_path / "spectrum"))
+    expected = eigen_directions(spectrum, model, parameters=names)
+    for found in (eigen_directions(spectrum), eigen_directions(loaded)):
+        assert found.ignored == expected.ignored
+        for one, other in zip(found.vectors, expected.vectors, strict=True):
+            assert list(one) == list(other)
+            for name, array in one.items():
+                np.testing.assert_array_equal(array, other[name])
+        found.tensors(model)
+    with pytest.raises(ValueError, match="`model` must be given where .* got Eigenpairs alone"):
+        eigen_directions(spectrum.largest)
 
 
 def test_eigen_directions_take_pairs_arrays_and_tensors():
