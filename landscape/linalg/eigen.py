@@ -7,9 +7,11 @@ eigenvalue is missing: the probability of that is bounded over the random start 
 
 from typing import Literal
 
+import numpy as np
 import torch
 
 from landscape._checks import check_choice, check_generator
+from landscape._progress import progress_bar
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.operators import SymmetricOperator
 from landscape.linalg.search import EigenSearch
@@ -29,8 +31,9 @@ def top_eigenpairs(
     basis_device: torch.device | str | None = None,
     certify: bool | float = True,
     vectors: bool = False,
-    start: torch.Tensor | None = None,
+    start: torch.Tensor | np.ndarray | None = None,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> Eigenpairs:
     """Extreme eigenpairs by Lanczos with full reorthogonalisation and thick restart.
 
@@ -60,6 +63,7 @@ def top_eigenpairs(
             such as the eigenvectors at the checkpoint before; with `certify` a random vector as
             long is added. By default random alone.
         generator: Source of the random start vectors.
+        progress: Show a progress bar.
 
     Returns:
         The eigenpairs, with residuals. A simple isolated set of 5 takes 10 to 17 products, and 4
@@ -79,7 +83,8 @@ def top_eigenpairs(
         basis_device=basis_device,
         generator=check_generator(generator),
     )
-    search.run(operator.matvec, starts=1, certify=certify, first=start)
+    with progress_bar("Eigenpairs", progress, max_iter) as bar:
+        search.run(operator.matvec, starts=1, certify=certify, first=start, tick=bar.update)
     found = search.pairs(which, vectors)
     warn_unconverged([found.converged], search.num_matvecs, tol)
     return found

@@ -110,7 +110,7 @@ class EigenSearch:
         starts: int,
         certify: bool | float,
         min_iter: int = 0,
-        first: torch.Tensor | None = None,
+        first: torch.Tensor | np.ndarray | None = None,
         tick: Callable[[], object] = lambda: None,
     ) -> None:
         """Grow the space until every wanted pair has converged, or `max_iter` products are spent.
@@ -361,7 +361,7 @@ def check_tol(tol: float) -> None:
         raise ValueError(f"`tol` must be positive, got {tol}.")
 
 
-def start_vector(start: torch.Tensor, dim: int) -> torch.Tensor:
+def start_vector(start: torch.Tensor | np.ndarray, dim: int) -> torch.Tensor:
     """Return the vector to start from: the sum of those given.
 
     Args:
@@ -371,6 +371,7 @@ def start_vector(start: torch.Tensor, dim: int) -> torch.Tensor:
     Raises:
         ValueError: If it has another shape, or its sum is zero or not finite.
     """
+    start = torch.as_tensor(start)
     if start.dim() not in (1, 2) or start.shape[-1] != dim or not len(start):
         raise ValueError(
             f"`start` must have shape ({dim},) or (m, {dim}), got {tuple(start.shape)}."

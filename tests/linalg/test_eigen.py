@@ -245,6 +245,16 @@ def test_reproducible_and_the_global_random_state_unread():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_progress_is_shown_and_a_start_may_be_an_array(capsys):
+    operator = MatrixOperator(torch.diag(torch.arange(1.0, 31.0, dtype=torch.float64)))
+    start = np.ones(30)
+    found = top_eigenpairs(operator, 2, start=start, progress=True)
+    np.testing.assert_allclose(found.values, [30, 29], rtol=1e-3)
+    assert "Eigenpairs" in capsys.readouterr().err
+    same = top_eigenpairs(operator, 2, start=torch.from_numpy(start))
+    np.testing.assert_array_equal(same.values, found.values)
+
+
 def test_a_start_vector_may_be_given():
     operator = planted(SPECTRA["simple"] + BULK)
     vectors = top_eigenpairs(operator, 1, vectors=True, tol=1e-8).vectors
