@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def one_pass(data: Iterable[Any], generators: Sequence[Tensor] | None = None) ->
         yield raw
 
 
-def with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
+def with_own_workers(data: Iterable[Any], depth: int = 8) -> Iterable[Any]:
     """Return a loader with workers of its own in place of one whose workers outlive a pass.
 
     These would draw on at the next pass, the order would be another one after the first, and a pass
@@ -46,14 +46,15 @@ def with_own_workers(data: Iterable[Any]) -> Iterable[Any]:
 
     Args:
         data: Any iterable; one that wraps a loader has it as `loader`, as timm's.
+        depth: How many wrap each other at most.
     """
     if isinstance(data, DataLoader):
         if not (data.persistent_workers and data.num_workers):
             return data
         changes: dict[str, Any] = {"persistent_workers": False, "_iterator": None}
     else:
-        inner = getattr(data, "loader", None)
-        if inner is None or (own := with_own_workers(inner)) is inner:
+        inner = _part(data, "loader")
+        if inner is None or not depth or (own := with_own_workers(inner, depth - 1)) is inner:
             return data
         changes = {"loader": own}
     other = copy.copy(data)
@@ -97,16 +98,24 @@ def generators_of(data: Any) -> list[torch.Generator]:
     found: dict[int, torch.Generator] = {}
     parts, seen = [data], {id(data)}
     for part in parts:  # grows
-        generator = getattr(part, "generator", None)
+        generator = _part(part, "generator")
         if isinstance(generator, torch.Generator):
             found[id(generator)] = generator
         for name in _PARTS:
-            below = getattr(part, name, None)
+            below = _part(part, name)
             for other in below if isinstance(below, list | tuple) else [below]:
-                if other is not None and id(other) not in seen:
+                if other is not None and id(other) not in seen and len(parts) < _MOST:
                     seen.add(id(other))
                     parts.append(other)
     return list(found.values())
 
 
+def _part(data: Any, name: str) -> Any:
+    """Return an attribute, `None` where there is none or a property raises."""
+    with suppress(Exception):
+        return getattr(data, name, None)
+    return None
+
+
+_MOST = 10_000  # an object may make new parts for ever
 _PARTS = ("loader", "dataset", "batch_sampler", "sampler", "datasets")

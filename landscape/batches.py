@@ -7,6 +7,7 @@ shuffling loader).
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,6 +74,7 @@ class FrozenBatches:
         amount: Callable[[Tensor | None, int], Tensor | float],
         ignore: int,
         labels: bool,
+        wide: bool,
         keep_bytes: int,
     ) -> None:
         """Draw every batch once.
@@ -85,6 +87,7 @@ class FrozenBatches:
             amount: `amount(targets, size)`, the weight of a batch in the mean over all data.
             ignore: The label that does not count.
             labels: Whether integer targets are class labels, of any integer type.
+            wide: Whether the loss is taken in float32 at least, of targets as well.
             keep_bytes: Batches are kept up to this size.
 
         Raises:
@@ -93,6 +96,7 @@ class FrozenBatches:
         check_data(data)
         self._data, self._placement = data, placement
         self._transform, self._seed, self._labels = transform, seed, labels
+        self._place_targets = placement.place_targets if wide else placement.place
         self._generators = [generator.get_state() for generator in generators_of(data)]
         self._kept: list[_Drawn] | None = []
         self._prints: list[Tensor] = []
@@ -138,14 +142,15 @@ class FrozenBatches:
             amounts.append(amount(targets, drawn[2]))
             if targets is not None and not targets.is_floating_point() and targets.numel():
                 extremes.append(_extremes(targets.long(), ignore))
-            if self._kept is None:
-                self._prints.append(_fingerprint(drawn))
-                continue
             here = {
                 t.data_ptr() for t in _tensors(drawn) if t.numel() and t.layout is torch.strided
             }
             if here & places and not self._copies:
                 return False
+            if self._kept is None:
+                self._prints.append(_fingerprint(drawn))
+                places = here  # a product may need the last batch and this one
+                continue
             places |= here
             self._kept.append(drawn)
             held += _num_bytes(drawn)
@@ -187,7 +192,7 @@ class FrozenBatches:
     def _prepare(self, raw: Any, index: int) -> "_Drawn":
         inputs, targets = split_batch(raw, index)
         placement = self._placement
-        inputs, targets = placement.place(inputs), placement.place_targets(targets)
+        inputs, targets = placement.place(inputs), self._place_targets(targets)
         if self._copies:
             inputs, targets = copied(inputs), copied(targets)
         size = _size(inputs, targets)
@@ -195,7 +200,7 @@ class FrozenBatches:
             generator = torch.Generator().manual_seed(_mix(self._seed, index))
             with OwnStreams(_mix(self._seed, index)).entered():  # some draw from the global ones
                 inputs, targets = self._transform(copied(inputs), copied(targets), generator)
-            inputs, targets = placement.place(inputs), placement.place_targets(targets)
+            inputs, targets = placement.place(inputs), self._place_targets(targets)
             if _size(inputs, targets) != size:
                 raise ValueError(
                     f"`transform` must keep the number of samples, got {size} -> "
@@ -286,26 +291,6 @@ def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
             check_unchanged(inputs, versions)
     if not total:
         raise ValueError("`data` must yield at least one sample, got none; is it empty?")
-
-
-_MAIN = ("pixel_values", "input_ids", "inputs_embeds", "input_values", "input_features")
-
-
-def images_of(inputs: Any) -> Tensor:
-    """Return what a batch is about: its floating-point tensor of the most dimensions.
-
-    Else its integer tensor; of several alike the first, or what Hugging Face calls the main input.
-
-    Raises:
-        TypeError: If a batch holds no tensor.
-    """
-    named = inputs.items() if isinstance(inputs, Mapping) else [("", inputs)]
-    tensors = [(name, v) for name, v in named if isinstance(v, Tensor) and v.dim()]
-    if not tensors:
-        raise TypeError(
-            f"`inputs` must be a tensor or a mapping of tensors, got a {type(inputs).__name__}."
-        )
-    return max(tensors, key=lambda t: (t[0] in _MAIN, t[1].is_floating_point(), t[1].dim()))[1]
 
 
 def rows_of(
@@ -420,8 +405,16 @@ def _extremes(labels: Tensor, ignore: int) -> Tensor:
 def _size(inputs: Inputs, targets: Tensor | None) -> int:
     if targets is not None:
         return len(targets)
-    values = [inputs] if isinstance(inputs, Tensor) else inputs.values()
-    return len(images_of(inputs)) if any(isinstance(v, Tensor) and v.dim() for v in values) else 0
+    if isinstance(inputs, Tensor):
+        return len(inputs)
+    tensors = [v for v in inputs.values() if isinstance(v, Tensor) and v.dim()]
+    shared = Counter(len(v) for v in tensors)
+    # The length that most have, of several alike that of the largest; one of 1 is broadcast.
+    if not tensors:
+        return 0
+    return len(
+        max(tensors, key=lambda v: (len(v) > 1, shared[len(v)], v.is_floating_point(), v.dim()))
+    )
 
 
 def _tensors(drawn: _Drawn) -> list[Tensor]:

@@ -71,17 +71,21 @@ def is_probability(targets: Tensor) -> Tensor:
     return (targets >= 0).all() & (off <= 1e-2).all()
 
 
+def takes_float32(loss: Any) -> bool:
+    """Whether `for_loss` gives the loss outputs of half precision in float32."""
+    weight = loss_settings(loss)[0]
+    known = is_classification(loss) or is_elementwise(loss)
+    return known and (weight is None or weight.dtype.itemsize >= 4)
+
+
 def for_loss(loss: Any, outputs: Tensor) -> Tensor:
     """Return outputs of half precision in float32, which `loss` then takes its mean in.
 
     So do all losses of PyTorch above; others, and class weights in half precision, may want the
     outputs as they are.
     """
-    weight = loss_settings(loss)[0]
-    known = is_classification(loss) or is_elementwise(loss)
-    if not known or not outputs.is_floating_point() or outputs.dtype.itemsize >= 4:
-        return outputs
-    return outputs.float() if weight is None or weight.dtype.itemsize >= 4 else outputs
+    is_half = outputs.is_floating_point() and outputs.dtype.itemsize < 4
+    return outputs.float() if is_half and takes_float32(loss) else outputs
 
 
 def _bare(loss: Any) -> Any:

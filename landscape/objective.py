@@ -35,7 +35,14 @@ from landscape.batches import (
     rows_of,
     versions_of,
 )
-from landscape.losses import Loss, amount_averaged, for_loss, is_classification, loss_settings
+from landscape.losses import (
+    Loss,
+    amount_averaged,
+    for_loss,
+    is_classification,
+    loss_settings,
+    takes_float32,
+)
 from landscape.memory import free_memory
 from landscape.parameters import Choice, ParameterSpace, call_with
 from landscape.restore import (
@@ -45,9 +52,9 @@ from landscape.restore import (
     emptied,
     eval_mode,
     exclusive,
-    one_function,
     own_randomness,
     watched_streams,
+    without_fast_path,
 )
 
 _HOOKED = "saved tensors are hooked"
@@ -175,6 +182,7 @@ class FrozenObjective:
             amount=functools.partial(amount_averaged, objective.loss),
             ignore=loss_settings(objective.loss)[1],
             labels=is_classification(objective.loss),
+            wide=takes_float32(objective.loss),
             keep_bytes=free_memory(device) // 4 if keep_bytes is None else keep_bytes,
         )
         self.batches: Iterable[PreparedBatch] = batches
@@ -203,7 +211,7 @@ class FrozenObjective:
         recorded = self.space.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         puts_back = self._draws and not recorded
         randomness = own_randomness(self.model) if puts_back else nullcontext()
-        with eval_mode(self.model), emptied(self._caches), one_function(), randomness:
+        with eval_mode(self.model), emptied(self._caches), without_fast_path(), randomness:
             yield
 
     def logits(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
@@ -260,10 +268,8 @@ class FrozenObjective:
         batch = next(iter(batches))
         inputs, size = batch.inputs, batch.size
         with torch.no_grad(), exclusive(self.model), own_randomness(self.model):
-            few = rows_of(inputs, size, slice(0, 2))
-            self._caches = caches_of(
-                self.model, functools.partial(self._call_with_gradient, few), learned=True
-            )
+            run = functools.partial(self._call_with_gradient, inputs, size)
+            self._caches = caches_of(self.model, run, learned=True)
             if self.objective.loss is None:
                 with watched_streams(self.model) as moved:
                     once = self.data_term(self.space.values, batch)
@@ -314,12 +320,16 @@ class FrozenObjective:
             return call_with(self.model, state, **inputs)
         return call_with(self.model, state, inputs)
 
-    def _call_with_gradient(self, inputs: Inputs) -> None:
+    def _call_with_gradient(self, inputs: Inputs, size: int) -> None:
+        """Call the model on two samples, or on all where it wants them."""
         parameters = {**self.space.fixed, **self.space.values}
         floating = {name: t for name, t in parameters.items() if t.is_floating_point()}
         leaves = {name: t.detach().requires_grad_() for name, t in floating.items()}
         with torch.enable_grad():
-            self._call(leaves, inputs)
+            try:
+                self._call(leaves, rows_of(inputs, size, slice(0, 2)))
+            except Exception:
+                self._call(leaves, inputs)
 
     def _check_repeatable(self, once: Tensor, inputs: Inputs, size: int) -> None:
         values, awake = self.space.values, self.space.awake

@@ -1,6 +1,8 @@
 """Contexts that leave a model as it was found."""
 
+import operator
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,7 +15,8 @@ from landscape._locks import locked
 from landscape._streams import OwnStreams, read_streams, same_streams
 
 Cache = tuple[nn.Module, str, Any]
-"""A module, the name of an attribute of it, and what that is when it is empty."""
+"""A module, the name of an attribute of it, and what that is when empty: `None` (or a new
+dictionary in the place of one), or `_NONE` where it is not there at all."""
 
 
 @contextmanager
@@ -22,7 +25,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Tensors that are plain attributes, or entries of such dictionaries, are put back too: the weight
     that pruning or the older `torch.nn.utils.weight_norm` computes from its parameters before each
-    call, a kept feature, attention biases that LeViT looks up once and forgets in `train()`.
+    call, a kept feature, attention biases that LeViT looks up once and forgets in `train()`. What
+    else a forward pass writes, lists and numbers, stays.
     """
     with exclusive(model):
         modes = [(module, module.training, _Attributes(module)) for module in model.modules()]
@@ -62,38 +66,60 @@ def emptied(caches: Sequence[Cache]) -> Iterator[None]:
 def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False) -> list[Cache]:
     """Return the plain attributes in which modules keep what they compute at the first call.
 
-    A tensor, or a dictionary of tensors, is such a cache where the model fills it again after it
-    was emptied. LeViT looks up its attention biases once in evaluation mode, for example: with
-    other parameters in place they would be those of before, and without a gradient.
+    A tensor, or a dictionary of tensors, is such a cache where a second call leaves it as it is,
+    and one after it was emptied fills it again; what is written anew at every call is kept for
+    others. LeViT looks up its attention biases once in evaluation mode, for example: with other
+    parameters in place they would be those of before, and without a gradient.
 
     Args:
         model: Any module.
-        run: Calls it; once, and once or twice more for each name of an attribute that then holds
-            tensors, of which most models have none.
+        run: Calls it; twice, and once or twice more for each name of a cache, of which most models
+            have none.
         learned: Only those that are filled with something that requires a gradient.
     """
     caches: list[Cache] = []
     with eval_mode(model), eagerly(), suppress(Exception):  # what is wrong is told by who calls it
         run()
+        filled = [(module, name, list(held)) for module, name, held in _kept_tensors(model)]
+        if not filled:
+            return []
+        run()
         owners: dict[str, list[nn.Module]] = {}
-        for module in model.modules():
-            for name, value in vars(module).items():
-                if name not in _OF_MODULES and _held(value):
-                    owners.setdefault(name, []).append(module)
+        for module, name, before in filled:
+            now = _held(vars(module).get(name))
+            if len(now) == len(before) and all(map(operator.is_, now, before)):
+                owners.setdefault(name, []).append(module)
         for name, modules in owners.items():
             for empty in (None, _NONE):
-                here = [(module, name, empty) for module in modules]
-                with suppress(Exception), emptied(here):  # else it needs what was there: no cache
-                    run()
-                    caches += [
-                        cache
-                        for cache in here
-                        if any(
-                            t.requires_grad or not learned for t in _held(vars(cache[0]).get(name))
-                        )
-                    ]
+                found = _filled_again(run, [(module, name, empty) for module in modules], learned)
+                if found is not None:
+                    caches += found
                     break
     return caches
+
+
+def _kept_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[Tensor]]]:
+    """Yield the plain attributes of modules that are tensors, or dictionaries of them."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in _OF_MODULES and (held := _held(value)):
+                yield module, name, held
+
+
+def _filled_again(
+    run: Callable[[], object], emptied_ones: Sequence[Cache], learned: bool
+) -> list[Cache] | None:
+    """Return which of some emptied attributes a call fills; `None` if it needs what was there."""
+    with emptied(emptied_ones):
+        try:
+            run()
+        except Exception:
+            return None
+        return [
+            cache
+            for cache in emptied_ones
+            if any(t.requires_grad or not learned for t in _held(vars(cache[0]).get(cache[1])))
+        ]
 
 
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -159,17 +185,28 @@ def eagerly() -> Iterator[None]:
 
 
 @contextmanager
-def one_function() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Keep the encoder layers of PyTorch to one function, with gradients and without.
 
-    Their fast path, taken without, sets what is padded to zero.
+    Their fast path, taken without, sets what is padded to zero. The switch is one for all threads:
+    the first to come in turns it off, and the last to leave puts it back.
     """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _fast_path:
+        if not _without:
+            _without.append(torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+        _without.append(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        with _fast_path:
+            _without.pop()
+            if len(_without) == 1:
+                torch.backends.mha.set_fastpath_enabled(_without.pop())
+
+
+_fast_path = threading.Lock()
+_without: list[bool] = []  # what was found, and one entry for each that is inside
 
 
 @contextmanager

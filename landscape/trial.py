@@ -51,7 +51,7 @@ def check_same(once: Tensor, again: Tensor) -> None:
 
 def check_reached(model: nn.Module, chosen: Collection[str], outputs: Tensor) -> None:
     """Refuse a model that uses a chosen parameter of its own, not what stands in its place."""
-    if not outputs.requires_grad:  # what stands there does not
+    if not outputs.requires_grad:  # nothing that stands in for a parameter does
         return
     known = {id(p): name for name, p in model.named_parameters()}
     nodes, seen = [outputs.grad_fn], {outputs.grad_fn}
@@ -132,18 +132,20 @@ def left_as_found(loss: Loss | None) -> Iterator[None]:
         yield
         return
     before = {name: (buffer, buffer.clone()) for name, buffer in loss.named_buffers()}
-    yield
-    now, changed = dict(loss.named_buffers()), False
-    for name, (buffer, value) in before.items():
-        for holder in {id(t): t for t in (buffer, now.get(name, buffer))}.values():
-            if not _is_same(holder, value):
-                changed = True
-                holder.copy_(value)
-    if changed:
-        raise ValueError(
-            "`loss` must keep nothing of what it sees, got a module that changes its buffers; "
-            "put it in evaluation mode."
-        )
+    try:
+        yield
+    finally:
+        now, changed = dict(loss.named_buffers()), False
+        for name, (buffer, value) in before.items():
+            for holder in {id(t): t for t in (buffer, now.get(name, buffer))}.values():
+                if not _is_same(holder, value):
+                    changed = True
+                    holder.copy_(value)
+        if changed:
+            raise ValueError(
+                "`loss` must keep nothing of what it sees, got a module that changes its buffers; "
+                "put it in evaluation mode."
+            )
 
 
 def settled(loss: Callable[[], Tensor]) -> float:
@@ -153,6 +155,8 @@ def settled(loss: Callable[[], Tensor]) -> float:
         ValueError: If it is not.
     """
     value, again = loss(), loss()
+    if not isinstance(value, Tensor):
+        raise ValueError(f"`loss` must return a tensor, got a {type(value).__name__}.")
     # A GPU may add up in another order.
     if not torch.allclose(value, again, rtol=1e-4, atol=0, equal_nan=True):
         raise ValueError(

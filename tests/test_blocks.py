@@ -803,3 +803,39 @@ def test_modules_whose_inside_is_hidden_are_no_blocks(images):
     blocks, plain = Blocks(model, example=images), Blocks(seen, example=images)
     assert blocks.names == plain.names[1:]
     torch.testing.assert_close(blocks.capture(images)["conv"], plain.capture(images)["conv"])
+
+
+def test_what_a_lesioned_model_keeps_is_that_of_its_pass(images):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, self.last = SMALL["vit"](), None
+
+        def forward(self, x):
+            self.last = self.vit(x)
+            return self.last + 1
+
+    model = build(Keeping).eval()
+    blocks = Blocks(model, example=images)
+    model(images)
+    with blocks.lesion(blocks.names[1]):
+        out = model(images)
+        torch.testing.assert_close(model.last + 1, out)
+
+
+def test_tokens_are_followed_though_a_mask_is_floating():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.qkv = nn.Embedding(7, 8), nn.Linear(8, 24)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, tokens, mask):
+            x = self.words(tokens)
+            q, k, v = self.qkv(x).chunk(3, -1)
+            x = x + (q @ k.mT + mask).softmax(-1) @ v
+            return self.head(x.mean(1))
+
+    model = build(Masked)
+    inputs = {"mask": torch.zeros(4, 5, 5), "tokens": torch.randint(7, (4, 5))}
+    assert Blocks(model, example=inputs).kinds == ("stem", "msa", "head")

@@ -356,3 +356,25 @@ def test_lazy_models_are_refused_by_forward_probes():
     with pytest.raises(ValueError, match="lazy parameter '1.weight'"):
         landscape.evaluate(model, [(torch.rand(8, 3, 4, 4), torch.arange(8) % 3)])
     assert isinstance(model[1], nn.LazyLinear)
+
+
+def test_data_that_hold_themselves_or_raise_are_no_obstacle():
+    class Proxy:
+        def __getattr__(self, name):
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return Proxy()
+
+    class Odd(Wrapped):
+        dataset = Proxy()
+
+        def __iter__(self):
+            return iter([(torch.zeros(2, 3), torch.arange(2))])
+
+        @property
+        def datasets(self):
+            raise ValueError("not loaded")
+
+    data = Odd(None)
+    data.loader = data
+    assert len(list(one_pass(data))) == 1

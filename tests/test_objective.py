@@ -485,7 +485,7 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize(
     ("samples", "size", "calls"),
-    [(40, None, [2, 40, 16, 16]), (40, 40, [2, 40, 16, 40]), (32, None, [2, 32, 32])],
+    [(40, None, [2, 40, 16, 16]), (40, 40, [2, 40, 40, 16, 40]), (32, None, [2, 32, 32])],
 )
 def test_some_samples_show_whether_a_model_repeats_itself(samples, size, calls):
     batches = [(X[:1].repeat(samples, 1, 1, 1), Y[:1].repeat(samples))]
@@ -998,3 +998,79 @@ def test_mistakes_are_named():
     with pytest.raises(TypeError, match="`v` must be a tensor, got ndarray"):
         operator @ np.ones(operator.dim)
     assert (operator @ torch.ones(operator.dim, 0)).shape == (operator.dim, 0)
+
+
+def test_streamed_batches_may_be_written_where_the_last_one_was():
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 3
+    model = nn.Linear(4, 3).double()
+
+    class Recycling:
+        def __iter__(self):
+            inputs = np.empty((3, 4))
+            for start in (0, 3, 6):
+                inputs[:] = x[start : start + 3]
+                yield torch.from_numpy(inputs), y[start : start + 3]
+
+    frozen = Objective().freeze(model, Recycling(), keep_bytes=0)
+    v = torch.ones(15, dtype=torch.float64)
+    expected = HessianOperator(model, [(x, y)]) @ v
+    torch.testing.assert_close(HessianOperator.of(frozen) @ v, expected)
+
+
+def test_a_loss_of_ones_own_gets_targets_in_the_precision_of_the_outputs():
+    def product(outputs, targets):
+        return torch.einsum("nc,nc->n", outputs, targets).mean()
+
+    model = nn.Linear(4, 3).bfloat16()
+    data = [(torch.randn(6, 4), torch.rand(6, 3))]
+    Objective(loss=product).freeze(model, data)
+
+
+def test_the_fast_path_is_put_back_by_the_last_of_several_threads():
+    models = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)) for _ in range(4)]
+    data = [(torch.randn(6, 4), torch.arange(6) % 3)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            list(pool.map(lambda model: loss_line(model, data, points=5), models))
+            assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_loss_that_remembers_is_put_back_though_it_fails():
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, outputs, targets):
+            loss = F.cross_entropy(outputs, targets)
+            self.mean.mul_(0.9).add_(0.1 * loss.detach())
+            return loss / self.mean.clone()
+
+    loss = Average()
+    with pytest.raises(ValueError, match="`loss` must keep nothing of what it sees"):
+        Objective(loss=loss).freeze(nn.Linear(4, 3), [(torch.randn(6, 4), torch.arange(6) % 3)])
+    assert loss.mean == 0
+    with pytest.raises(ValueError, match="`loss` must return a tensor, got a float"):
+        Objective(loss=lambda o, t: 1.0).freeze(
+            nn.Linear(4, 3), [(torch.randn(6, 4), torch.arange(6) % 3)]
+        )
+
+
+def test_a_model_that_wants_its_batch_whole_may_have_caches():
+    class Viewing(nn.Module):
+        def __init__(self, keeps):
+            super().__init__()
+            self.a, self.kept, self.keeps = nn.Linear(6, 3), None, keeps
+
+        def forward(self, x):
+            if self.kept is None or not self.keeps:
+                self.kept = 2 * self.a.weight
+            return F.linear(x.view(8, 6), self.kept, self.a.bias)
+
+    model, plain = Viewing(True), Viewing(False)
+    plain.load_state_dict(model.state_dict())
+    data = [(torch.randn(8, 6), torch.arange(8) % 3)]
+    with torch.no_grad():
+        model(data[0][0])
+    v = torch.ones(21)
+    torch.testing.assert_close(HessianOperator(model, data) @ v, HessianOperator(plain, data) @ v)

@@ -1,14 +1,34 @@
 """Batches of inputs: how many samples, of what shape, and likely ones where nobody gave any."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from landscape.batches import images_of, rows_of
+from landscape.batches import rows_of
 
 _SIDES = (224, 32, 64, 256, 384, 28)
+
+
+def main_input(model: nn.Module, inputs: Any) -> Tensor:
+    """Return what a batch is about: of a mapping the first argument of the model's `forward`.
+
+    Raises:
+        TypeError: If a batch holds no tensor.
+    """
+    named = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
+    tensors = {name: v for name, v in named.items() if isinstance(v, Tensor) and v.dim()}
+    if not tensors:
+        raise TypeError(
+            f"`inputs` must be a tensor or a mapping of tensors, got a {type(inputs).__name__}."
+        )
+    arguments = inspect.signature(model.forward).parameters
+    largest = max(
+        tensors, key=lambda name: (tensors[name].is_floating_point(), tensors[name].dim())
+    )
+    return tensors[next((name for name in arguments if name in tensors), largest)]
 
 
 def likely_images(model: nn.Module) -> Iterator[Tensor]:
@@ -46,9 +66,9 @@ def _pair(size: Any) -> tuple[int, int] | None:
     return None
 
 
-def num_samples(inputs: Any) -> int:
+def num_samples(model: nn.Module, inputs: Any) -> int:
     """Return the number of samples of a batch."""
-    return len(images_of(inputs))
+    return len(main_input(model, inputs))
 
 
 def shape_key(inputs: Any) -> tuple[Any, ...]:
@@ -57,7 +77,7 @@ def shape_key(inputs: Any) -> tuple[Any, ...]:
     return tuple((k, tuple(t.shape[1:])) for k, t in named if isinstance(t, Tensor))
 
 
-def resized(inputs: Any, count: int) -> Any:
+def resized(model: nn.Module, inputs: Any, count: int) -> Any:
     """Return `count` samples of a batch, repeated where it has fewer."""
-    size = num_samples(inputs)
+    size = num_samples(model, inputs)
     return rows_of(inputs, size, torch.arange(count) % size)

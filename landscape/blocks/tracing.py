@@ -21,11 +21,11 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from landscape.batches import images_of
+from landscape.blocks.inputs import main_input
 from landscape.objective import predict
 
 INPUT = -1
-"""The value that is the model's input: its images."""
+"""The value that is the model's first input: images, mostly."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,15 @@ def record(model: nn.Module, inputs: Any) -> Trace:
     Raises:
         ValueError: If the logits do not depend on the input by calls that can be seen.
     """
-    images = images_of(inputs)  # what else is given, a mask or a size, is a constant beside them
-    recorder = _Recorder(images)
+    first = main_input(model, inputs)  # what else is given, a mask or a size, is a constant here
+    recorder = _Recorder(first)
     # No inference mode: a model that caches a tensor in it could not be trained afterwards.
     with warnings.catch_warnings(), torch.no_grad(), recorder.modules(model), recorder:
         # A compiled part is entered twice: with its wrapper, and by itself.
         warnings.filterwarnings("ignore", ".* when there are global hooks on modules", UserWarning)
         logits = predict(model, inputs)
     trace = recorder.trace
-    trace.num_samples, trace.input_shape = len(images), tuple(images.shape)
+    trace.num_samples, trace.input_shape = len(first), tuple(first.shape)
     if id(logits) not in recorder.values:
         raise ValueError(
             f"`model` must compute its outputs by torch functions, got outputs of a "
@@ -144,11 +144,11 @@ def record(model: nn.Module, inputs: Any) -> Trace:
 class _Recorder(TorchFunctionMode):
     """Writes a trace; keeps every tensor alive so that an identity stays that of one tensor."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, first: Tensor) -> None:
         super().__init__()
         self.trace = Trace()
-        self.values: dict[int, int] = {id(images): INPUT}
-        self._alive: list[Any] = [images]
+        self.values: dict[int, int] = {id(first): INPUT}
+        self._alive: list[Any] = [first]
         self._stack: list[int] = []
         self._ordinal = 0
 

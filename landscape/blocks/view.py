@@ -146,7 +146,7 @@ class Blocks:
         Raises:
             ValueError: If the model makes other calls than in its trace.
         """
-        traced, n = self.traced(inputs), num_samples(inputs)
+        traced, n = self.traced(inputs), num_samples(self.model, inputs)
         shown: dict[int, list[tuple[Block, str, Layout]]] = {}  # two blocks may end in one call
         for block, unit, layout in zip(self._blocks, traced.units, traced.layouts, strict=True):
             step = traced.trace.steps[unit.value]
@@ -223,7 +223,7 @@ class Blocks:
 
     def _record(self, inputs: Any) -> Trace:
         placement = Placement.of(self.model)
-        example = resized(placement.place(inputs), _TRACED)
+        example = resized(self.model, placement.place(inputs), _TRACED)
         with paused(), untouched(self.model), eagerly(), torch.no_grad():
             found = caches_of(self.model, functools.partial(predict, self.model, example))
             self._caches += [cache for cache in found if cache not in self._caches]

@@ -57,6 +57,7 @@ class SymmetricOperator(ABC):
         Raises:
             ValueError: If `v` does not have shape `(dim,)`.
         """
+        _check_tensor(v)
         if v.shape != (self.dim,):
             raise ValueError(f"`v` must have shape ({self.dim},), got {tuple(v.shape)}.")
         return self.matmat(v[:, None])[:, 0]
@@ -73,6 +74,7 @@ class SymmetricOperator(ABC):
         Raises:
             ValueError: If `vectors` does not have shape `(dim, k)`.
         """
+        _check_tensor(vectors)
         if vectors.dim() != 2 or len(vectors) != self.dim:
             raise ValueError(
                 f"`vectors` must have shape ({self.dim}, k), got {tuple(vectors.shape)}."
@@ -83,11 +85,7 @@ class SymmetricOperator(ABC):
         return self._matmat(vectors.detach().to(self.device, self.dtype))
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        if not isinstance(other, Tensor):
-            raise TypeError(
-                f"`v` must be a tensor, got {type(other).__name__}; call `torch.as_tensor`, or "
-                "take `to_scipy()`."
-            )
+        _check_tensor(other)
         return self.matvec(other) if other.dim() == 1 else self.matmat(other)
 
     def to_scipy(self) -> "LinearOperator":
@@ -101,6 +99,14 @@ class SymmetricOperator(ABC):
         dtype = torch.empty((), dtype=self.dtype).numpy().dtype
         return LinearOperator(
             (self.dim, self.dim), matvec=product, rmatvec=product, matmat=product, dtype=dtype
+        )
+
+
+def _check_tensor(vectors: object) -> None:
+    if not isinstance(vectors, Tensor):
+        raise TypeError(
+            f"`v` must be a tensor, got {type(vectors).__name__}; call `torch.as_tensor`, or take "
+            "`to_scipy()`."
         )
 
 

@@ -43,7 +43,7 @@ def shortened(name: str, longest: int) -> str:
         name: The name; families stand at its start, versions at its end.
         longest: Characters that there is room for.
     """
-    if len(name) <= longest:
+    if len(name) <= longest or "$" in name:  # half a formula is none
         return name
     end = (longest - 1) // 2
     return f"{name[: longest - 1 - end]}…{name[len(name) - end :]}"
@@ -83,6 +83,8 @@ def wrapped_title(name: str, panels: int, size: float = _SIZE) -> str:
     """
     room = ((COLUMN_WIDTH if panels == 1 else TEXT_WIDTH) - _SCALES) * 72 / panels
     line = max(8, int(room * _SIZE / size / _CHARACTER))
+    if "$" in name:
+        return name
     return "\n".join(textwrap.wrap(shortened(name, 3 * line), line)) or name
 
 
