@@ -45,10 +45,11 @@ def main() -> None:
     args = options.parse_args()
 
     torch.manual_seed(0)
-    model, size = load(args)
+    model, images = load(args)
+    size = images["size"]
     model.to(args.device)
     if args.images:
-        folder = FolderImages(args.images, size=size, max_images=args.max_images)
+        folder = FolderImages(args.images, max_images=args.max_images, **images)
         data = mixed(folder, args.batch_size or 16)
     else:
         n = args.batch_size or 2

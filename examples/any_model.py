@@ -9,6 +9,7 @@ mean nothing), from seed 0: both run offline.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,9 +22,10 @@ def main() -> None:
     """Build the model, measure, draw."""
     args = parser(__doc__.split("\n")[0], max_images=200, out="any_model.png").parse_args()
     torch.manual_seed(0)
-    model, size = load(args)
+    model, images = load(args)
+    size = images["size"]
     if args.images:
-        data = FolderImages(args.images, size=size, batch_size=25, max_images=args.max_images)
+        data = FolderImages(args.images, batch_size=25, max_images=args.max_images, **images)
     else:
         data = [(torch.randn(8, 3, size, size), torch.arange(8))]
     blocks = landscape.Blocks(model)
@@ -48,24 +50,38 @@ def parser(description: str, *, max_images: int, out: str) -> argparse.ArgumentP
     return parser
 
 
-def load(args: argparse.Namespace) -> tuple[torch.nn.Module, int]:
-    """Return the model that was asked for and the side of its images."""
-    model, size = build(*args.model.split(":", 1))
+def load(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Return the model that was asked for, and what `FolderImages` makes its images by."""
+    package, _, name = args.model.partition(":")
+    if package not in ("timm", "torchvision") or not name:
+        raise SystemExit(f"model must be timm:NAME or torchvision:NAME, got {args.model}")
+    model, images = build(package, name)
     if args.weights:
         model.load_state_dict(torch.load(args.weights, weights_only=True))
-    return model, size
+    return model, images
 
 
-def build(package: str, name: str) -> tuple[torch.nn.Module, int]:
-    """Return a model by name and the side of its images."""
+def build(package: str, name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Return a model by name, and the size and normalisation of its images."""
     if package == "timm":
         import timm
 
         model = timm.create_model(name)
-        return model, model.pretrained_cfg["input_size"][-1]
+        return model, images_of(timm.data.resolve_model_data_config(model))
     from torchvision import models
 
-    return models.get_model(name), 224
+    return models.get_model(name), {"size": 299 if name == "inception_v3" else 224}
+
+
+def images_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return how `FolderImages` makes the images that a configuration of timm's wants."""
+    size = config["input_size"][-1]
+    return {
+        "size": size,
+        "resize": round(size / config["crop_pct"]),
+        "mean": config["mean"],
+        "std": config["std"],
+    }
 
 
 if __name__ == "__main__":

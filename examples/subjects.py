@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from any_model import images_of
 from claims import Claim, write_claims
 from matplotlib.figure import Figure
 from outputs import figures_of, preset_of, read_setting, save_figure, write_setting
@@ -78,14 +79,17 @@ def run(study: Study, description: str) -> None:
     folder = args.draw or out / study.name
     if not args.draw:
         subjects = _subjects(args)
+        found = {}
+        for label, subject in subjects.items():
+            for kind, result in study.compute(subject).items():
+                found[f"{kind}_{label}.npz"] = result
+            say(label, "measured")
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.npz"):
             stale.unlink()
         write_setting(folder, _setting(args))
-        for label, subject in subjects.items():
-            for kind, result in study.compute(subject).items():
-                result.save(folder / f"{kind}_{label}.npz")
-            say(label, "measured")
+        for name, result in found.items():
+            result.save(folder / name)
     results = _load(folder)
     figure, html = study.draw(results)
     save_figure(figure, out / study.name)
@@ -144,15 +148,8 @@ def _timm_models(args: argparse.Namespace) -> "list[tuple[str, nn.Module, Any]]"
         name = name.removeprefix("timm:")
         model = timm.create_model(name, checkpoint_path=str(weights)).eval()
         config = timm.data.resolve_model_data_config(model)
-        size = config["input_size"][-1]
         data = FolderImages(
-            args.images,
-            size=size,
-            resize=round(size / config["crop_pct"]),
-            mean=config["mean"],
-            std=config["std"],
-            batch_size=50,
-            max_images=args.max_images,
+            args.images, batch_size=50, max_images=args.max_images, **images_of(config)
         )
         found.append((name, model, data))
     return found

@@ -41,6 +41,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Put back which modules are in training mode, and which parameters require a gradient."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for p, requires_grad in wanted:
+            p.requires_grad_(requires_grad)
+
+
+@contextmanager
 def exclusive(model: nn.Module) -> Iterator[None]:
     """Let other threads wait that want the same model, or what `torch.compile` has made of it.
 

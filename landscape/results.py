@@ -96,8 +96,9 @@ class Result:
                 of result.
         """
         path = Path(path)
-        if path.suffix != ".npz" and not path.exists():
-            path = path.with_name(path.name + ".npz")
+        named = path.with_name(path.name + ".npz")
+        if not path.is_file() and named.is_file():
+            path = named
         with path.open("rb") as file:
             content = io.BytesIO(file.read())
         try:
@@ -227,7 +228,8 @@ def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
         if value.dtype.hasobject:
             raise TypeError(f"A result holds no object arrays, got one in {path[:-1]!r}.")
         name = path[:-1]
-        while name in arrays:  # the keys "a.b" and "a" → "b" have the same path
+        # The keys "a.b" and "a" → "b" have the same path; the archive takes some for itself.
+        while name in arrays or name.endswith(".npy") or name in ("meta", "file", "allow_pickle"):
             name += "'"
         arrays[name] = value
         return {"array": name}
@@ -236,7 +238,7 @@ def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, tuple | list):
         return [_encode(v, f"{path}{i}.", arrays) for i, v in enumerate(value)]
     if isinstance(value, np.generic):
-        return value.item()
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"A result cannot hold a {type(value).__name__} in {path[:-1]!r}.")

@@ -223,3 +223,13 @@ def test_a_result_prints_numbers_with_their_errors_and_long_arrays_in_short():
     assert settings.startswith("  settings        k=5, directions=(a, b), long=xxx")
     assert settings.endswith("x…")
     assert len(settings) == 100
+
+
+def test_names_that_an_archive_takes_for_itself(tmp_path):
+    maps = {"x.npy": np.ones(2), "x": np.zeros(2), "meta": np.full(2, 3.0)}
+    result = replace(make_result(), maps=maps)
+    loaded = Nested.load(result.save(tmp_path / "a"))
+    for name, array in maps.items():
+        np.testing.assert_array_equal(loaded.maps[name], array)
+    (tmp_path / "a").mkdir()
+    assert Nested.load(tmp_path / "a") == result

@@ -21,7 +21,7 @@ heads, each of as many channels as the 3x3 convolutions of the first stage.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -133,7 +133,7 @@ def _windows(
             f"which leaves {sides[-1]}x{sides[-1]}; pass the size of your images, or a `window`."
         )
     chosen = sides[-1] if window is None else window
-    windows = [chosen] * len(parts) if isinstance(chosen, int) else list(chosen)
+    windows = list(chosen) if isinstance(chosen, Iterable) else [int(chosen)] * len(parts)
     if len(windows) != len(parts):
         raise ValueError(
             f"`window` must be one number or one per stage ({len(parts)}), got {len(windows)}."
@@ -153,6 +153,9 @@ def _sides(model: nn.Module, image_size: int) -> list[int]:
     """Return the side of the map of each stage, from one forward pass of a copy."""
     twin = copy.deepcopy(model).eval()
     found: list[int] = []
+    switch: Callable[[bool], object] | None = getattr(twin, "set_grad_checkpointing", None)
+    if switch is not None:  # timm's calls the blocks of a stage then, not the stage
+        switch(False)
     for stage in resnet_stages(twin):
         stage.register_forward_hook(lambda _, __, out: found.append(out.shape[-1]))
     weight = next(module for module in twin.modules() if isinstance(module, nn.Conv2d)).weight

@@ -8,6 +8,7 @@ every floating-point entry counts but for running statistics, and entries that s
 """
 
 import fnmatch
+import itertools
 import os
 import pickle
 import re
@@ -122,7 +123,8 @@ def read_trail(
                     f"{next(iter(state))!r} here and {next(iter(expected))!r} there."
                 )
     names = names if model is not None else _without_ties(names, states)
-    known = all(step is not None for step in steps)
+    known = all(a is not None and b is not None and a < b for a, b in itertools.pairwise(steps))
+    known = known and steps[0] is not None  # numbers that do not rise are of something else
     return Trail(
         states=states,
         steps=tuple(float(s) for s in (steps if known else range(len(states)))),
@@ -146,8 +148,10 @@ def read_state(source: Source) -> tuple[State, float | None]:
     if isinstance(source, nn.Module):
         content = source.state_dict()
     elif isinstance(source, str | os.PathLike):
-        number = re.findall(r"\d+", Path(source).stem)
-        step = float(number[-1]) if number else None
+        stem = Path(source).stem
+        named = re.findall(r"(?:epoch|step|iter)[^\d]*(\d+)", stem, re.IGNORECASE)
+        number = named[:1] or re.findall(r"\d+", stem)[-1:]
+        step = float(number[0]) if number else None
         content = _load(Path(source))
     elif not isinstance(source, Mapping):
         raise TypeError(

@@ -161,7 +161,7 @@ def project_trajectory(
             along += piece.cpu() @ plane.T
     coordinates = torch.linalg.solve(gram, along.T).T
     outside = (squares - (coordinates * along).sum(1)).clamp_min(0)
-    residual = torch.where(squares > 0, (outside / squares).sqrt(), 0.0)
+    residual = torch.where(squares == 0, 0.0, (outside / squares).sqrt())
     return Trajectory(
         coordinates=coordinates.numpy(),
         residual=residual.numpy(),

@@ -14,6 +14,7 @@ stage is done (Fig. 12a).
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 
 from landscape._checks import check_choice, check_data
+from landscape._loaders import one_pass
 from landscape._progress import track
 from landscape.models.alternate import alternate
 from landscape.models.alternet import msa_positions
@@ -114,7 +116,8 @@ def build_up(
     start = tuple(count_msas(stage) for stage in stages)
     device = next(model.parameters()).device
     with GlobalStream(device, seed).entered():
-        grow(tuple(depth // 2 for depth in depths))  # what does not fit is refused before any work
+        largest = grow(tuple(depth // 2 for depth in depths))  # what does not fit is refused here
+    _check_validation(largest, validation)
     where = None if folder is None else Path(folder)
     source = forward_provenance(
         model,
@@ -142,6 +145,17 @@ def build_up(
                 table_of(rows, depths, criterion, source).save(where / "build_up.npz")
             bar.update()
     return table_of(rows, depths, criterion, source)
+
+
+def _check_validation(network: nn.Module, validation: Iterable[Any]) -> None:
+    """Evaluate an untrained network on the first batch, so that an error comes before work."""
+    first = next(iter(one_pass(validation)), None)
+    if first is None:
+        raise ValueError("`validation` must yield at least one sample, got none; is it empty?")
+    try:
+        evaluate(network, [first])
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("`data`", "`validation`")) from error
 
 
 def next_step(
@@ -185,7 +199,7 @@ def _row(
     """Return the row of a step, which is kept where it beats the last one that was."""
     stage, msas = step
     best = next((row for row in reversed(before) if row.kept), None)
-    if best is None:
+    if best is None or math.isnan(best.accuracy if criterion == "accuracy" else best.nll):
         kept = True
     elif criterion == "accuracy":
         kept = scores.accuracy > best.accuracy

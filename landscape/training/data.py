@@ -39,7 +39,8 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         Tensor `(n, c, h, w)`.
     """
     shift, scale = _shift_and_scale(mean, std, images.device)
-    return images.float().mul_(scale).add_(shift)
+    floats = images.float()
+    return (floats.clone() if floats is images else floats).mul_(scale).add_(shift)
 
 
 def denormalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -193,8 +194,9 @@ class DeviceImages:
         Args:
             which: How many to draw without replacement, or the indices to take as they are, or one
                 bool an image.
-            stratified: Whether a drawn subset keeps the proportions of the classes (to within one
-                sample a class). Draws of two sizes from equal generators are nested.
+            stratified: Whether a drawn subset keeps the proportions of the classes: to within
+                one sample a class where these are alike in size. Draws of two sizes from equal
+                generators are nested.
             generator: CPU source of the draw; `None` is a fresh one with seed 0.
 
         Returns:

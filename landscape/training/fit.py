@@ -95,8 +95,9 @@ def fit(
             is noticed, and trained as without.
         seed: Seed of `transform`, dropout and stochastic depth; `DeviceImages` has its own.
         callbacks: Each called as `callback(model, epochs_done)` before the first epoch of this call
-            and after every one, once it is on disk; a `Watch` is one. What one raises ends the
-            training, which can be resumed from there.
+            and after every one, once it is on disk; a `Watch` is one. A model left in evaluation
+            mode goes back to training. What one raises ends the training, which can be resumed
+            from there.
         progress: Whether to show a bar.
 
     Returns:
@@ -146,14 +147,12 @@ def _train(
     """Run the epochs that are not done yet and return the history of all."""
     history = states.begin(this, states.find(this, resume))
     done = len(history["epoch"])
-    for callback in callbacks:
-        callback(this.step.model, done)
+    run.call(callbacks, this, done)
     with progress_bar("Training", progress, this.epochs * this.num_batches) as bar:
         bar.update(done * this.num_batches)
         for epoch in range(done, this.epochs):
             run.run_epoch(this, epoch, history, bar)
             states.write(this, history)
             states.tidy(this)
-            for callback in callbacks:
-                callback(this.step.model, epoch + 1)
+            run.call(callbacks, this, epoch + 1)
     return history

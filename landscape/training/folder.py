@@ -53,17 +53,27 @@ class FolderImages:
         Raises:
             ValueError: If there is no image, or a size is below 1.
         """
-        for name, value in (("size", size), ("batch_size", batch_size)):
+        sizes = {"size": size, "batch_size": batch_size}
+        for name, value in (sizes if resize is None else sizes | {"resize": resize}).items():
             check_count(name, value, 1)
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ValueError(
+                f"`mean` and `std` must have three channels, and `std` be positive, got {mean} and "
+                f"{std}."
+            )
+        if not Path(root).is_dir():
+            raise ValueError(f"`root` must be a folder, got {str(root)!r}.")
         self._size, self._resize = size, resize or round(size * 8 / 7)
         self.mean, self.std, self._batch_size = tuple(mean), tuple(std), batch_size
-        folders = sorted(f for f in Path(root).iterdir() if f.is_dir())
+        folders = sorted(
+            f for f in Path(root).iterdir() if f.is_dir() and not f.name.startswith(".")
+        )
         self.classes = tuple(folder.name for folder in folders)
         files = [
             (file, label)
             for label, folder in enumerate(folders)
             for file in sorted(folder.rglob("*"))
-            if file.suffix.lower() in _SUFFIXES
+            if file.suffix.lower() in _SUFFIXES and file.is_file()
         ]
         if not files:
             raise ValueError(
@@ -95,7 +105,11 @@ class FolderImages:
 
         try:
             with Image.open(file) as opened:
-                image = opened.convert("RGB")
+                image: Image.Image = opened
+                if opened.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
+                    wide = np.asarray(opened).astype(np.float64) / 257
+                    image = Image.fromarray(wide.round().clip(0, 255).astype(np.uint8))
+                image = image.convert("RGB")
         except OSError as error:
             raise ValueError(f"`root` must hold whole images, got {file} ({error}).") from error
         # Sizes and corners are rounded as torchvision does.

@@ -230,3 +230,8 @@ def _check_mixable(transform: str, x: Tensor, y: Tensor) -> None:
             f"`y` must be soft targets (n, num_classes) for {transform}, got {y.dtype} of shape "
             f"{tuple(y.shape)}; put `LabelSmoothing` first."
         )
+    if x.dim() != 4 or y.dim() != 2 or len(x) != len(y):
+        raise ValueError(
+            f"`x` and `y` must be images (n, c, h, w) and soft targets (n, num_classes) for "
+            f"{transform}, got shapes {tuple(x.shape)} and {tuple(y.shape)}."
+        )

@@ -229,6 +229,13 @@ def run_epoch(run: Run, epoch: int, history: History, bar: tqdm[Any]) -> None:
     bar.set_postfix(loss=f"{train.loss():.4f}", accuracy=f"{train.accuracy():.4f}")
 
 
+def call(callbacks: Iterable[Callback], run: Run, done: int) -> None:
+    """Call back after an epoch, or before the first; training goes on in training mode."""
+    for callback in callbacks:
+        with surroundings.back_in_training(run.step.model):
+            callback(run.step.model, done)
+
+
 def global_stream(run: Run, epoch: int) -> surroundings.GlobalStream:
     """Return PyTorch's global stream of an epoch: of dropout and stochastic depth."""
     return surroundings.GlobalStream(run.step.device, stream_seed(run.seed, epoch, _GLOBAL))

@@ -80,6 +80,19 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def back_in_training(model: nn.Module) -> Iterator[None]:
+    """Put a model back in training mode that has been put in evaluation mode as a whole.
+
+    A callback that measures calls `eval`; one that freezes some norms leaves the model itself.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    yield
+    if modes[0][1] and not model.training:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def channels_last_format(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Keep contiguous 4-D parameters in channels-last memory format meanwhile.
 

@@ -17,6 +17,7 @@ from landscape.restore import same_buffers
 from landscape.training import loop, run, surroundings
 from landscape.training.draws import Draws, Replay
 from landscape.training.run import Callback, History, Run
+from landscape.training.run import call as call_back
 from landscape.training.stacking import Stack, stack_batches
 
 _TOLERANCE = 1e-2  # of a gradient, a heuristic: what rounding makes is far below, a mix-up above
@@ -135,8 +136,7 @@ def _put_back(stack: Stack, before: Mapping[str, Tensor]) -> None:
 def call(callbacks: Sequence[Sequence[Callback]], runs: Sequence[Run], done: int) -> None:
     """Call what each member has, with its model and the number of epochs done."""
     for own, member in zip(callbacks, runs, strict=True):
-        for callback in own:
-            callback(member.step.model, done)
+        call_back(own, member, done)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ pay it off ends above the budget.
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from os import PathLike
@@ -33,6 +34,7 @@ import torch
 from torch import nn
 
 from landscape._checks import check_count
+from landscape.restore import same_buffers, same_modes
 from landscape.results import Result, write_atomically
 from landscape.training.surroundings import same_random_state
 from landscape.training.watch_history import (
@@ -127,9 +129,11 @@ class Watch:
             step: Epochs (or steps) done, never fewer than at the call before.
 
         Raises:
-            ValueError: If `step` is below that of the call before.
+            ValueError: If `step` is no whole number, or below that of the call before.
             TypeError: If a probe does not return a `Result`.
         """
+        check_count("step", step, 0)
+        step = operator.index(step)
         _synchronize(model)  # what training has still queued is not the time of a probe
         if self._step is None:
             self._begin(step)
@@ -140,13 +144,15 @@ class Watch:
             )
         self._training += perf_counter() - self._since if step else 0.0
         self._step = step
-        if step % self._every == 0:
-            same = itertools.takewhile(lambda row: row.step == step, reversed(self._rows))
-            done = {row.probe for row in same}
-            for name in self._probes:
-                if name not in done:
-                    self._measure(name, model, step)
-        self._since = perf_counter()
+        try:
+            if step % self._every == 0:
+                same = itertools.takewhile(lambda row: row.step == step, reversed(self._rows))
+                done = {row.probe for row in same}
+                for name in self._probes:
+                    if name not in done:
+                        self._measure(name, model, step)
+        finally:
+            self._since = perf_counter()
 
     def history(self, name: str) -> WatchHistory:
         """Return what a probe has recorded so far.
@@ -178,7 +184,8 @@ class Watch:
         status, seconds = SKIPPED, 0.0
         if spent + last <= allowed:
             start = perf_counter()
-            with same_random_state(model):  # one's own may pass over a loader, which draws a seed
+            # One's own may pass over a loader, which draws a seed, or call `eval`.
+            with same_random_state(model), same_modes(model), same_buffers(model):
                 result = self._probes[name](model)
             if not isinstance(result, Result):
                 raise TypeError(

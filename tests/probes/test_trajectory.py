@@ -293,3 +293,26 @@ def test_a_trail_maps_files_instead_of_reading_them(tmp_path):
         assert maps.read_text().count("epoch-0000") >= 2
     assert trail.names == ("layer.weight",)
     assert set(trail.ignored) == {"layer.running_mean", "layer.num_batches_tracked"}
+
+
+def test_steps_are_read_from_names_where_they_rise(tmp_path):
+    names = {
+        "resnet18_{}.pt": (["init", "mid", "last"], [0, 1, 2]),
+        "epoch={}-loss=0.91.ckpt": ([0, 5, 10], [0, 5, 10]),
+        "run3_step_{}.pt": ([100, 200, 300], [100, 200, 300]),
+    }
+    for number, (name, (parts, steps)) in enumerate(names.items()):
+        paths = [tmp_path / name.format(part) for part in parts]
+        for i, path in enumerate(paths):
+            torch.save({"w": torch.full((3,), float(i)) + torch.tensor([0.0, 1, 4]) * i}, path)
+        assert polar_trajectory(paths).steps.tolist() == steps, number
+
+
+def test_a_checkpoint_that_is_not_finite_lies_in_no_plane():
+    states = [
+        {"w": torch.tensor(v)} for v in ([np.nan, 1.0, 2.0], [1.0, 2.0, 5.0], [0.0, 0.0, 0.0])
+    ]
+    directions = pca_directions([{"w": torch.eye(3)[i]} for i in range(3)], num=2)
+    found = project_trajectory(states, directions)
+    assert np.isnan(found.residual[0])
+    assert found.residual[-1] == 0

@@ -71,3 +71,28 @@ def test_sizes_and_corners_are_rounded_as_torchvision_does(root, resize, width, 
     picture = Image.open(root / "b" / "0.png").resize((width, resize), Image.Resampling.BICUBIC)
     pixels = np.array(picture)[top : top + 16, left : left + 16] / 255
     np.testing.assert_allclose(next(iter(images))[0][2].permute(1, 2, 0), pixels, atol=1e-6)
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    (tmp_path / "a").mkdir()
+    wide = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(wide).save(tmp_path / "a" / "0.png")
+    Image.fromarray((wide / 257).round().astype(np.uint8)).save(tmp_path / "a" / "1.png")
+    (images, _) = next(iter(FolderImages(tmp_path, size=8, resize=8)))
+    torch.testing.assert_close(images[0], images[1])
+
+
+def test_what_is_no_folder_of_images_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "0.png")
+    assert FolderImages(tmp_path).classes == ("a",)
+    for arguments, message in (
+        ({"resize": 0}, "`resize` must be at least 1"),
+        ({"std": (0, 0, 0)}, "`mean` and `std` must"),
+        ({"mean": (0.5,)}, "`mean` and `std` must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FolderImages(tmp_path, **arguments)
+    with pytest.raises(ValueError, match="`root` must be a folder"):
+        FolderImages(tmp_path / "missing")

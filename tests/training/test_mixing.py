@@ -234,6 +234,17 @@ def test_bytes_and_hard_labels_are_refused(batch, transform):
         transform(x, torch.arange(16), generator())
 
 
+@pytest.mark.parametrize("transform", [Mixup(), Mixup(per_sample=True), CutMix()])
+def test_other_shapes_are_refused(transform, generator):
+    for x, y in (
+        (torch.randn(4, 3, 8, 8), torch.arange(4.0)),
+        (torch.randn(4, 7), torch.rand(4, 3)),
+        (torch.randn(4, 3, 8, 8), torch.rand(3, 3)),
+    ):
+        with pytest.raises(ValueError, match="must be images .* and soft targets"):
+            transform(x, y, generator)
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="`alpha` must be positive, got 0"):
         Mixup(0.0)

@@ -458,3 +458,49 @@ def test_on_a_gpu_what_training_has_queued_is_not_the_time_of_a_probe(tmp_path):
         x = model(x).detach()
     looking(model, 1)
     assert looking.history("norm").seconds[1] < 0.1 * looking.training_seconds
+
+
+def test_a_probe_that_leaves_evaluation_mode_disturbs_no_training(tmp_path):
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+
+    def careless(model):
+        model.train()(x)  # moves the running statistics
+        model.eval().requires_grad_(False)
+        return evaluate(model, [(x, y)])
+
+    def train(callbacks):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+        fit(model, [(x, y)], epochs=3, callbacks=callbacks)
+        return model
+
+    plain = train([])
+    watched = train([Watch({"a": careless}, folder=tmp_path, budget=1e3)])
+    own = train([lambda model, epoch: model.eval()])
+    for other in (watched, own):
+        assert other[1].num_batches_tracked == 3
+        for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_probe_that_fails_counts_as_no_training(tmp_path, clock):
+    def fails(model):
+        clock.now += 5
+        raise RuntimeError
+
+    watch, model = Watch({"a": fails}, folder=tmp_path, budget=10), nn.Linear(2, 2)
+    for step in range(4):
+        clock.now += 1
+        with pytest.raises(RuntimeError):
+            watch(model, step)
+    assert watch.training_seconds == 3
+
+
+@pytest.mark.parametrize("step", [0.0, 1.5, -1, "1"])
+def test_steps_are_whole_numbers(step, tmp_path):
+    watch = Watch({"a": lambda model: Reading(1.0, (1.0, 2.0), np.ones(1))}, folder=tmp_path)
+    with pytest.raises(ValueError, match="`step` must be"):
+        watch(nn.Linear(2, 2), step)
+    watch(nn.Linear(2, 2), torch.tensor(0))
+    assert watch.history("a").step.tolist() == [0]
