@@ -6,6 +6,7 @@ again at each pass, and a fingerprint of every batch tells when they are not the
 shuffling loader).
 """
 
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -291,6 +292,14 @@ def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
             check_unchanged(inputs, versions)
     if not total:
         raise ValueError("`data` must yield at least one sample, got none; is it empty?")
+
+
+def argument_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments of a model; none where its `forward` does not tell."""
+    try:
+        return tuple(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 def rows_of(

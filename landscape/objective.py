@@ -10,7 +10,6 @@ of L (or two products with its Hessian) would belong to two different functions.
 import copy
 import dataclasses
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -31,6 +30,7 @@ from landscape.batches import (
     Placement,
     PreparedBatch,
     Transform,
+    argument_names,
     check_unchanged,
     rows_of,
     versions_of,
@@ -383,7 +383,7 @@ def _with_labels(model: nn.Module, batch: PreparedBatch) -> Inputs:
     """Return the arguments of a model that takes its own loss, by its name for the labels."""
     if batch.targets is None or not isinstance(batch.inputs, Mapping):
         return batch.inputs
-    arguments = inspect.signature(model.forward).parameters
+    arguments = argument_names(model)
     key = next((key for key in LABEL_KEYS if key in arguments), LABEL_KEYS[0])
     return {**batch.inputs, key: batch.targets}
 

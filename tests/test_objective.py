@@ -967,6 +967,20 @@ def test_labels_go_to_a_model_by_the_name_that_it_has_for_them():
         hessian_trace(OwnLoss(True), [{"x": x, "targets": y}], objective=Objective(loss=None))
 
 
+def test_a_forward_that_tells_no_names_takes_labels():
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(5, 3)
+
+        def forward(self, **given):
+            return {"loss": F.cross_entropy(self.a(given["x"]), given["labels"])}
+
+    model, x, y = Given(), torch.randn(6, 5), torch.arange(6) % 3
+    frozen = Objective(loss=None).freeze(model, [{"x": x, "target": y}])
+    assert frozen.value() == pytest.approx(F.cross_entropy(model.a(x), y).item(), rel=1e-6)
+
+
 def test_samples_of_a_mapping_are_those_of_its_largest_input():
     class Masked(nn.Module):
         def __init__(self):

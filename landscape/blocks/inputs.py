@@ -1,13 +1,12 @@
 """Batches of inputs: how many samples, of what shape, and likely ones where nobody gave any."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from landscape.batches import rows_of
+from landscape.batches import argument_names, rows_of
 
 _SIDES = (224, 32, 64, 256, 384, 28)
 
@@ -24,11 +23,8 @@ def main_input(model: nn.Module, inputs: Any) -> Tensor:
         raise TypeError(
             f"`inputs` must be a tensor or a mapping of tensors, got a {type(inputs).__name__}."
         )
-    arguments = inspect.signature(model.forward).parameters
-    largest = max(
-        tensors, key=lambda name: (tensors[name].is_floating_point(), tensors[name].dim())
-    )
-    return tensors[next((name for name in arguments if name in tensors), largest)]
+    largest = max(tensors.values(), key=lambda t: (t.is_floating_point(), t.dim()))
+    return next((tensors[name] for name in argument_names(model) if name in tensors), largest)
 
 
 def likely_images(model: nn.Module) -> Iterator[Tensor]:
