@@ -783,7 +783,7 @@ def test_a_block_that_calls_what_another_module_holds_has_a_name(images):
     assert names == ("blocks.0", "blocks.1", "head")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*")
 def test_modules_whose_inside_is_hidden_are_no_blocks(images):
     class Hidden(nn.Module):
         def __init__(self, inner):
