@@ -13,7 +13,8 @@ with the weight decay, and on the images, that the model was trained with.
 
 Most of the time goes to Hessian products of a mini-batch: the first command makes 475 of 2 images
 (3.7 million parameters, 224 pixels), the second 116. With `OMP_NUM_THREADS=1` they took 237 and
-50 s of processor time; on cores that others use, two threads wait for each other and take longer.
+50 s of processor time on an AMD EPYC; on cores that others use, two threads wait for each other and
+take longer.
 """
 
 import matplotlib as mpl

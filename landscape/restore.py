@@ -42,14 +42,22 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_modes(model: nn.Module) -> Iterator[None]:
-    """Put back which modules are in training mode, and which parameters require a gradient."""
+    """Put back which modules are in training mode."""
     modes = [(module, module.training) for module in model.modules()]
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def same_trainable(model: nn.Module) -> Iterator[None]:
+    """Put back which parameters require a gradient."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
         for p, requires_grad in wanted:
             p.requires_grad_(requires_grad)
 

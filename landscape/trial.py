@@ -35,7 +35,11 @@ def explained(what: str, *arguments: Any) -> Iterator[None]:
 
 
 def check_same(once: Tensor, again: Tensor) -> None:
-    """Refuse a model that is random, whatever the size of its outputs."""
+    """Refuse a model that is random, whatever the size of its outputs.
+
+    Raises:
+        ValueError: If two outputs for one batch differ by more than rounding.
+    """
     finite = once.double()[once.isfinite()].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
     precision = torch.finfo(once.dtype).eps if once.is_floating_point() else 0.0
@@ -50,7 +54,11 @@ def check_same(once: Tensor, again: Tensor) -> None:
 
 
 def check_reached(model: nn.Module, chosen: Collection[str], outputs: Tensor) -> None:
-    """Refuse a model that uses a chosen parameter of its own, not what stands in its place."""
+    """Refuse a model that uses a chosen parameter of its own, not what stands in its place.
+
+    Raises:
+        ValueError: If the graph of its outputs holds one.
+    """
     if not outputs.requires_grad:  # nothing that stands in for a parameter does
         return
     known = {id(p): name for name, p in model.named_parameters()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape._streams import OwnStreams, read_streams, write_streams
-from landscape.restore import device_streams
+from landscape.restore import device_streams, same_modes
 
 
 class GlobalStream:
@@ -69,14 +69,10 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
     Parts in evaluation mode of a model in training mode stay so: norms that are frozen, mostly.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with same_modes(model):
         if not model.training:
             model.train()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

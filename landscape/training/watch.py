@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from landscape._checks import check_count
-from landscape.restore import same_buffers, same_modes
+from landscape.restore import same_buffers, same_modes, same_trainable
 from landscape.results import Result, write_atomically
 from landscape.training.surroundings import same_random_state
 from landscape.training.watch_history import (
@@ -185,7 +185,10 @@ class Watch:
         if spent + last <= allowed:
             start = perf_counter()
             # One's own may pass over a loader, which draws a seed, or call `eval`.
-            with same_random_state(model), same_modes(model), same_buffers(model):
+            with (
+                same_random_state(model), same_modes(model),
+                same_trainable(model), same_buffers(model),
+            ):  # fmt: skip
                 result = self._probes[name](model)
             if not isinstance(result, Result):
                 raise TypeError(
