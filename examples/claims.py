@@ -46,6 +46,11 @@ def averaged(values: ArrayLike) -> Measured:
     return Measured(*mean_interval(values))
 
 
+def over_runs(runs: Sequence[Measured]) -> Measured:
+    """Return the mean over runs with the 95 % interval of their spread; of one, its own."""
+    return runs[0] if len(runs) == 1 else averaged([run.value for run in runs])
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim of the form `smaller < larger`.

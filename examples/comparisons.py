@@ -1,5 +1,7 @@
 """What Figures 4, 5, 6, 7, 12 and Appendix C have in common: networks compared over seeds.
 
+Figures 2, 8, 9 and 10 are measured on these networks with `--seeds` (`subjects.py`).
+
 A study names its networks (`Arm`) and what is measured of each. Every network is trained once a
 seed, under one protocol: side by side on the cores of a CPU, one after another on a GPU. Trained
 weights and measurements are kept in `runs/comparisons/` by what determines them, so studies share
@@ -42,6 +44,16 @@ TEST, TRAIN = "test", "train"
 """Predictions for the test images, and for the augmented training images that were fitted."""
 CORRUPTION = "corruption"
 """Predictions for corrupted test images."""
+PROBES: Mapping[str, Callable[..., Result]] = {
+    "fourier": landscape.fourier_amplitude,
+    "frequency": landscape.frequency_robustness,
+    "variance": landscape.feature_variance,
+    "cka": landscape.cka,
+    "lesion": landscape.lesion_study,
+}
+"""What Figures 2, 8, 9 and 10 measure on test images, of a model and its data."""
+PROBE_BATCH = 100
+"""Images in a batch for these: CKA's mini-batch."""
 
 
 @dataclass(frozen=True)
@@ -344,6 +356,8 @@ def measure(
         generator = torch.Generator(data.device).manual_seed(seed)
         batches = [augment(x, y, generator) for x, y in data.with_(batch_size=protocol.batch_size)]
         return landscape.evaluate(model, batches)
+    if kind in PROBES:
+        return PROBES[kind](model, test.with_(batch_size=PROBE_BATCH))
     # The corruptions need 32 pixels a side: they act on padded images, the network sees them cut.
     side = max(protocol.image_size, 32)
     return landscape.corruption_robustness(
@@ -363,14 +377,24 @@ def _cost(arm: Arm) -> float:
 
 def collect(found: Found, setting: Mapping[str, Any], arms: Sequence[Arm], folder: Path) -> None:
     """Copy the measurements beside the figure, with what they were measured on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.npz"):
-        stale.unlink()
+    begin_folder(folder, {**setting, "arms": [asdict(arm) for arm in arms]})
     numbers = {arm.label: number for number, arm in enumerate(arms)}
     for (label, seed), files in found.items():
         for kind, path in files.items():
-            shutil.copy(path, folder / f"{kind}_{numbers[label]:02d}_{seed}.npz")
-    write_setting(folder, {**setting, "arms": [asdict(arm) for arm in arms]})
+            shutil.copy(path, result_path(folder, kind, numbers[label], seed))
+
+
+def begin_folder(folder: Path, setting: Mapping[str, Any]) -> None:
+    """Empty the folder of a figure's results, and say in it what they will be measured on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.npz"):
+        stale.unlink()
+    write_setting(folder, setting)
+
+
+def result_path(folder: Path, kind: str, number: int, seed: int) -> Path:
+    """Return where a measurement of a network, by its number in the setting, is kept."""
+    return folder / f"{kind}_{number:02d}_{seed}.npz"
 
 
 def load_results(folder: Path) -> Results:

@@ -2,6 +2,7 @@
 
     python examples/reproduce_fig10.py               # on the models of Figure 1
     python examples/reproduce_fig10.py --alternet    # and on an AlterNet, minutes more
+    python examples/reproduce_fig10.py --seeds 8     # on 8 runs of each network
     python examples/reproduce_fig10.py --quick       # the same path in little
 
 (a) Similarity (CKA) of all blocks: networks of several stages look like small networks in series.
@@ -10,29 +11,21 @@
 """
 
 import numpy as np
-from claims import Claim, Measured, averaged, estimated
-from subjects import Results, Study, Subject, run
+from claims import Claim, Measured, averaged, estimated, over_runs
+from comparisons import Results
+from subjects import Means, Study, run
 
-import landscape
 from landscape import CKA, LesionStudy, plot
 
 NOTE = (
-    "Intervals (95 %): CKA by the jackknife over mini-batches of 100 test images, as if pairs of "
-    "blocks were independent; lesions paired over test images. ViT has one stage, so it has no "
-    "stages to compare. One training run a model: no interval covers the choice of seed."
+    "Intervals (95 %). With several runs they are those of the mean over runs (Student's t). With "
+    "one, CKA: by the jackknife over mini-batches of 100 test images, as if pairs of blocks were "
+    "independent; lesions: paired over test images; none covers the choice of seed. ViT has one "
+    "stage, so it has no stages to compare."
 )
 
 
-def compute(subject: Subject) -> dict[str, landscape.Result]:
-    """Return the similarity of all pairs of blocks, and every unit's lesion."""
-    model, data = subject.model, subject.data
-    return {
-        "cka": landscape.cka(model, data, progress=True),
-        "lesion": landscape.lesion_study(model, data, progress=True),
-    }
-
-
-def draw(results: Results):
+def draw(results: Means):
     """Return the figure, and the lesions to hover over."""
     figure = plot.figure10(results["cka"], results["lesion"])
     return figure, plot.interactive.lesion_study(results["lesion"])
@@ -41,30 +34,33 @@ def draw(results: Results):
 def claims(results: Results) -> list[Claim]:
     """Compare similarity within stages and between them, and ends of stages with beginnings."""
     found = []
-    for name, result in results["cka"].items():
-        within, between = stage_similarity(result)
-        if between is not None:
+    for name, runs in results["cka"].items():
+        sides = [stage_similarity(run) for run in runs]
+        within = over_runs([side[0] for side in sides])
+        between = [side[1] for side in sides if side[1] is not None]
+        if between:
             found.append(
                 Claim(
                     "(a) stages are blocks of similar features",
                     "mean CKA of two blocks",
-                    (f"{name} of two stages", between),
+                    (f"{name} of two stages", over_runs(between)),
                     (f"{name} of one stage", within),
                     about=4,
                 )
             )
-    for name, result in results["lesion"].items():
+    for name, runs in results["lesion"].items():
         for kind, label, costly in (("msa", "MSAs", "end"), ("conv", "Convs", "beginning")):
-            sides = ends_of_stages(result, kind)
-            if sides is None:
+            ends = [ends_of_stages(run, kind) for run in runs]
+            if ends[0] is None:
                 continue
+            side = {end: over_runs([of_run[end] for of_run in ends]) for end in ends[0]}
             cheap = "beginning" if costly == "end" else "end"
             found.append(
                 Claim(
                     f"(b) {label} matter most at the {costly} of a stage",
                     "change of accuracy without one",
-                    (f"{name} {costly}", sides[costly]),
-                    (f"{name} {cheap}", sides[cheap]),
+                    (f"{name} {costly}", side[costly]),
+                    (f"{name} {cheap}", side[cheap]),
                     about=4,
                 )
             )
@@ -104,4 +100,4 @@ def ends_of_stages(result: LesionStudy, kind: str) -> dict[str, Measured] | None
 
 
 if __name__ == "__main__":
-    run(Study("fig10", compute, draw, claims, NOTE), __doc__)
+    run(Study("fig10", ("cka", "lesion"), draw, claims, NOTE), __doc__)

@@ -2,6 +2,7 @@
 
     python examples/reproduce_fig2.py            # on the models of Figure 1, offline
     python examples/reproduce_fig2.py --quick    # the same path in little
+    python examples/reproduce_fig2.py --seeds 8  # on 8 runs of each network
     python examples/reproduce_fig2.py --model timm:vit_tiny_patch16_224 --weights vit.pth \
         --model timm:resnet50 --weights resnet.pth --images imagenet/val
 
@@ -10,29 +11,21 @@ high-pass. (b) Accuracy lost to noise of one frequency: ViT is hurt by low, ResN
 """
 
 import numpy as np
-from claims import ZERO, Claim, averaged, estimated
-from subjects import Results, Study, Subject, run
+from claims import ZERO, Claim, averaged, estimated, over_runs
+from comparisons import Results
+from subjects import Means, Study, run
 
-import landscape
 from landscape import plot
 
 NOTE = (
-    "Intervals (95 %). (a) Changes over blocks are means over the blocks of a kind; their interval "
-    "is that of the spread between blocks. (b) Noise of root mean square 0.1 of full scale, over "
-    "test images. One training run a model: no interval covers the choice of seed."
+    "Intervals (95 %). (a) Changes over blocks are means over the blocks of a kind. (b) Noise of "
+    "root mean square 0.1 of full scale. With several runs, intervals are those of the mean over "
+    "runs (Student's t); with one they are those of the spread between blocks (a) and over test "
+    "images (b), and none covers the choice of seed."
 )
 
 
-def compute(subject: Subject) -> dict[str, landscape.Result]:
-    """Return the amplitudes of every block, and the robustness by frequency."""
-    model, data = subject.model, subject.data
-    return {
-        "fourier": landscape.fourier_amplitude(model, data, progress=True),
-        "frequency": landscape.frequency_robustness(model, data, progress=True),
-    }
-
-
-def draw(results: Results):
+def draw(results: Means):
     """Return the figure, and its first part to hover over."""
     figure = plot.figure2(results["fourier"], results["frequency"])
     return figure, plot.interactive.fourier_amplitude(results["fourier"])
@@ -41,12 +34,13 @@ def draw(results: Results):
 def claims(results: Results) -> list[Claim]:
     """Compare the change at π over each kind of block, and the two ends of the noise."""
     found = []
-    for name, result in results["fourier"].items():
-        change, kinds = np.diff(result.highest), np.array(result.kinds[1:])
+    for name, runs in results["fourier"].items():
+        kinds = np.array(runs[0].kinds[1:])
         for kind in ("msa", "conv", "mlp"):
             if (kinds == kind).any():
                 label = {"msa": "MSAs", "conv": "Convs", "mlp": "MLPs"}[kind]
-                step = (f"{name} {label}", averaged(change[kinds == kind]))
+                changes = [averaged(np.diff(run.highest)[kinds == kind]) for run in runs]
+                step = (f"{name} {label}", over_runs(changes))
                 low, high = (step, ZERO) if kind == "msa" else (ZERO, step)
                 verb = "reduce" if kind == "msa" else "amplify"
                 which = " (subsampling blocks included)" if kind == "conv" else ""
@@ -65,10 +59,12 @@ def claims(results: Results) -> list[Claim]:
         for frequency, worse, better in ((0.3, pair[0], pair[1]), (0.9, pair[1], pair[0])):
             side = {}
             for name in pair:
-                i = int(np.abs(curves[name].frequencies - frequency).argmin())
-                side[name] = estimated(
-                    curves[name].delta_accuracy[i], curves[name].delta_accuracy_stderr[i]
-                )
+                i = int(np.abs(curves[name][0].frequencies - frequency).argmin())
+                losses = [
+                    estimated(run.delta_accuracy[i], run.delta_accuracy_stderr[i])
+                    for run in curves[name]
+                ]
+                side[name] = over_runs(losses)
             found.append(
                 Claim(
                     f"(b) noise at {frequency}π hurts {worse} more",
@@ -82,4 +78,4 @@ def claims(results: Results) -> list[Claim]:
 
 
 if __name__ == "__main__":
-    run(Study("fig2", compute, draw, claims, NOTE), __doc__)
+    run(Study("fig2", ("fourier", "frequency"), draw, claims, NOTE), __doc__)

@@ -2,6 +2,7 @@
 
     python examples/reproduce_fig9.py               # on the models of Figure 1
     python examples/reproduce_fig9.py --alternet    # and on an AlterNet, minutes more
+    python examples/reproduce_fig9.py --seeds 8     # on 8 runs of each network
     python examples/reproduce_fig9.py --quick       # the same path in little
 
 Variance of the feature maps against depth: MSAs (grey) lower it, they average; Convs and MLPs
@@ -9,24 +10,20 @@ raise it. `--model timm:NAME` as in Figure 2's example.
 """
 
 import numpy as np
-from claims import ZERO, Claim, averaged
-from subjects import Results, Study, Subject, run
+from claims import ZERO, Claim, averaged, over_runs
+from comparisons import Results
+from subjects import Means, Study, run
 
-import landscape
 from landscape import plot
 
 NOTE = (
-    "Intervals (95 %) of the spread between blocks around the mean of log(variance after / before) "
-    "(natural logarithm). One training run a model: no interval covers the choice of seed."
+    "Intervals (95 %) of the mean of log(variance after / before) over blocks (natural logarithm). "
+    "With several runs they are those of the mean over runs (Student's t); with one they are those "
+    "of the spread between blocks, and none covers the choice of seed."
 )
 
 
-def compute(subject: Subject) -> dict[str, landscape.Result]:
-    """Return the variance after every block."""
-    return {"variance": landscape.feature_variance(subject.model, subject.data, progress=True)}
-
-
-def draw(results: Results):
+def draw(results: Means):
     """Return the figure, still and interactive."""
     variance = results["variance"]
     return plot.figure9(variance), plot.interactive.feature_variance(variance)
@@ -35,16 +32,17 @@ def draw(results: Results):
 def claims(results: Results) -> list[Claim]:
     """Compare the logarithmic changes over each kind of block with none."""
     found = []
-    for name, result in results["variance"].items():
-        change, kinds = np.diff(np.log(result.variance)), np.array(result.kinds[1:])
+    for name, runs in results["variance"].items():
+        kinds, subsamples = np.array(runs[0].kinds[1:]), runs[0].subsamples[1:]
         for kind, label, verb in (
             ("msa", "MSAs", "lower"),
             ("conv", "Convs", "raise"),
             ("mlp", "MLPs", "raise"),
         ):
-            chosen = (kinds == kind) & ~result.subsamples[1:]
+            chosen = (kinds == kind) & ~subsamples
             if chosen.any():
-                step = (f"{name} {label}", averaged(change[chosen]))
+                changes = [averaged(np.diff(np.log(run.variance))[chosen]) for run in runs]
+                step = (f"{name} {label}", over_runs(changes))
                 low, high = (step, ZERO) if verb == "lower" else (ZERO, step)
                 text = f"{label} {verb} the variance of feature maps"
                 found.append(Claim(text, "log ratio over a block", low, high, about=3))
@@ -52,4 +50,4 @@ def claims(results: Results) -> list[Claim]:
 
 
 if __name__ == "__main__":
-    run(Study("fig9", compute, draw, claims, NOTE), __doc__)
+    run(Study("fig9", ("variance",), draw, claims, NOTE), __doc__)

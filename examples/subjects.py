@@ -2,22 +2,37 @@
 
 By default the models of Figure 1 (trained where they are not yet) on the test images; `--alternet`
 adds a small AlterNet, whose stages end in MSAs, for Figures 8, 9 and 10 (several minutes of
-training the first time). With `--model timm:NAME --weights FILE --images FOLDER` any model of timm
-on a folder of images, one class a folder: the paper's ImageNet setting.
+training the first time). With `--seeds N` the networks of Figures 5 and 12, N runs each: what is
+drawn are means over runs, and intervals are those of the spread between runs. With `--model
+timm:NAME --weights FILE --images FOLDER` any model of timm on a folder of images, one class a
+folder: the paper's ImageNet setting.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from any_model import images_of
 from claims import Claim, write_claims
+from comparisons import (
+    PROBE_BATCH,
+    PROBES,
+    PROTOCOLS,
+    Arm,
+    Results,
+    begin_folder,
+    collect,
+    compute,
+    load_results,
+    result_path,
+)
 from matplotlib.figure import Figure
-from outputs import figures_of, preset_of, read_setting, save_figure, write_setting
+from outputs import figures_of, preset_of, read_setting, save_figure
 from torch import nn
 from trained import (
     ALTERNET,
@@ -36,7 +51,8 @@ from landscape import Result
 QUICK = {"depths": (2, 4), "msas": (0, 2), "heads": (1, 2)}
 """Sizes of the AlterNet in little."""
 
-Results = dict[str, dict[str, Any]]  # kind of result -> model -> result
+Means = Mapping[str, Mapping[str, Any]]
+"""Kind of measurement -> label of the network -> mean over its runs."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +74,15 @@ class Study:
 
     Attributes:
         name: Name of its files.
-        compute: Results of one model by kind.
-        draw: Figure and interactive figure from all results.
+        kinds: What is measured of each network, names in `PROBES`.
+        draw: Figure and interactive figure from the means over runs.
         claims: Claims of the paper with what was measured.
         note: What the intervals mean, and what the setting cannot show.
     """
 
     name: str
-    compute: Callable[[Subject], Mapping[str, Result]]
-    draw: Callable[[Results], tuple[Figure, Any]]
+    kinds: Sequence[str]
+    draw: Callable[[Means], tuple[Figure, Any]]
     claims: Callable[[Results], list[Claim]]
     note: str
 
@@ -78,25 +94,80 @@ def run(study: Study, description: str) -> None:
     began = time.perf_counter()
     folder = args.draw or out / study.name
     if not args.draw:
-        subjects = _subjects(args)
-        found = {}
-        for label, subject in subjects.items():
-            for kind, result in study.compute(subject).items():
-                found[f"{kind}_{label}.npz"] = result
-            say(label, "measured")
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.npz"):
-            stale.unlink()
-        write_setting(folder, _setting(args))
-        for name, result in found.items():
-            result.save(folder / name)
-    results = _load(folder)
-    figure, html = study.draw(results)
+        measure = _measure_runs if args.seeds else _measure_once
+        measure(study.kinds, args, folder)
+    results = load_results(folder)
+    means = {
+        kind: {label: mean_over_runs(runs) for label, runs in named.items()}
+        for kind, named in results.items()
+    }
+    figure, html = study.draw(means)
     save_figure(figure, out / study.name)
     html.write_html(out / f"{study.name}.html", include_plotlyjs="cdn")
     table = write_claims(out, study.name, study.claims(results), study.note, read_setting(folder))
     print(f"\n{table}\nwrote {out}/{study.name}.png, .pdf, .html, {study.name}/*.npz", end=" ")
     print(f"in {time.perf_counter() - began:.0f} s")
+
+
+def mean_over_runs(runs: Sequence[Result]) -> Result:
+    """Return the mean of several runs' results, with standard errors of the spread between them.
+
+    Args:
+        runs: Results of one probe, one a run; blocks are those of the same network.
+
+    Returns:
+        The first of them with every quantity that has a standard error averaged. One alone is
+        returned as it is.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    averaged: dict[str, Any] = {}
+    for field in fields(runs[0]):
+        if not field.name.endswith("stderr"):
+            continue
+        quantity = field.name.removesuffix("_stderr")
+        if quantity == "stderr":
+            names = {each.name for each in fields(runs[0])}
+            (quantity,) = names & {"delta_log_amplitude", "variance", "values"}
+        values = [getattr(run, quantity) for run in runs]
+        if isinstance(values[0], tuple):  # a curve a block, each of a length of its own
+            pairs = [_mean_and_error(block) for block in zip(*values, strict=True)]
+            averaged[quantity], averaged[field.name] = zip(*pairs, strict=True)
+        else:
+            averaged[quantity], averaged[field.name] = _mean_and_error(values)
+    return replace(runs[0], **averaged)
+
+
+def _mean_and_error(values: Sequence[Any]) -> tuple[Any, Any]:
+    """Return mean and standard error over runs, the first axis."""
+    stacked = np.stack(values)
+    return stacked.mean(axis=0), stacked.std(axis=0, ddof=1) / np.sqrt(len(values))
+
+
+def _measure_once(kinds: Sequence[str], args: argparse.Namespace, folder: Path) -> None:
+    """Measure the models of Figure 1, or those of the command line."""
+    found = {}
+    subjects = _subjects(args)
+    for label, subject in subjects.items():
+        found[label] = {
+            kind: PROBES[kind](subject.model, subject.data, progress=True) for kind in kinds
+        }
+        say(label, "measured")
+    begin_folder(folder, {**_setting(args), "arms": [{"label": label} for label in found]})
+    for number, results in enumerate(found.values()):
+        for kind, result in results.items():
+            result.save(result_path(folder, kind, number, seed=0))
+
+
+def _measure_runs(kinds: Sequence[str], args: argparse.Namespace, folder: Path) -> None:
+    """Measure several runs of each network, trained where they are not yet."""
+    preset = preset_of(args)
+    protocol = PROTOCOLS[preset]
+    protocol = replace(protocol, seeds=args.seeds, dataset=args.dataset or protocol.dataset)
+    names = ["ResNet", "ViT", *([ALTERNET[0]] if args.alternet else [])]
+    arms = [Arm(name, name) for name in names]
+    found = compute(protocol, arms, kinds, args.root)
+    collect(found, {"preset": preset, **asdict(protocol)}, arms, folder)
 
 
 def _setting(args: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +197,7 @@ def _subjects(args: argparse.Namespace) -> dict[str, Subject]:
     trained = [work / name / last for name, _, _ in setting.models]
     if not all(path.exists() for path in trained):
         for_every_model(train, setting, work, args.root)
-    test = images(setting, args.root, "test").with_(batch_size=100)
+    test = images(setting, args.root, "test").with_(batch_size=PROBE_BATCH)
     if args.quick:
         test = test.subset(200)
     return {
@@ -155,28 +226,12 @@ def _timm_models(args: argparse.Namespace) -> "list[tuple[str, nn.Module, Any]]"
     return found
 
 
-def _load(folder: Path) -> Results:
-    """Return the saved results by kind and model."""
-    results: Results = {}
-    order = ["ResNet", "ViT", ALTERNET[0]]
-    paths = list(folder.glob("*_*.npz"))
-    if not paths:
-        sys.exit(f"{folder} holds no results (KIND_MODEL.npz).")
-    for path in sorted(paths, key=lambda p: _rank(p.stem.split("_", 1)[1], order)):
-        kind, label = path.stem.split("_", 1)
-        results.setdefault(kind, {})[label] = Result.load(path)
-    return results
-
-
-def _rank(label: str, order: Sequence[str]) -> tuple[int, str]:
-    return (order.index(label) if label in order else len(order), label)
-
-
 def _parse(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="default")
     parser.add_argument("--quick", action="store_true", help="the same path in little")
     parser.add_argument("--alternet", action="store_true", help="measure an AlterNet too")
+    parser.add_argument("--seeds", type=int, help="runs of each network of Figures 5 and 12")
     parser.add_argument("--dataset", help="data set instead of the preset's")
     parser.add_argument("--root", help="folder with the data set's own files")
     parser.add_argument("--model", action="append", default=[], metavar="timm:NAME")
@@ -185,4 +240,7 @@ def _parse(description: str) -> argparse.Namespace:
     parser.add_argument("--max-images", type=int, default=1000, help="images of that folder used")
     parser.add_argument("--out", type=Path, help="folder for the figure")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="draw saved results again")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.seeds is not None and (args.seeds < 1 or args.model):
+        parser.error("--seeds must be at least 1, and goes without --model, which is not trained.")
+    return args

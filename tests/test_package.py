@@ -1,5 +1,6 @@
 """The package as a stranger meets it: import, README, examples."""
 
+import json
 import os
 import re
 import subprocess
@@ -144,8 +145,11 @@ def test_later_figures_in_little(figure_1, number):
     assert "agrees |" in table or "undecided |" in table
     for suffix in ("png", "pdf", "html"):
         assert (figure_1 / f"out/{name}.{suffix}").stat().st_size > 5000
-    models = {p.stem.split("_")[1] for p in (figure_1 / "out" / name).glob("*.npz")}
-    assert models == {"ResNet", "ViT"} | ({"AlterNet"} if alternet else set())
+    setting = json.loads((figure_1 / "out" / name / "setting.json").read_text())
+    models = [arm["label"] for arm in setting["arms"]]
+    assert models == ["ResNet", "ViT", "AlterNet"][: 2 + bool(alternet)]
+    files = {p.stem.split("_")[1] for p in (figure_1 / "out" / name).glob("*.npz")}
+    assert files == {f"{number:02d}" for number in range(len(models))}
     if number == 10:
         drawn = run(script, "--draw", f"out/{name}", "--out", "out", cwd=figure_1)
         assert table.strip() in drawn.stdout, drawn.stderr

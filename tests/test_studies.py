@@ -183,9 +183,11 @@ def in_little(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, "reproduce_fig2 --seeds 2", "reproduce_fig10 --seeds 2"])
 def test_a_study_in_little(name, in_little):
-    done = run(str(ROOT / f"examples/{name}.py"), "--quick", "--out", "out", cwd=in_little)
+    name, *arguments = name.split()
+    script = str(ROOT / f"examples/{name}.py")
+    done = run(script, "--quick", *arguments, "--out", "out", cwd=in_little)
     assert done.returncode == 0, done.stderr
     stem = name.removeprefix("reproduce_")
     table = (in_little / f"out/{stem}_claims.md").read_text()
@@ -195,3 +197,40 @@ def test_a_study_in_little(name, in_little):
     page = run(str(ROOT / "examples/summarize_claims.py"), "--figures", "out", cwd=in_little)
     assert page.returncode == 0, page.stderr
     assert f"]({stem}_claims.md)" in (in_little / "out/CLAIMS.md").read_text()
+
+
+def test_runs_of_a_probe_are_averaged_with_the_spread_between_them():
+    mean_over_runs = importlib.import_module("subjects").mean_over_runs
+    data = [(torch.rand(6, 3, 8, 8), torch.arange(6) % 3) for _ in range(2)]
+    runs = {kind: [] for kind in importlib.import_module("comparisons").PROBES}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = landscape.models.resnet20(width=4, num_classes=3)
+        for kind, probe in importlib.import_module("comparisons").PROBES.items():
+            extra = {"mean": 0.0, "std": 1.0} if kind == "frequency" else {}
+            runs[kind].append(probe(model, data, **extra))
+    for kind, quantity, error in (
+        ("variance", "variance", "stderr"),
+        ("cka", "values", "stderr"),
+        ("frequency", "nll", "nll_stderr"),
+        ("lesion", "delta_nll", "delta_nll_stderr"),
+    ):
+        assert mean_over_runs(runs[kind][:1]) is runs[kind][0]
+        mean = mean_over_runs(runs[kind])
+        values = np.array([getattr(run, quantity) for run in runs[kind]])
+        np.testing.assert_allclose(getattr(mean, quantity), values.mean(0))
+        np.testing.assert_allclose(getattr(mean, error), values.std(0, ddof=1) / 3**0.5)
+    mean = mean_over_runs(runs["fourier"])
+    for block, curve in enumerate(mean.delta_log_amplitude):
+        values = np.array([run.delta_log_amplitude[block] for run in runs["fourier"]])
+        np.testing.assert_allclose(curve, values.mean(0))
+        np.testing.assert_allclose(mean.stderr[block], values.std(0, ddof=1) / 3**0.5)
+
+
+def test_claims_over_runs_have_the_interval_of_their_spread():
+    claims = importlib.import_module("claims")
+    alone = claims.estimated(0.5, 0.1)
+    assert claims.over_runs([alone]) is alone
+    of_three = claims.over_runs([claims.estimated(value, 9.0) for value in (0.4, 0.5, 0.6)])
+    assert of_three.value == pytest.approx(0.5)
+    assert of_three.high - of_three.value == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)

@@ -208,7 +208,7 @@ def test_a_figure_of_a_timm_model_on_a_folder_of_images(tmp_path):
     done = run(script, *arguments, "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resnet10t Convs" in done.stdout
-    assert (tmp_path / "out/fig9/variance_resnet10t.npz").exists()
+    assert (tmp_path / "out/fig9/variance_00_0.npz").exists()
     refused = run(script, "--model", "timm:resnet10t", cwd=tmp_path)
     assert refused.returncode != 0
     assert "needs --weights" in refused.stderr
