@@ -201,7 +201,7 @@ def test_a_study_in_little(name, in_little):
 
 def test_runs_of_a_probe_are_averaged_with_the_spread_between_them():
     mean_over_runs = importlib.import_module("subjects").mean_over_runs
-    data = [(torch.rand(6, 3, 8, 8), torch.arange(6) % 3) for _ in range(2)]
+    data = [(torch.rand(6, 3, 32, 32), torch.arange(6) % 3) for _ in range(2)]
     runs = {kind: [] for kind in importlib.import_module("comparisons").PROBES}
     for seed in range(3):
         torch.manual_seed(seed)
