@@ -205,7 +205,7 @@ def test_runs_of_a_probe_are_averaged_with_the_spread_between_them():
     runs = {kind: [] for kind in importlib.import_module("comparisons").PROBES}
     for seed in range(3):
         torch.manual_seed(seed)
-        model = landscape.models.resnet20(width=4, num_classes=3)
+        model = landscape.models.vit_nano(dim=12, depth=2, heads=2, num_classes=3)
         for kind, probe in importlib.import_module("comparisons").PROBES.items():
             extra = {"mean": 0.0, "std": 1.0} if kind == "frequency" else {}
             runs[kind].append(probe(model, data, **extra))
