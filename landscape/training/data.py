@@ -10,6 +10,7 @@ Augmentation, if any, acts on the bytes of a batch before normalisation: `x = (b
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -314,6 +315,8 @@ def _check(data: DeviceImages) -> None:
             raise ValueError(
                 f"`{name}` must have one value a channel ({images.shape[1]}), got {len(values)}."
             )
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(f"`{name}` must be finite, got {tuple(values)}.")
     if min(data.std) <= 0:
         raise ValueError(f"`std` must be positive, got {tuple(data.std)}.")
     check_count("batch_size", data.batch_size, 1)

@@ -50,10 +50,17 @@ class LabelSmoothing:
                 f"`y` must be class indices (n,), got {y.dtype} of shape {tuple(y.shape)}; apply "
                 "LabelSmoothing once."
             )
+        if y.device.type == "cpu" and len(y):  # looking would make the host wait for a GPU
+            first, last = (int(end) for end in torch.aminmax(y))
+            if first < 0 or last >= self.num_classes:
+                raise ValueError(
+                    "`y` must be class indices from 0 to num_classes - 1 = "
+                    f"{self.num_classes - 1}, got {first} to {last}."
+                )
         dtype = x.dtype if x.is_floating_point() else torch.float32
         low = self.smoothing / self.num_classes
         target = torch.full((len(y), self.num_classes), low, dtype=dtype, device=y.device)
-        return x, target.scatter_(1, y.unsqueeze(1), 1 - self.smoothing + low)
+        return x, target.scatter_(1, y.long().unsqueeze(1), 1 - self.smoothing + low)
 
 
 @dataclass(frozen=True)

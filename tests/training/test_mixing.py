@@ -256,3 +256,12 @@ def test_bad_settings_are_refused():
         LabelSmoothing(10, 1.1)
     with pytest.raises(ValueError, match="`y` must be class indices .* apply LabelSmoothing once"):
         LabelSmoothing(3)(torch.zeros(2, 1, 2, 2), torch.zeros(2, 3), generator())
+    with pytest.raises(ValueError, match="from 0 to num_classes - 1 = 2, got -100 to 3"):
+        LabelSmoothing(3)(torch.zeros(2, 1, 2, 2), torch.tensor([-100, 3]), generator())
+
+
+def test_labels_of_any_integer_type_are_smoothed():
+    x, y = torch.zeros(3, 1, 2, 2), torch.tensor([2, 0, 1])
+    expected = LabelSmoothing(3)(x, y, generator())[1]
+    for dtype in (torch.uint8, torch.int32):
+        torch.testing.assert_close(LabelSmoothing(3)(x, y.to(dtype), generator())[1], expected)
