@@ -31,7 +31,7 @@ class Eigenpairs(Result):
         converged: Whether each estimate is at most `tol` times |θ|, shape `(k,)`.
         which: Which end of the spectrum.
         num_matvecs: Products that were spent.
-        vectors: Unit eigenvectors, one a row, shape `(k, dim)`, where they were asked for.
+        vectors: Unit eigenvectors, one per row, shape `(k, dim)`, where they were asked for.
         miss: Bound on the probability that a value is missing, over the random start vectors: the
             one admitted, or more where the search ended before; 1 where it was not looked for.
     """
@@ -47,7 +47,11 @@ class Eigenpairs(Result):
 
 
 def warn_unconverged(
-    converged: list[np.ndarray], num_matvecs: float, tol: float, remedy: str = "raise `max_iter`"
+    converged: list[np.ndarray],
+    num_matvecs: float,
+    tol: float,
+    remedy: str = "raise `max_iter`",
+    stacklevel: int = 3,
 ) -> None:
     """Warn once where some pair has not converged."""
     flags = np.concatenate([c.ravel() for c in converged])
@@ -55,7 +59,7 @@ def warn_unconverged(
         warnings.warn(
             f"{int((~flags).sum())} of {len(flags)} eigenpairs have not converged to {tol:g} in "
             f"{num_matvecs:g} products; {remedy}. The residuals tell how far they are.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -66,8 +66,8 @@ class CurvatureOperator(SymmetricOperator):
     def _set_frozen(self, frozen: FrozenObjective) -> None:
         if frozen.recomputes:
             raise ValueError(
-                "`model` must not compute its activations again, got gradient checkpointing; "
-                "switch it off, in timm by `model.set_grad_checkpointing(False)`."
+                "`model` must not use gradient checkpointing, which computes activations again; "
+                "turn it off (in timm: `model.set_grad_checkpointing(False)`)."
             )
         self.frozen = frozen
         space = frozen.space
@@ -77,11 +77,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _setup(self) -> None:
         """Prepare what is kept between products; refuse a loss that is not finite."""
-        losses = []
-        with torch.no_grad():
-            for batch in self.frozen.batches:
-                losses.append(self.frozen.data_term(self.frozen.space.values, batch))
-        check_finite_losses(losses)
+        check_finite(self.frozen)
 
 
 class HessianOperator(CurvatureOperator):
@@ -190,7 +186,7 @@ class HessianOperator(CurvatureOperator):
                 if self.bytes_per_sample * batch.size <= budget:
                     self._graphs.append(graph)
                     budget -= int(self.bytes_per_sample * batch.size)
-        check_finite_losses(losses)
+        _check_finite_losses(losses)
 
     def _repeated(self) -> Repeated:
         """Return what multiplies with the graphs that are kept, and holds no reference to this."""
@@ -280,12 +276,23 @@ def warn_independent() -> None:
     """Warn of a loss in which none of the chosen parameters appears."""
     warnings.warn(
         "The loss depends on none of the chosen parameters, so its curvature is zero. If it "
-        "should, take `no_grad`, `inference_mode` and `detach` out of the model.",
+        "should depend on them, remove `no_grad`, `inference_mode` and `detach` from the model.",
         stacklevel=2,
     )
 
 
-def check_finite_losses(losses: list[Tensor]) -> None:
+def check_finite(frozen: FrozenObjective) -> None:
+    """Refuse NaN and infinite batch losses; a forward pass over the data.
+
+    Raises:
+        ValueError: If one is not finite.
+    """
+    with torch.no_grad():
+        losses = [frozen.data_term(frozen.space.values, batch) for batch in frozen.batches]
+    _check_finite_losses(losses)
+
+
+def _check_finite_losses(losses: list[Tensor]) -> None:
     """Refuse NaN and infinite batch losses.
 
     Raises:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from landscape._checks import check_count
 from landscape.batches import PreparedBatch
-from landscape.linalg.eigenpairs import Eigenpairs, error_estimates
+from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, warn_unconverged
 from landscape.linalg.gradient import twice_differentiable
 from landscape.linalg.hessian import HessianOperator
 from landscape.linalg.krylov import RitzPairs
@@ -41,6 +41,9 @@ from landscape.probes.hessian import HessianSpectrum
 from landscape.provenance import provenance
 
 _DENSITY_STEPS = 100  # PyHessian's own default
+
+REMEDY = 'PyHessian stops on the change of a value, `engine="native"` on residuals'
+"""What to do about pairs that have not converged."""
 
 
 def spectrum(
@@ -89,7 +92,7 @@ def spectrum(
         measure = _density(run.engine, steps, num_probes, operator.dim) if density else None
         num_hvps = run.num_matvecs
     pairs, asymmetry = _checked(operator, found, tol, spent, vectors)
-    warn_unconverged([pairs.converged], spent, tol, stacklevel=4)
+    warn_unconverged([pairs.converged], spent, tol, REMEDY, stacklevel=4)
     return HessianSpectrum(
         largest=_part(pairs, pairs.values >= 0, "LA"),
         smallest=_part(pairs, pairs.values < 0, "SA"),
@@ -142,20 +145,6 @@ def top_eigenpairs(
         found = run.engine.eigenvalues(maxIter=max_iter, tol=tol, top_n=k)
         spent = run.num_matvecs
     return _checked(operator, found, tol, spent, vectors=False)[0]
-
-
-def warn_unconverged(
-    converged: list[np.ndarray], num_matvecs: float, tol: float, stacklevel: int = 3
-) -> None:
-    """Warn once where a pair of PyHessian's has an error estimate above `tol`."""
-    flags = np.concatenate([c.ravel() for c in converged])
-    if not flags.all():
-        warnings.warn(
-            f"{int((~flags).sum())} of {len(flags)} eigenpairs of PyHessian have an error estimate "
-            f"above {tol:g} after {num_matvecs:g} products: it stops on the change of a value. "
-            'The residuals tell how far they are; engine="native" stops on them.',
-            stacklevel=stacklevel,
-        )
 
 
 class _Loss(nn.Module):

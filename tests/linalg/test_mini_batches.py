@@ -6,11 +6,10 @@ from torch import nn
 
 import landscape
 from landscape import HessianOperator, Objective, recording
-from landscape.linalg import recorded_hessian
+from landscape.linalg import lock_step, recorded_hessian
 from landscape.linalg.gradient import GradientGraph
 from landscape.linalg.mini_batches import MiniBatchHessian
 from landscape.models import create_model
-from landscape.probes import hessian_max
 from tests.cases import Replayed, Stream, assert_untouched, make_batches, make_model, snapshot
 
 OBJECTIVE = Objective(weight_decay=0.05)
@@ -179,7 +178,7 @@ def test_the_next_mini_batch_takes_the_place_of_one_that_is_done(monkeypatch):
             loaded.append(self)
             super().load(batch)
 
-    monkeypatch.setattr(hessian_max, "MiniBatchHessian", Noted)
+    monkeypatch.setattr(lock_step, "MiniBatchHessian", Noted)
     result = landscape.hessian_max_spectrum(model, [hard, *[easy] * 6], group=2)
     assert len(loaded) == 7
     assert loaded[2] is loaded[1] is not loaded[0]
@@ -218,7 +217,7 @@ def test_without_memory_for_all_fewer_go_on(monkeypatch, fits):
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().matvec(v)
 
-    monkeypatch.setattr(hessian_max, "MiniBatchHessian", Large)
+    monkeypatch.setattr(lock_step, "MiniBatchHessian", Large)
     result = landscape.hessian_max_spectrum(model, batches, group=4)
     np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-3)
     assert result.provenance.settings["group"] == min(4, fits)
@@ -239,7 +238,7 @@ def test_the_last_one_out_of_memory_is_taken_up_again(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().matvec(v)
 
-    monkeypatch.setattr(hessian_max, "MiniBatchHessian", Failing)
+    monkeypatch.setattr(lock_step, "MiniBatchHessian", Failing)
     result = landscape.hessian_max_spectrum(model, batches, group=2)
     assert Failing.failed
     np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-3)
@@ -250,7 +249,7 @@ def test_out_of_memory_for_one_alone_is_raised(monkeypatch):
         def matvec(self, v):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(hessian_max, "MiniBatchHessian", Huge)
+    monkeypatch.setattr(lock_step, "MiniBatchHessian", Huge)
     with pytest.raises(torch.OutOfMemoryError):
         landscape.hessian_max_spectrum(make_model("conv"), make_batches((4, 4)), group=2)
 
