@@ -1,4 +1,4 @@
-"""Figures 2a, 8, 9 and 10 of Park & Kim (2022) in the style of a paper: a column a model.
+"""Figures 2a, 8, 9 and 10 of Park & Kim (2022) in the style of a paper: a column per model.
 
 Every function returns a `matplotlib.figure.Figure` that no global state knows of: save it with
 `figure.savefig(path)`; there is nothing to close.
@@ -69,7 +69,7 @@ def figure2a(results: "Mapping[str, FourierAmplitude]") -> Figure:
 def figure2(
     amplitudes: "Mapping[str, FourierAmplitude]", curves: "Mapping[str, RobustnessCurve]"
 ) -> Figure:
-    """Draw Fourier amplitudes, a panel a model, beside the robustness to noise by frequency.
+    """Draw Fourier amplitudes, a panel per model, beside the robustness to noise by frequency.
 
     With three models or more the robustness stands below the panels.
 

@@ -88,7 +88,7 @@ def figure1b(results: "Trajectories") -> Figure:
 
 
 def figure1c(results: "Spectra") -> Figure:
-    """Draw Hessian max eigenvalue spectra: a row an epoch, the halves apart, models overlaid.
+    """Draw Hessian max eigenvalue spectra: a row per epoch, the halves apart, models overlaid.
 
     Each half has one scale of eigenvalues for all epochs, logarithmic in both where one spectrum
     spreads far. Densities fill the height of their panel; their areas are the NEP and its

@@ -221,7 +221,7 @@ def common_norm(named: "Mapping[str, AdversarialRobustness]") -> str:
     """
     norms = sorted({result.norm for result in named.values()})
     if len(norms) > 1:
-        raise ValueError(f"`result` must share one norm, got {norms}; draw them apart.")
+        raise ValueError(f"`result` must share one norm, got {norms}; draw them separately.")
     return norms[0]
 
 

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 def run_columns(values: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> Axes:
-    """Draw one column a label: its runs as points, their mean with its 95 % interval.
+    """Draw one column per label: its runs as points, their mean with its 95 % interval.
 
     Labels that are longer than their columns are aslant, and shortened in their middle.
 
     Args:
-        values: One value a run, `(runs,)`, by label; model families decide the colours.
+        values: One value per run, `(runs,)`, by label; model families decide the colours.
         ax: Axes to draw on; fresh ones by default.
 
     Returns:
@@ -70,7 +70,7 @@ def run_curves(
 
     Args:
         x: Where the points are, `(points,)`; categories are placed by `range`.
-        values: One value a run, `(points, runs)`.
+        values: One value per run, `(points, runs)`.
         label: Label of the curve; its model family decides the colour.
         ax: Axes to draw on; fresh ones by default.
         **line: Passed to `Axes.plot` for the curve.
@@ -95,7 +95,7 @@ def run_curves(
 
 
 def spectra_over_runs(results: "Runs") -> Figure:
-    """Draw Hessian max eigenvalue spectra of several runs a network (Park & Kim, 2022, Fig. 4).
+    """Draw Hessian max eigenvalue spectra of several runs per network (Park & Kim, 2022, Fig. 4).
 
     The eigenvalues of all runs of a network are drawn as one spectrum, negative and positive
     halves apart; beside them stand NEP and APE of every run, with mean and 95 % interval over runs.
@@ -178,8 +178,16 @@ def pool_runs(spectra: "Sequence[HessianMaxSpectrum]") -> "HessianMaxSpectrum":
         nep_interval=(nep_ends[0], nep_ends[1]),
         ape=ape,
         ape_interval=(ape_ends[0], ape_ends[1]),
+        errors=_joined([spectrum.errors for spectrum in spectra]),
+        miss=_joined([spectrum.miss for spectrum in spectra]),
         num_hvps=sum(spectrum.num_hvps for spectrum in spectra),
     )
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Return the rows of all runs; `None` where a run has none."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 def draw_mean(ax: Axes, x: float, runs: ArrayLike, *, color: str) -> None:
@@ -188,7 +196,7 @@ def draw_mean(ax: Axes, x: float, runs: ArrayLike, *, color: str) -> None:
     Args:
         ax: Axes to draw on.
         x: Where.
-        runs: One value a run, `(runs,)`.
+        runs: One value per run, `(runs,)`.
         color: Colour of mark and bar.
     """
     mean, low, high = mean_interval(runs)

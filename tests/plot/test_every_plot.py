@@ -191,6 +191,14 @@ def test_other_results_are_refused_by_the_name_of_what_is_drawn(name):
         getattr(plot, name)({"a": other})
 
 
+@pytest.mark.parametrize("name", plot.interactive.__all__)
+def test_interactive_drawings_refuse_other_results_too(name):
+    other = surface() if name == "build_up" else build_up()
+    for wrong in (other, None):
+        with pytest.raises(TypeError, match=f"`result` must be a .*, got {type(wrong).__name__}"):
+            getattr(plot.interactive, name)(wrong)
+
+
 def test_every_drawing_of_a_result_calls_it_so():
     drawings = [getattr(plot, name) for name in [*ONE, *SEVERAL]]
     drawings += [getattr(plot.interactive, name) for name in plot.interactive.__all__]

@@ -1,5 +1,7 @@
 """Drawings of several runs: every run is there, the mean and its interval are right."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -76,6 +78,14 @@ def test_pooled_runs_hold_all_mini_batches_and_the_spread_between_runs():
     assert (pooled.nep, *pooled.nep_interval) == pytest.approx(mean_interval([0.5, 0.25]))
     assert (pooled.ape, *pooled.ape_interval) == pytest.approx(mean_interval([3.0, 4.0]))
     assert pooled.num_hvps == 20
+    assert pooled.errors is None  # one of them has none
+    runs = [
+        replace(run, errors=run.residuals + i, miss=np.full(len(run.residuals), i / 100))
+        for i, run in enumerate(runs)
+    ]
+    pooled = pool_runs(runs)
+    np.testing.assert_array_equal(pooled.errors, [[0, 0], [1, 1], [1, 1]])
+    np.testing.assert_array_equal(pooled.miss, [0, 0.01, 0.01])
     with pytest.raises(ValueError, match="at least one spectrum"):
         pool_runs([])
 

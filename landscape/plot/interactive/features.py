@@ -1,6 +1,6 @@
 """What blocks do to a signal, as plotly figures whose points tell the names of the blocks.
 
-A panel a model, on one scale; plotly is imported when called.
+A panel per model, on one scale; plotly is imported when called.
 """
 
 from collections.abc import Mapping
@@ -35,11 +35,12 @@ def fourier_amplitude(result: "FourierAmplitude | Mapping[str, FourierAmplitude]
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(result)
+    by_label = style.named(result, "FourierAmplitude")
     figure = _panels(by_label)
     colors = features.depth_map()
     for column, one in enumerate(by_label.values(), start=1):
@@ -83,9 +84,10 @@ def fourier_depth(result: "FourierAmplitude | Mapping[str, FourierAmplitude]") -
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty.
     """
-    by_label = style.named(result)
+    by_label = style.named(result, "FourierAmplitude")
     values = {name: (each.highest, each.highest_stderr) for name, each in by_label.items()}
     figure = _against_depth(by_label, values)
     figure.update_yaxes(title_text=f"{_AMPLITUDE} at π", col=1)
@@ -105,9 +107,10 @@ def feature_variance(
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty.
     """
-    by_label = style.named(result)
+    by_label = style.named(result, "FeatureVariance")
     values = {name: (each.variance, each.stderr) for name, each in by_label.items()}
     figure = _against_depth(by_label, values)
     figure.update_yaxes(type="log" if log else "linear", rangemode="normal" if log else "tozero")
@@ -125,11 +128,12 @@ def cka(result: "CKA | Mapping[str, CKA]") -> "Figure":
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(result)
+    by_label = style.named(result, "CKA")
     figure = _panels(by_label, shared=False)
     for column, one in enumerate(by_label.values(), start=1):
         rows, columns = one.blocks_a.names, one.blocks_b.names
@@ -172,11 +176,12 @@ def lesion_study(result: "LesionStudy | Mapping[str, LesionStudy]") -> "Figure":
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(result)
+    by_label = style.named(result, "LesionStudy")
     figure = _panels(by_label)
     shown: set[str] = set()
     for column, one in enumerate(by_label.values(), start=1):

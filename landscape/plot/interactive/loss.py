@@ -48,12 +48,13 @@ def loss_surface(
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If a quantity was not evaluated, or `result` or `quantities` is empty.
     """
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
 
-    named = style.named(result)
+    named = style.named(result, "LossSurface")
     if not quantities:
         raise ValueError("`quantities` must name at least one quantity, got none.")
     titles = [_title(name, one, quantities) for name, one in named.items()]
@@ -95,11 +96,12 @@ def polar_trajectory(result: "PolarTrajectory | Mapping[str, PolarTrajectory]") 
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    named = style.named(result)
+    named = style.named(result, "PolarTrajectory")
     styles = style.line_styles(named)
     figure = go.Figure()
     for name, one in named.items():
@@ -133,11 +135,12 @@ def hessian_max_spectrum(
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty.
     """
     from plotly.subplots import make_subplots
 
-    named = style.named(result)
+    named = style.named(result, "HessianMaxSpectrum")
     styles = style.line_styles(named)
     figure = make_subplots(1, 2, subplot_titles=["negative half", "positive half"])
     signs: tuple[tuple[int, Literal[-1, 1]], ...] = ((1, -1), (2, 1))

@@ -49,11 +49,12 @@ def frequency_robustness(
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(result)
+    by_label = style.named(result, "RobustnessCurve")
     common, labels = legend_entries(by_label, clean_entry, noise_of)
     figure = go.Figure()
     for name, one in by_label.items():
@@ -90,11 +91,12 @@ def adversarial_robustness(
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty, or mixes norms.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(result)
+    by_label = style.named(result, "AdversarialRobustness")
     norm = common_norm(by_label)
     common, labels = legend_entries(by_label, clean_entry, attack_of)
     figure = go.Figure()
@@ -129,11 +131,12 @@ def reliability_diagram(result: "Evaluation | Mapping[str, Evaluation]") -> "Fig
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
 
-    by_label = style.named(result)
+    by_label = style.named(result, "Evaluation")
     common, labels = legend_entries(by_label, ece_entry, sample_size)
     figure = go.Figure()
     diagonal = {"color": "#737373", "dash": "dash", "width": 1}
@@ -182,12 +185,13 @@ def corruption_robustness(
         The plotly figure.
 
     Raises:
+        TypeError: If a result is of another kind.
         ValueError: If `result` is empty.
     """
     from plotly import graph_objects as go
     from plotly.subplots import make_subplots
 
-    by_label = style.named(result)
+    by_label = style.named(result, "CorruptionRobustness")
     titles = [
         f"{name}: {corruption_title(one)}" if name else corruption_title(one)
         for name, one in by_label.items()
