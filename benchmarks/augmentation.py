@@ -1,4 +1,4 @@
-"""How many images a second: batched augmentation against a per-sample PIL pipeline.
+"""How many images per second: batched augmentation against a per-sample PIL pipeline.
 
 Both do the paper's chain on 32×32×3 images, padded crop, flip, RandAugment (m9, n2, mstd1.0,
 bilinear), normalisation, and yield float32 batches of 128: `DeviceImages` with tensor operations

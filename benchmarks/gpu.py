@@ -254,7 +254,7 @@ def gradients(model: nn.Module, batches: list[Batch]) -> None:
 
 
 def mini_batches(subject: Subject, *, quick: bool) -> dict[str, Any]:
-    """Return W5: seconds a mini-batch of each way, and how far its values are from exact ones.
+    """Return W5: seconds per mini-batch of each way, and how far its values are from exact ones.
 
     In each of two turns all mini-batches go side by side, in float32 and in TF32, two of them one
     by one, and one through PyHessian, again only if that was quick.

@@ -1,4 +1,4 @@
-"""What the training core gains: images a second of the data path, and models trained at once.
+"""What the training core gains: images per second of the data path, and models trained at once.
 
 Data path: the paper's augmentation batched on resident bytes against a `DataLoader` over PIL, as in
 `benchmarks/augmentation.py`. Ensemble: `fit_ensemble` with `method="vmap"` against `method="loop"`,
@@ -51,7 +51,7 @@ MEMBER_STEPS = 8  # of all members together in an epoch, at least one each
 
 
 def data_path(data: DeviceImages, rounds: int) -> dict[str, Any]:
-    """Return images a second of the batched and of the PIL pipeline, one pass each in turn."""
+    """Return images per second of the batched and of the PIL pipeline, one pass each in turn."""
     augment = Compose([RandomCrop(4), HorizontalFlip(), RandAugment(fill=augmentation.FILL)])
     images = augmentation.PILImages(data, augmentation.pil_augment)
     loader = DataLoader(images, data.batch_size, shuffle=True)

@@ -35,7 +35,7 @@ def find(operator: HessianOperator, seed: int, start: Any = None) -> Eigenpairs:
 
 
 def follow(name: str, every: int, checkpoints: int, starts: int) -> list[dict[str, Any]]:
-    """Return one row a checkpoint."""
+    """Return one row per checkpoint."""
     model = workloads.trained(name, steps=200)
     data = workloads.batches(1, 64)
     training = workloads.batches(every * checkpoints, 64)

@@ -194,7 +194,7 @@ def draw_build_ups(
     Args:
         ax: Axes to draw on.
         walks: The build-up of each seed.
-        scores: Predictions for the validation images, one a seed, by MSAs per stage.
+        scores: Predictions for the validation images, one per seed, by MSAs per stage.
     """
     fates = [_fates(table) for table in walks]
     offsets = 0.5 * (np.arange(len(walks)) / max(len(walks) - 1, 1) - 0.5)

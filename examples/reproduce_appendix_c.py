@@ -62,7 +62,7 @@ def arms(preset: str) -> Sequence[Arm]:
 
 
 def draw(results: Results) -> Figure:
-    """Draw NEP above APE, a column an axis."""
+    """Draw NEP above APE, a column per axis."""
     axes = axes_of(results)
     with mpl.rc_context(style.rc()):
         figure = Figure(figsize=(style.TEXT_WIDTH, 2.9))

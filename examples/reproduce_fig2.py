@@ -6,7 +6,7 @@
     python examples/reproduce_fig2.py --model timm:vit_tiny_patch16_224 --weights vit.pth \
         --model timm:resnet50 --weights resnet.pth --images imagenet/val
 
-(a) Fourier amplitudes of the feature maps, a curve a block: MSAs are low-pass filters, Convs
+(a) Fourier amplitudes of the feature maps, a curve per block: MSAs are low-pass filters, Convs
 high-pass. (b) Accuracy lost to noise of one frequency: ViT is hurt by low, ResNet by high ones.
 """
 

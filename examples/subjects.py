@@ -113,7 +113,7 @@ def mean_over_runs(runs: Sequence[Result]) -> Result:
     """Return the mean of several runs' results, with standard errors of the spread between them.
 
     Args:
-        runs: Results of one probe, one a run; blocks are those of the same network.
+        runs: Results of one probe, one per run; blocks are those of the same network.
 
     Returns:
         The first of them with every quantity that has a standard error averaged. One alone is
@@ -130,7 +130,7 @@ def mean_over_runs(runs: Sequence[Result]) -> Result:
             names = {each.name for each in fields(runs[0])}
             (quantity,) = names & {"delta_log_amplitude", "variance", "values"}
         values = [getattr(run, quantity) for run in runs]
-        if isinstance(values[0], tuple):  # a curve a block, each of a length of its own
+        if isinstance(values[0], tuple):  # a curve per block, each of a length of its own
             pairs = [_mean_and_error(block) for block in zip(*values, strict=True)]
             averaged[quantity], averaged[field.name] = zip(*pairs, strict=True)
         else:

@@ -108,7 +108,7 @@ def _setting(setting: dict[str, Any]) -> str:
 
 def _training(setting: dict[str, Any]) -> str:
     seeds = setting.get("seeds")
-    runs = f"{seeds} runs a network" if seeds else "one run a network"
+    runs = f"{seeds} runs per network" if seeds else "one run per network"
     return f"{setting['epochs']} epochs ({setting['warmup_epochs']} of warm-up), {runs}"
 
 

@@ -107,7 +107,7 @@ def for_every_model(function: Work, setting: Setting, work: Path, root: str | No
         for index in range(len(setting.models)):
             function(setting, index, work, root)
         return
-    # Small models keep one core busy, not two: one process a model, half the cores each.
+    # Small models keep one core busy, not two: one process per model, half the cores each.
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // len(setting.models))
     workers = []

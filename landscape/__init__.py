@@ -122,7 +122,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what probes do not need when it is asked for: `landscape.plot` and its like."""
+    """Import `landscape.models`, `.plot` or `.training` on first use; probes need none of them."""
     if name in ("models", "plot", "training"):
         return import_module(f"landscape.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

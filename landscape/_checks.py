@@ -24,10 +24,10 @@ def check_at_least(name: str, value: float, minimum: float) -> None:
 
 
 def check_count(name: str, value: object, minimum: int) -> None:
-    """Refuse what is no whole number, or below its minimum.
+    """Refuse a value that is not a whole number, or is below its minimum.
 
     Raises:
-        ValueError: If `value` is one of these.
+        ValueError: If it is either.
     """
     try:
         whole = operator.index(value)  # type: ignore[arg-type]
@@ -119,8 +119,8 @@ def check_python(model: torch.nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             where = f" in {name!r}" if name else ""
             raise TypeError(
-                f"`model` must be Python all through, got TorchScript{where}; pass the module "
-                "that it was made of."
+                f"`model` must be plain Python throughout, got TorchScript{where}; pass the "
+                "module that it was made from."
             )
 
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 @contextmanager
 def locked(thing: object) -> Iterator[None]:
-    """Let other threads wait that want the same object; a thread that has it may enter again."""
+    """Make other threads wait that want the same object; a thread that has it may enter again."""
     with _guard:
         lock = _locks.setdefault(thing, threading.RLock())
     with lock:

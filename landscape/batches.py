@@ -28,7 +28,7 @@ Transform = Callable[[Any, Any, torch.Generator], tuple[Any, Any]]
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
 _CHANGED = (
-    "`data` must yield the same batches at every pass, got another batch {} than before; "
+    "`data` must yield the same batches at every pass, but batch {} differs from before; "
     "use shuffle=False and move random augmentation to `Objective(transform=…)`."
 )
 
@@ -61,7 +61,7 @@ class FrozenBatches:
     Attributes:
         num_samples: Number of samples over all batches.
         num_batches: Number of batches that count.
-        num_drawn: Number of all, those without a sample or label that counts too.
+        num_drawn: Number of all, also of those without a sample or label that counts.
         label_range: Smallest and largest integer label that is not ignored, or `None`.
     """
 
@@ -302,16 +302,21 @@ def argument_names(model: nn.Module) -> tuple[str, ...]:
         return ()
 
 
+def call_on(function: Callable[..., Any], inputs: Inputs) -> Any:
+    """Return what a function of the model's arguments returns for the inputs of a batch."""
+    return function(**inputs) if isinstance(inputs, Mapping) else function(inputs)
+
+
 def rows_of(
     inputs: Inputs, size: int, rows: slice | Tensor, names: Collection[str] | None = None
 ) -> Any:
     """Return some samples of the inputs of a batch.
 
     Args:
-        inputs: A tensor, or keyword arguments; what does not have a row a sample is left whole.
+        inputs: A tensor, or keyword arguments; what does not have a row per sample is left whole.
         size: Number of samples.
         rows: Which of them, a slice or indices.
-        names: Of a mapping, which entries may have a row a sample; by default those as long.
+        names: Of a mapping, which entries may have a row per sample; by default those as long.
     """
     if isinstance(inputs, Mapping):
         return {
@@ -356,8 +361,8 @@ def check_unchanged(inputs: Inputs, versions: list[int]) -> None:
     """
     if versions_of(inputs) != versions:
         raise ValueError(
-            "`model` must leave its input as it is, got one that it has changed in place; begin "
-            "its forward pass with `x = x.clone()`."
+            "`model` must not modify its input in place, but does; begin its forward pass with "
+            "`x = x.clone()`."
         )
 
 
@@ -379,8 +384,8 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
         if isinstance(raw, Sequence):
             got += f" of {len(raw)} items"
         raise TypeError(
-            f"`data` must yield (x, y) or a mapping, got a {got} as batch {index}; choose in a "
-            "`collate_fn` what model and loss take, or pass a list of such pairs."
+            f"`data` must yield (x, y) or a mapping, got a {got} as batch {index}; use a "
+            "`collate_fn` that keeps what model and loss take, or pass a list of such pairs."
         )
     for value in [targets, *([inputs] if not isinstance(inputs, Mapping) else [])]:
         if value is not None and not isinstance(value, Tensor):

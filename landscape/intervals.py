@@ -15,7 +15,7 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float,
     degrees of freedom: 4.30 for three runs, where a normal one would have 1.96.
 
     Args:
-        values: One value a run, `(n,)`.
+        values: One value per run, `(n,)`.
         level: Probability that the interval is to have.
 
     Returns:

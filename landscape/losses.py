@@ -33,6 +33,21 @@ def loss_settings(loss: Any) -> tuple[Tensor | None, int, str]:
     return None, -100, str(getattr(loss, "reduction", "mean"))
 
 
+def check_reduction(loss: Any) -> None:
+    """Refuse a loss that says of itself that it takes no mean.
+
+    Raises:
+        ValueError: If its `reduction` is another. The user's own module may keep such a setting and
+            take the mean itself.
+    """
+    reduction = loss_settings(loss)[2]
+    own = isinstance(loss, nn.Module) and not type(loss).__module__.startswith("torch.")
+    if reduction not in ("mean", "batchmean") and not own:
+        raise ValueError(
+            f"`loss` must reduce by 'mean' over samples, got reduction={reduction!r}; leave it out."
+        )
+
+
 def is_classification(loss: Any) -> bool:
     """Whether `loss` is a cross-entropy, whose integer targets are class labels."""
     loss = _bare(loss)
@@ -47,18 +62,15 @@ def is_elementwise(loss: Any) -> bool:
     return loss in _ELEMENTWISE or isinstance(loss, _ELEMENTWISE_MODULES)
 
 
-def compares_entries(loss: Any) -> bool:
-    """Whether `loss` makes no softmax of the outputs, as regression and binary losses."""
+def is_binary(loss: Any) -> bool:
+    """Whether `loss` is a binary cross-entropy, entry by entry."""
     loss = _bare(loss)
-    return (
-        is_elementwise(loss)
-        or loss in (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
-        or isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss)
-    )
+    functions = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+    return loss in functions or isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss)
 
 
 def makes_no_softmax(loss: Any) -> bool:
-    """Whether `loss` is one of PyTorch's other than a cross-entropy."""
+    """Whether `loss` is one of PyTorch's, and not a cross-entropy of a softmax."""
     loss = _bare(loss)
     named = getattr(F, getattr(loss, "__name__", ""), None)
     own = type(loss).__module__.startswith("torch.nn.") if isinstance(loss, nn.Module) else False

@@ -31,6 +31,7 @@ from landscape.batches import (
     PreparedBatch,
     Transform,
     argument_names,
+    call_on,
     check_unchanged,
     rows_of,
     versions_of,
@@ -38,6 +39,7 @@ from landscape.batches import (
 from landscape.losses import (
     Loss,
     amount_averaged,
+    check_reduction,
     for_loss,
     is_classification,
     loss_settings,
@@ -91,11 +93,7 @@ class Objective:
                 f"`loss` must be a function of outputs and targets, or None, got {self.loss!r}; "
                 "make a module of a class, as in `nn.CrossEntropyLoss()`."
             )
-        reduction = loss_settings(self.loss)[2]
-        if reduction not in ("mean", "batchmean"):
-            raise ValueError(
-                f"`loss` must reduce by 'mean' over samples, got reduction={reduction!r}."
-            )
+        check_reduction(self.loss)
 
     def describe(self) -> str:
         """Return the objective in one line, for `Provenance`."""
@@ -127,7 +125,8 @@ class Objective:
 
         Returns:
             The frozen objective, after one pass over the data, a forward pass of one batch, two of
-            16 of its samples (a second one of all in a batch of up to 32), and one of two.
+            16 of its samples (a second one of all in a batch of up to 32), one of two, and one of
+            up to 16 samples of a second batch.
         """
         return FrozenObjective(self, model, data, keep_bytes, check_mean)
 
@@ -313,12 +312,8 @@ class FrozenObjective:
         return for_loss(self.objective.loss, outputs), batch.targets[few]
 
     def _call(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
-        # Buffers are cloned: a module that writes to its own must not move this objective.
-        buffers = {name: t.clone() for name, t in self.space.buffers.items()}
-        state = {**self.space.fixed, **buffers, **parameters}
-        if isinstance(inputs, Mapping):
-            return call_with(self.model, state, **inputs)
-        return call_with(self.model, state, inputs)
+        state = self.space.state(parameters)
+        return call_on(functools.partial(call_with, self.model, state), inputs)
 
     def _call_with_gradient(self, inputs: Inputs, size: int) -> None:
         """Call the model on two samples, or on all where it wants them."""
@@ -334,7 +329,7 @@ class FrozenObjective:
     def _check_repeatable(self, once: Tensor, inputs: Inputs, size: int) -> None:
         values, awake = self.space.values, self.space.awake
         few = [rows_of(inputs, size, slice(0, trial.FEW))] if size > 2 * trial.FEW else []
-        # Who wants batches of one size is called with all again.
+        # A model that needs batches of one size is called with all of it again.
         for rows in few if awake is values else [*few, inputs]:
             with suppress(Exception):
                 once = self.logits(awake, rows)
@@ -376,7 +371,7 @@ def as_logits(outputs: Any) -> Tensor:
 
 def predict(model: nn.Module, inputs: Inputs) -> Tensor:
     """Return the outputs of a model for one batch, a tensor or keyword arguments, as one tensor."""
-    return as_logits(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
+    return as_logits(call_on(model, inputs))
 
 
 def _with_labels(model: nn.Module, batch: PreparedBatch) -> Inputs:

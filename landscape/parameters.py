@@ -83,6 +83,14 @@ class ParameterSpace:
         noise = {n: torch.randn(v.shape, generator=generator) for n, v in asleep.items()}
         return self.values | {n: (_SMALL * noise[n]).to(v) for n, v in asleep.items()}
 
+    def state(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return all that the model is called with: given parameters, the others, and buffers.
+
+        Buffers are cloned: a module that writes to its own must not move the next call.
+        """
+        buffers = {name: t.clone() for name, t in self.buffers.items()}
+        return {**self.fixed, **buffers, **parameters}
+
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """Return the tensors (by name, or in order) as one vector of shape `(dim,)`."""
         if isinstance(tensors, Mapping):

@@ -25,8 +25,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     Tensors that are plain attributes, or entries of such dictionaries, are put back too: the weight
     that pruning or the older `torch.nn.utils.weight_norm` computes from its parameters before each
-    call, a kept feature, attention biases that LeViT looks up once and forgets in `train()`. What
-    else a forward pass writes, lists and numbers, stays.
+    call, a kept feature, attention biases that LeViT looks up once and forgets in `train()`. Lists
+    and numbers that a forward pass writes are not.
     """
     with exclusive(model):
         modes = [(module, module.training, _Attributes(module)) for module in model.modules()]
@@ -64,7 +64,7 @@ def same_trainable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def exclusive(model: nn.Module) -> Iterator[None]:
-    """Let other threads wait that want the same model, or what `torch.compile` has made of it.
+    """Make other threads wait that want the same model, or what `torch.compile` made of it.
 
     While a model is called with other parameters, these are in the place of its own.
     """
@@ -95,12 +95,12 @@ def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False
 
     Args:
         model: Any module.
-        run: Calls it; twice, and once or twice more for each name of a cache, of which most models
-            have none.
+        run: Calls it: once; where it then keeps tensors, once more, and once or twice for each name
+            of a cache. Most models keep none.
         learned: Only those that are filled with something that requires a gradient.
     """
     caches: list[Cache] = []
-    with eval_mode(model), eagerly(), suppress(Exception):  # what is wrong is told by who calls it
+    with eval_mode(model), eagerly(), suppress(Exception):  # the caller reports what is wrong
         run()
         filled = [(module, name, list(held)) for module, name, held in _kept_tensors(model)]
         if not filled:
@@ -317,7 +317,7 @@ def check_same_weights(
     if changed:
         raise ValueError(
             f"`model` must leave its weights as they are in a forward pass, got {changed[0]!r} "
-            "changed in place, as an embedding with `max_norm` does; make a new tensor of it."
+            "changed in place, as an embedding with `max_norm` does; work on a copy."
         )
 
 

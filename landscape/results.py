@@ -85,7 +85,7 @@ class Result:
         """Read a result that `save` wrote.
 
         Args:
-            path: The `.npz` file; without its `.npz`, as `save` takes it, too.
+            path: The `.npz` file; the suffix may be left out, as for `save`.
 
         Returns:
             The result; its class is `cls` or a subclass of it.
@@ -111,8 +111,8 @@ class Result:
         except _UnknownError as error:
             raise ValueError(
                 f"`path` must hold what this version of `landscape` knows, got {error} in "
-                f"{str(path)!r}; update `landscape`, or import the module of that class first "
-                "(`landscape.training` has some)."
+                f"{str(path)!r}; update `landscape`, or import the module that defines the class "
+                "(`landscape.training` defines some)."
             ) from None
         except _DAMAGE as error:
             raise ValueError(
@@ -182,7 +182,7 @@ class Provenance(Result):
     settings: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """Return the most of it in one line."""
+        """Return the essentials in one line."""
         samples = f"{self.num_samples:,} samples" if self.num_samples else ""
         where = f"{self.device} {self.dtype}".strip()
         told = [self.model, f"{self.num_parameters:,} parameters", samples, where]

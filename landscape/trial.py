@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from landscape.losses import (
     Loss,
     amount_averaged,
-    compares_entries,
+    is_binary,
     is_classification,
     is_elementwise,
 )
@@ -67,9 +67,9 @@ def check_reached(model: nn.Module, chosen: Collection[str], outputs: Tensor) ->
         name = known.get(id(getattr(node, "variable", None)))
         if name in chosen:
             raise ValueError(
-                f"`model` must find its parameters as attributes of its modules, got {name!r} "
-                "by another way (a list, a `partial`, a view made before), where nothing can "
-                "stand in for it; look it up in the forward pass, or leave it out by "
+                f"`model` must read its parameters from attributes of its modules, but {name!r} "
+                "was reached another way (a list, a `partial`, a view made before) and cannot be "
+                "replaced; look it up in the forward pass, or exclude it with "
                 "`Objective(parameters=…)`."
             )
         for below, _ in node.next_functions if node is not None else ():
@@ -86,8 +86,7 @@ def check_targets(loss: Loss | None, logits: Tensor, targets: Tensor | None) -> 
     """
     if targets is None:
         return
-    binary = compares_entries(loss) and not is_elementwise(loss)
-    if binary and not targets.is_floating_point():
+    if is_binary(loss) and not targets.is_floating_point():
         raise ValueError(
             f"`data` must have floating targets for this loss, got {targets.dtype}; convert "
             "them with `.float()`."
@@ -151,7 +150,7 @@ def left_as_found(loss: Loss | None) -> Iterator[None]:
                     holder.copy_(value)
         if changed:
             raise ValueError(
-                "`loss` must keep nothing of what it sees, got a module that changes its buffers; "
+                "`loss` must not have a state of its own, got a module that changes its buffers; "
                 "put it in evaluation mode."
             )
 
@@ -200,7 +199,7 @@ def check_mean(
     cut = len(targets) // 3 or 1
     _compare_mean(loss, [(outputs[:cut], targets[:cut]), (outputs[cut:], targets[cut:])], value)
     rows = _samples(outputs[:FEW], targets[:FEW])
-    with suppress(Exception):  # who wants samples of one size, or several of them, is spared
+    with suppress(Exception):  # a loss that needs samples of one size, or several, is spared
         more = _samples(*others())
         torch.cat([rows[0][0], more[0][0]]), torch.cat([rows[0][1], more[0][1]])
         rows += more

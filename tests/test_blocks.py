@@ -230,7 +230,7 @@ def test_streams_beside_the_blocks_are_told_of(images):
             x = torch.cat([left, right], 1)
             return (x + self.last(x)).mean((2, 3))
 
-    with pytest.warns(UserWarning, match="86% of the layers with weights lie outside of the bloc"):
+    with pytest.warns(UserWarning, match="86% of the layers with weights lie outside the blocks"):
         blocks = Blocks(build(TwoStreams), example=images)
     assert blocks.names[-2:] == ("last", "head")
 
@@ -286,9 +286,11 @@ def test_torchscript_is_refused_where_it_hides_what_is_needed(images):
     model = nn.Sequential(torch.jit.script(nn.Sequential(*model, nn.Flatten())), nn.Linear(4, 3))
     data = [(images, torch.zeros(len(images), dtype=torch.long))]
     assert math.isfinite(evaluate(model, data).nll)
-    with pytest.raises(TypeError, match="Python all through, got TorchScript in '0'; pass the"):
+    with pytest.raises(
+        TypeError, match="plain Python throughout, got TorchScript in '0'; pass the"
+    ):
         Blocks(model, example=images)
-    with pytest.raises(TypeError, match="Python all through"):
+    with pytest.raises(TypeError, match="plain Python throughout"):
         loss_line(model, data, points=3, batch_norm="recalibrate")
     with pytest.raises(TypeError, match="RecursiveScriptModule; pass what it was made of"):
         loss_line(model[0], data, points=3)

@@ -149,6 +149,26 @@ def test_reductions_that_are_means_are_taken():
             Objective(loss=functools.partial(function, reduction="sum"))
 
 
+class Focal(nn.Module):
+    """A module of the user's that takes the mean itself, or does not."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.reduction, self.mean = "none", mean
+
+    def forward(self, outputs, targets):
+        nll = F.cross_entropy(outputs, targets, reduction="none")
+        loss = (1 - (-nll).exp()) ** 2 * nll
+        return loss.mean() if self.mean else loss.sum()
+
+
+def test_a_module_of_the_users_is_judged_by_the_value_it_returns():
+    model, batches = make_model("conv"), make_batches((8, 3))
+    assert np.isfinite(Objective(loss=Focal(mean=True)).freeze(model, batches).value())
+    with pytest.raises(ValueError, match="`loss` must be a mean over samples"):
+        Objective(loss=Focal(mean=False)).freeze(model, batches)
+
+
 def test_binary_targets_must_be_floating():
     model, data = nn.Linear(4, 3), [(torch.randn(6, 4), torch.randint(2, (6, 3)))]
     with pytest.raises(ValueError, match=r"floating targets .* got torch.int64; convert them with"):
@@ -410,7 +430,7 @@ X, Y = make_batches((6,))[0]
             TypeError,
             "ndarray in batch 0; convert it with `torch.as_tensor`",
         ),
-        ([(X, Y, Y)], TypeError, "got a tuple of 3 items as batch 0; choose in a `collate_fn`"),
+        ([(X, Y, Y)], TypeError, "got a tuple of 3 items as batch 0; use a `collate_fn`"),
         ([((X, X), Y)], TypeError, "tuple in batch 0; pass several inputs as a mapping"),
         ([(X[:0], Y[:0])], ValueError, "at least one sample"),
         ([(X, Y[:, None])], ValueError, r"targets of shape \(6,\) .*, got torch.int64 \(6, 1\)"),
@@ -571,7 +591,7 @@ def test_a_loss_that_draws_or_remembers_is_refused():
         Objective(loss=Dropped()).freeze(make_model("conv"), make_batches((6,)))
     for assigned in (False, True):
         loss = Centred(assigned)
-        with pytest.raises(ValueError, match="`loss` must keep nothing of what it sees"):
+        with pytest.raises(ValueError, match="`loss` must not have a state of its own"):
             Objective(loss=loss).freeze(make_model("conv"), make_batches((6,)))
         assert not loss.centre.any()
 
@@ -646,7 +666,7 @@ def test_fewer_batches_than_before_are_refused_when_drawn_again():
     batches = make_batches((4, 4, 4))
     frozen = Objective().freeze(make_model("conv"), batches, keep_bytes=0)
     del batches[-1]
-    with pytest.raises(ValueError, match="same batches at every pass, got another batch 2"):
+    with pytest.raises(ValueError, match="same batches at every pass, but batch 2 differs"):
         frozen.value()
 
 
@@ -761,7 +781,7 @@ def test_bad_models_and_settings_are_refused():
         Objective(parameters=lambda n, p: False).freeze(make_model("conv"), batches)
     with pytest.raises(ValueError, match="deterministic"):
         Objective().freeze(Noisy(), batches)
-    with pytest.raises(ValueError, match="leave its input as it is"):
+    with pytest.raises(ValueError, match="not modify its input in place"):
         Objective().freeze(
             nn.Sequential(nn.ReLU(inplace=True), make_model("conv")), make_batches((6,))
         )
@@ -839,7 +859,7 @@ class Elsewhere(nn.Module):
 @pytest.mark.parametrize("place", ["list", "partial", "view"])
 def test_a_parameter_that_nothing_can_stand_in_for_is_refused(place):
     data = [(torch.randn(6, 4), torch.arange(6) % 3)]
-    with pytest.raises(ValueError, match="`model` must find its parameters as .* got 'a.weight'"):
+    with pytest.raises(ValueError, match="`model` must read its parameters from .* but 'a.weight'"):
         Objective().freeze(Elsewhere(place), data)
     Objective(parameters=["b.*", "a.bias"]).freeze(Elsewhere(place), data)  # it stays as it is
     Objective().freeze(Elsewhere("attribute"), data)
@@ -1061,7 +1081,7 @@ def test_a_loss_that_remembers_is_put_back_though_it_fails():
             return loss / self.mean.clone()
 
     loss = Average()
-    with pytest.raises(ValueError, match="`loss` must keep nothing of what it sees"):
+    with pytest.raises(ValueError, match="`loss` must not have a state of its own"):
         Objective(loss=loss).freeze(nn.Linear(4, 3), [(torch.randn(6, 4), torch.arange(6) % 3)])
     assert loss.mean == 0
     with pytest.raises(ValueError, match="`loss` must return a tensor, got a float"):

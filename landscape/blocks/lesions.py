@@ -5,8 +5,8 @@
   ResNet's bottleneck so);
 - an attention head: its output is zero.
 
-What cannot be removed says why (`Irremovable`): a block that changes the size of its map has no
-identity to be replaced by.
+A part that cannot be removed raises `Irremovable` with the reason: a block that changes the size of
+its map has no identity to be replaced by.
 """
 
 from typing import Any, Literal

@@ -54,7 +54,7 @@ class Blocks:
     """The blocks of a model in the order in which they are computed.
 
     Args:
-        model: Any module; traced in evaluation mode by one forward pass of three samples.
+        model: Any module; traced in evaluation mode, by two forward passes of three samples.
         choose: Names or glob patterns of modules whose outputs are taken instead of the residual
             blocks that are found by themselves.
         example: A batch of inputs (tensor, or mapping of keyword arguments) of the size that the
@@ -121,7 +121,7 @@ class Blocks:
     def predict(self, inputs: Any) -> Tensor:
         """Return the logits of a pass that makes the calls of the trace.
 
-        It is one in evaluation mode, without what the model has kept from a pass before.
+        The pass is in evaluation mode, and without what the model has cached before.
 
         Args:
             inputs: A batch for the model: a tensor, or a mapping of keyword arguments.
@@ -242,8 +242,8 @@ class Blocks:
         outside = share_outside(trace, units) if self._choose is None and not self._traces else 0.0
         if outside > _MOST_OUTSIDE:
             warnings.warn(
-                f"{outside:.0%} of the layers with weights lie outside of the blocks that were "
-                f"found in `model`, in streams beside them; {_how_to_name(trace)}.",
+                f"{outside:.0%} of the layers with weights lie outside the blocks that were found "
+                f"in `model`, in parallel streams; {_how_to_name(trace)}.",
                 stacklevel=4,
             )
         names = tuple(unit.name for unit in units)
@@ -350,5 +350,5 @@ def _how_to_name(trace: Trace) -> str:
 def _changed(name: str, got: torch.Size, traced: tuple[int, ...]) -> ValueError:
     return ValueError(
         f"`model` must make the same calls for every batch, got {tuple(got)} at block {name!r} "
-        f"instead of {traced} but for the batch size; does its control flow depend on the data?"
+        f"instead of {traced} (apart from the batch size); does control flow depend on the data?"
     )

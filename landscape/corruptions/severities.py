@@ -34,7 +34,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 Level = tuple[Any, ...]
 
-# Arguments of the kernel of each corruption, one row a severity.
+# Arguments of the kernel of each corruption, one row per severity.
 # fmt: off
 IMAGENET: dict[str, tuple[Level, ...]] = {
     # standard deviation, in units of full scale

@@ -12,9 +12,9 @@ ellipsoid. Two cases may be missed and matter:
 - another value, beyond the last that is wanted but for the tolerance. All of g counts, at the worst
   of a grid of μ around the values found.
 
-A start vector of one's own gets a random one added, as large as itself. Its entry of g is then
-normal with half the variance and a mean that is not known, and a mean makes no ellipsoid around 0
-more probable (Anderson, 1955).
+A start vector that the user gives gets a random one added, as large as itself. Its entry of g is
+then normal with half the variance and a mean that is not known, and a mean makes no ellipsoid
+around 0 more probable (Anderson, 1955).
 
 The probability is over the start vectors alone, whatever the spectrum; it takes for granted that
 the course of the iteration does not depend on an x that it has not seen. It says more than the
@@ -31,7 +31,7 @@ from landscape.linalg.krylov import BEYOND_DOUBT
 MISS = 0.01
 """Probability of missing an eigenvalue that `certify=True` admits."""
 OWN = 0.5
-"""Share of a random vector in a start vector of one's own."""
+"""Share of a random vector in a start vector from the user."""
 
 
 def check_certify(certify: bool | float) -> float:
@@ -68,7 +68,7 @@ def chances(matrices: np.ndarray, copies: int, dim: int, own: bool) -> np.ndarra
         matrices: M at every mark, shape `(marks, c, c)`, from `KrylovSpace.visibility`.
         copies: At so many first marks an eigenvector was found, and a copy is looked for.
         dim: The dimension n.
-        own: Whether the first start vector is one of one's own, a random one added.
+        own: Whether the first start vector is from the user, a random one added.
     """
     if own:
         matrices = matrices.copy()

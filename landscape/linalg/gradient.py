@@ -62,8 +62,8 @@ class GradientGraph:
             tensor, version = packed
             if tensor._version != version:  # PyTorch does not look where there are hooks
                 raise RuntimeError(
-                    "`model` must leave what its gradient needs as it is, got a tensor of shape "
-                    f"{tuple(tensor.shape)} that was modified by an inplace operation."
+                    "`model` must not modify in place what its gradient needs, got a tensor of "
+                    f"shape {tuple(tensor.shape)} that was modified by an inplace operation."
                 )
             return tensor
 

@@ -15,7 +15,7 @@ def orthogonalise(
 
     Args:
         w: Vector of shape `(dim,)`; not changed.
-        basis: Orthonormal vectors, one a row, shape `(m, dim)`.
+        basis: Orthonormal vectors, one per row, shape `(m, dim)`.
         always_twice: Make the second pass without a look at whether it is needed, for which the
             host would have to wait for the device.
         out: Like `w`; where the rest may be written.

@@ -50,7 +50,7 @@ class RitzPairs:
     Attributes:
         values: Ritz values, shape `(m,)`.
         residuals: Norms ‖A y − θ y‖ of the unit Ritz vectors, shape `(m,)`.
-        coordinates: Ritz vectors in the basis, one a column, shape `(m, m)`.
+        coordinates: Ritz vectors in the basis, one per column, shape `(m, m)`.
     """
 
     values: np.ndarray
@@ -101,7 +101,7 @@ class KrylovSpace:
         self._history: list[tuple[int | None, np.ndarray]] = []  # starts and steps since a restart
         self.marks = np.zeros(0)  # μ
         self._rows = np.zeros(0)  # μ of each row: the marks once for each start vector
-        self._marked = np.zeros((0, capacity))  # z for g = (0, …, 1, …, 0), one a row ...
+        self._marked = np.zeros((0, capacity))  # z for g = (0, …, 1, …, 0), one per row ...
         self._marked_frontier = np.zeros((0, 0))  # ... and w: (rows, chains)
         self.size = 0
         self.asymmetry = 0.0

@@ -105,8 +105,8 @@ class SymmetricOperator(ABC):
 def _check_tensor(vectors: object) -> None:
     if not isinstance(vectors, Tensor):
         raise TypeError(
-            f"`v` must be a tensor, got {type(vectors).__name__}; call `torch.as_tensor`, or take "
-            "`to_scipy()`."
+            f"`v` must be a tensor, got {type(vectors).__name__}; call `torch.as_tensor`, or use "
+            "`to_scipy()` for NumPy arrays."
         )
 
 

@@ -74,14 +74,12 @@ class _OutputCurvature(CurvatureOperator):
         return product
 
     def _outputs(self, leaves: dict[str, Tensor], batch: PreparedBatch) -> Tensor:
-        """Return what C_n acts on: the logits, one row a sample."""
+        """Return what C_n acts on: the logits, one row per sample."""
         return self.frozen.logits(leaves, batch.inputs)
 
     def _shares(self, batch: PreparedBatch) -> Tensor:
         """Return a_n over its sum in the batch, shape `(n,)`."""
-        if batch.targets is None:
-            shares = torch.ones(batch.size, dtype=self.dtype, device=self.device)
-            return shares / batch.size
+        assert batch.targets is not None  # the set-up has taken the loss of both
         a = sample_weights(self.frozen.objective.loss, batch.targets)
         return (a / a.sum()).to(self.dtype)
 
@@ -131,11 +129,12 @@ class FisherOperator(_OutputCurvature):
     `(n, classes)`.
 
     Raises:
-        ValueError: Besides what a `HessianOperator` raises, if the outputs have another shape, or
-            the loss is one of PyTorch's that makes no softmax of them.
+        ValueError: Besides what a `HessianOperator` raises, if the outputs have another shape, the
+            model brings its own loss, or it is one of PyTorch's that takes no softmax of them.
     """
 
     def _setup(self) -> None:
+        self._check_loss("the logits for a Fisher matrix")
         loss = self.frozen.objective.loss
         if makes_no_softmax(loss):
             raise ValueError(

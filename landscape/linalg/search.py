@@ -196,7 +196,7 @@ class EigenSearch:
             space.start(self._random())
             space.watch(self._marks())
             self.miss = 1.0
-            # A start vector of one's own may tell the pairs apart at once; that says nothing here.
+            # A start vector from the user may tell the pairs apart at once; that says nothing here.
             target = self.num_matvecs + max(found or 2, 2 * len(values) if self._own else 0)
         if space.size == space.dim:
             self.miss = 0.0  # nothing lies outside
@@ -257,7 +257,7 @@ class EigenSearch:
         """Return Ritz pairs and quadrature weights of the first random start vectors.
 
         Taken before the first restart, which forgets part of the Krylov space. After a start vector
-        of one's own the only random one is that of the certificate; `None` where it is missing.
+        from the user the only random one is that of the certificate; `None` where it is missing.
         """
         if self._own:
             if self.basis_at_restart is not None or self.space.num_starts < 2:
@@ -268,12 +268,12 @@ class EigenSearch:
         return self._ritz, self.space.start_weights(self._ritz, starts)
 
     def _coordinates(self, name: str) -> np.ndarray:
-        """Return a wanted set's vectors in the basis, one a column."""
+        """Return a wanted set's vectors in the basis, one per column."""
         k, which = self._wanted[name]
         return self._ritz.coordinates[:, select(self._ritz.values, k, which)]
 
     def _mixed(self, v: torch.Tensor) -> torch.Tensor:
-        """Return a vector of one's own with a random one added, so that it may see everything."""
+        """Return a vector from the user with a random one added, so that it may see everything."""
         random = self._random()
         mixed: torch.Tensor = sqrt(1 - OWN) * v.to(random) / v.norm() + sqrt(OWN) * random
         return mixed if mixed.any() else random  # in one dimension they may cancel

@@ -144,7 +144,7 @@ def _windows(
             fits = [k for k in range(2, side + 1) if side % k == 0]
             raise ValueError(
                 f"`window` must divide the side of the maps, got {size} for the {side}x{side} maps "
-                f"of stage {i} at `image_size` {image_size}; there {fits} do."
+                f"of stage {i} at `image_size` {image_size}; {fits} would fit there."
             )
     return windows
 

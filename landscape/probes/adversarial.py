@@ -121,8 +121,8 @@ def adversarial_robustness(
         mean: Mean of each channel that x was normalised with, in units of full scale; by default
             `data.mean` and `data.std` where there are such (`DeviceImages`), else 0 and 1.
         std: Standard deviation of each channel, likewise.
-        generator: Its initial seed is that of the starts, whatever was drawn from it; `None` is
-            seed 0.
+        generator: Its initial seed is that of the starts; what was drawn from it does not matter.
+            `None` is seed 0.
         progress: Show a progress bar.
 
     Returns:

@@ -40,8 +40,8 @@ def architecture(
 ) -> Architecture:
     """Return the blocks of a model as a table (drawn as in Park & Kim, 2022, Fig. 11).
 
-    The blocks are those of `Blocks`: found in the dataflow of one forward pass of three samples,
-    which is what it costs; none where `blocks` is given.
+    The blocks are those of `Blocks`, found in the dataflow of a forward pass of three samples.
+    Cost: two such passes; none where `blocks` is given.
 
     Args:
         model: Any vision model; it is left as found.

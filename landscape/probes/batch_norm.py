@@ -1,5 +1,6 @@
 """Statistics of batch normalisation, estimated again for weights that were moved."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from landscape._checks import check_python
+from landscape.batches import call_on
 from landscape.objective import FrozenObjective
 from landscape.parameters import call_with
 
@@ -32,7 +34,7 @@ def recalibrated_buffers(
 
     Raises:
         TypeError: If a part of the model is in TorchScript.
-        ValueError: If a batch has one value a channel, which has no variance.
+        ValueError: If a batch has one value per channel, which has no variance.
     """
     check_python(frozen.model)
     model, space = frozen.model, frozen.space
@@ -50,12 +52,8 @@ def recalibrated_buffers(
             for module in norms.values():
                 module.training = True
             for batch in frozen.batches:
-                buffers = {name: t.clone() for name, t in space.buffers.items()}
-                state = {**space.fixed, **buffers, **parameters}
-                if isinstance(batch.inputs, Mapping):
-                    call_with(model, state, **batch.inputs)
-                else:
-                    call_with(model, state, batch.inputs)
+                state = space.state(parameters)
+                call_on(functools.partial(call_with, model, state), batch.inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -81,8 +79,8 @@ def _summer(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], No
         x = args[0].detach().double().transpose(0, 1).flatten(1)  # (channels, samples and places)
         if x.shape[1] == 1:
             raise ValueError(
-                "`batch_norm='recalibrate'` needs at least 2 values a channel in every batch, got "
-                f"1 in {name!r}; choose a batch size that leaves no single sample over."
+                "`batch_norm='recalibrate'` needs at least 2 values per channel in every batch, "
+                f"got 1 in {name!r}; choose a batch size that leaves no single sample over."
             )
         count = torch.full_like(x[:, 0], x.shape[1])
         batch = torch.stack([count, x.sum(1), x.square().sum(1)])

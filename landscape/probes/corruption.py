@@ -171,8 +171,8 @@ def corruption_robustness(
         mean: Mean of each channel that x was normalised with, in units of full scale; by default
             `data.mean` and `data.std` where there are such (`DeviceImages`), else 0 and 1.
         std: Standard deviation of each channel, likewise.
-        generator: Its initial seed is that of the corruptions, whatever was drawn from it; `None`
-            is seed 0.
+        generator: Its initial seed is that of the corruptions; what was drawn from it does not
+            matter. `None` is seed 0.
         progress: Show a progress bar.
 
     Returns:

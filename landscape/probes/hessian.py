@@ -95,7 +95,7 @@ def hessian_spectrum(
         data: Re-iterable of batches; the mean is over all samples, however batched.
         objective: Whose Hessian.
         k: Number of eigenvalues at each edge; no more than there are parameters are returned.
-        density: Also return the density; at least 40 products a probe are then made, or as many
+        density: Also return the density; at least 40 products per probe are then made, or as many
             as `max_iter` allows.
         tol: Relative error of the eigenvalues.
         max_iter: Largest number of products; by default 200, or 80 a probe where that is more.
@@ -108,15 +108,15 @@ def hessian_spectrum(
         certify: Look for multiple and missed eigenvalues; a number is the probability of a miss
             to admit (`top_eigenpairs`).
         vectors: Return the eigenvectors too.
-        start: What was found at a checkpoint before, with `vectors`, or vectors `(m, dim)`: the
+        start: The result at an earlier checkpoint, with `vectors`, or vectors `(m, dim)`: the
             Krylov space starts from their sum. Needs `density=False`, as a density is that of
             random start vectors; the trace then comes from the certificate's random vector alone,
             and is NaN with `certify=False`.
         memory: What the operator may keep between products (`HessianOperator`).
         precision: `"tf32"` or `"bf16"` search with cheaper products on a GPU (`HessianOperator`).
             One product in full precision a pair then gives the residuals and better values, so
-            that nothing of it is silent: an eigenvector may be off by the rounding, its eigenvalue
-            by the square of that. Density and trace are those of the cheap products.
+            the loss of precision is never silent: an eigenvector may be off by the rounding, its
+            eigenvalue by the square of that. Density and trace are those of the cheap products.
         generator: Source of the start vectors; seed 0 by default.
         engine: `"pyhessian"` runs PyHessian on the same frozen objective, as a second opinion
             (`landscape.probes.pyhessian_engine` says what it can do); it shows no progress.

@@ -75,7 +75,7 @@ class PixelScale:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in {1, x.shape[1]}:
                 raise ValueError(
-                    f"`{name}` must have one value a channel ({x.shape[1]}), got {len(values)}."
+                    f"`{name}` must have one value per channel ({x.shape[1]}), got {len(values)}."
                 )
         mean, std = self.mean.to(x.device), self.std.to(x.device)
         low, high = (x.amin((0, 2, 3)).double(), x.amax((0, 2, 3)).double())

@@ -161,7 +161,7 @@ def between(model: nn.Module, *states: Source, parameters: Choice = None) -> Dir
     with two, the surface is the plane through all three, at (0, 0), (1, 0) and (0, 1), and its axes
     are in general neither orthogonal nor of one length (see `Directions.cosines` and `norms`).
     All parameters move, biases and norms too; buffers do not, so with batch normalisation
-    `loss_line(…, batch_norm="recalibrate")` is the fair one on the way.
+    `loss_line(…, batch_norm="recalibrate")` is the fair comparison along the way.
 
     Args:
         model: The model at the origin.

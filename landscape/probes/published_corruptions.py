@@ -1,6 +1,6 @@
 """The published CIFAR-10-C, CIFAR-100-C and ImageNet-C, read from a folder that the user has.
 
-Hendrycks & Dietterich (2019) published CIFAR-C as one `.npy` file a corruption, bytes of shape
+Hendrycks & Dietterich (2019) published CIFAR-C as one `.npy` file per corruption, bytes of shape
 (5 · 10,000, 32, 32, 3) ordered by severity, with `labels.npy`; and ImageNet-C as JPEG files in
 `corruption/severity/wnid/`. Both keep the order of the clean test set (for ImageNet: that of sorted
 folders and file names).

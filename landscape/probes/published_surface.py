@@ -1,8 +1,8 @@
 """The loss surfaces that Park & Kim (2022) published beside their code, as `LossSurface`.
 
-Their files, `*_losslandscape.csv`, hold one row a point of the grid and no header. The columns, in
-order, are those of `COLUMNS`: coordinates, the sums of L1 and L2 norms of the parameters, and the
-measurements on augmented training data. Fig. 1a was drawn from NLL + λ Σ_p ‖p‖ with λ = 0.05.
+Their files, `*_losslandscape.csv`, hold one row per point of the grid and no header. The columns,
+in order, are those of `COLUMNS`: coordinates, the sums of L1 and L2 norms of the parameters, and
+the measurements on augmented training data. Fig. 1a was drawn from NLL + λ Σ_p ‖p‖ with λ = 0.05.
 """
 
 import csv

@@ -155,7 +155,7 @@ def _read(
     other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if other:
         raise ValueError(
-            f"`resume` must hold points of this very surface, got points of another "
+            f"`resume` must hold points of this surface, got points of another "
             f"{', '.join(other)} in {str(path)!r}; pass another path or remove the file."
         )
     done: dict[int, list[float]] = {}

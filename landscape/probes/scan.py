@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ def scan(
     *,
     directions: Directions | None,
     objective: Objective,
-    metrics: Sequence[Metric],
+    metrics: Metric | Sequence[Metric],
     l2: L2,
     batch_norm: BatchNorm,
     tol: float | None,
@@ -195,7 +195,7 @@ class _Points:
         before, now = done[index][0], self._values([index])[0][0]
         if not np.isclose(now, before, rtol=rounding, atol=0, equal_nan=True):
             raise ValueError(
-                f"`resume` must hold points of this very surface, got points of another loss: "
+                f"`resume` must hold points of this surface, got points of another loss: "
                 f"{before:.6g} where it is {now:.6g} now; pass another path or remove the file."
             )
 
@@ -219,11 +219,11 @@ class _Points:
         return rows
 
 
-def _extra_metrics(metrics: Sequence[Metric]) -> tuple[str, ...]:
+def _extra_metrics(metrics: Metric | Sequence[Metric]) -> tuple[str, ...]:
     """Return the metrics besides the loss, each once and in a fixed order."""
     names: tuple[str, ...] = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for name in names:
-        check_choice("metrics", name, ("loss", "accuracy", "ece"))
+        check_choice("metrics", name, get_args(Metric))
     return tuple(name for name in ("accuracy", "ece") if name in names)
 
 

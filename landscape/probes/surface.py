@@ -139,7 +139,7 @@ def loss_surface(
     span: float | Sequence[float] = 1.0,
     points: Points | tuple[Points, Points] = 21,
     objective: Objective = Objective(),
-    metrics: Sequence[Metric] = ("loss", "accuracy"),
+    metrics: Metric | Sequence[Metric] = ("loss", "accuracy"),
     l2: L2 = "squared",
     batch_norm: BatchNorm = "fixed",
     tol: float | None = None,
@@ -160,9 +160,9 @@ def loss_surface(
             objective's parameters.
         span: Ends of the axes: a number s for -s … s, `(low, high)` for both, or
             `(x_low, x_high, y_low, y_high)`.
-        points: Points an axis, one number for both or one each; a sequence of increasing
+        points: Points per axis, one number for both or one each; a sequence of increasing
             coordinates instead of a number is taken as it is (two coordinates as a list: a tuple
-            of two is one entry an axis).
+            of two is one entry per axis).
         objective: Loss, weight decay, transform and chosen parameters.
         metrics: Any of `"loss"` (always there), `"accuracy"` and `"ece"`.
         l2: `"squared"` for (λ/2)‖θ‖², `"norms"` for λ Σ_p ‖p‖, with λ the weight decay of
@@ -221,7 +221,7 @@ def loss_line(
     span: float | Sequence[float] = 1.0,
     points: Points = 21,
     objective: Objective = Objective(),
-    metrics: Sequence[Metric] = ("loss", "accuracy"),
+    metrics: Metric | Sequence[Metric] = ("loss", "accuracy"),
     l2: L2 = "squared",
     batch_norm: BatchNorm = "fixed",
     tol: float | None = None,

@@ -1,4 +1,4 @@
-"""The table of a build-up: a row a step, and the way from a file back to its rows."""
+"""The table of a build-up: a row per step, and the way from a file back to its rows."""
 
 from __future__ import annotations
 

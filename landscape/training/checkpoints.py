@@ -5,7 +5,7 @@ A run's folder holds
 - `epoch-00000.pt`, …: state dicts after that many epochs (0 is the initialisation), loadable with
   `torch.load(path, weights_only=True)`;
 - `resume-00007.pt`: everything that is needed to go on after epoch 7; the last two are kept;
-- `log.csv`: one row an epoch.
+- `log.csv`: one row per epoch.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def last_epoch(folder: Path) -> int | None:
 
 
 def write_log(path: Path, columns: Mapping[str, Sequence[float]]) -> None:
-    """Write the whole log as CSV, a header and a row an epoch.
+    """Write the whole log as CSV, a header and a row per epoch.
 
     Args:
         path: File to write.

@@ -85,7 +85,7 @@ class DeviceImages:
         mean: Mean of each channel `(c,)`, in units of full scale (0 to 1).
         std: Standard deviation of each channel `(c,)`, in the same units.
         classes: Class names `(num_classes,)`; by default "0", "1", … up to the largest label.
-        batch_size: Samples a batch; the last batch may be smaller.
+        batch_size: Samples per batch; the last batch may be smaller.
         shuffle: Whether each epoch has an order of its own.
         drop_last: Whether to leave out a smaller last batch.
         augment: Applied to `(bytes, labels, generator)` before normalisation; it sees several small
@@ -303,8 +303,8 @@ def _check(data: DeviceImages) -> None:
         )
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or not len(labels):
         raise ValueError(
-            f"`labels` must be int64 of shape ({len(images)},), one an image and at least one, got "
-            f"{labels.dtype} of shape {tuple(labels.shape)}."
+            f"`labels` must be int64 of shape ({len(images)},), one per image and at least one, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}."
         )
     if labels.device != images.device:
         raise ValueError(
@@ -313,7 +313,7 @@ def _check(data: DeviceImages) -> None:
     for name, values in (("mean", data.mean), ("std", data.std)):
         if len(values) != images.shape[1]:
             raise ValueError(
-                f"`{name}` must have one value a channel ({images.shape[1]}), got {len(values)}."
+                f"`{name}` must have one value per channel ({images.shape[1]}), got {len(values)}."
             )
         if not all(math.isfinite(value) for value in values):
             raise ValueError(f"`{name}` must be finite, got {tuple(values)}.")

@@ -160,7 +160,7 @@ def load_images(
         device: Where the images shall live.
         size: Pad the images with zeros to this height and width, for instance 32.
         channels: Repeat a single channel to this number, for instance 3.
-        batch_size: Samples a batch.
+        batch_size: Samples per batch.
         shuffle: Whether each epoch has an order of its own.
         progress: Whether a download shows a bar.
 

@@ -75,11 +75,13 @@ class Replay(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call the function, or multiply by the next mask where it is an active dropout."""
-        if func is not F.dropout or not _rate(*args, **(kwargs or {})):
-            return func(*args, **(kwargs or {}))
-        x, inplace = _target(*args, **(kwargs or {}))
-        mask = next(self._masks)
-        return x.mul_(mask) if inplace else x * mask
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            x, rate, inplace = _dropout(*args, **kwargs)
+            if rate:
+                mask = next(self._masks)
+                return x.mul_(mask) if inplace else x * mask
+        return func(*args, **kwargs)
 
 
 class _Record(TorchFunctionMode):
@@ -96,19 +98,19 @@ class _Record(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.dropout and (rate := _rate(*args, **(kwargs or {}))):
-            x, _ = _target(*args, **(kwargs or {}))
-            self.plan.append((torch.ones_like(x), rate))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            x, rate, _ = _dropout(*args, **kwargs)
+            if rate:
+                self.plan.append((torch.ones_like(x), rate))
+        return func(*args, **kwargs)
 
 
-def _rate(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> float:
-    """Return the rate of a dropout, 0 where it does nothing; arguments as `F.dropout` has them."""
-    return p if training else 0.0
-
-
-def _target(
+def _dropout(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> tuple[Tensor, bool]:
-    """Return what a dropout acts on and whether in place; arguments as `F.dropout` has them."""
-    return input, inplace
+) -> tuple[Tensor, float, bool]:
+    """Return what a dropout acts on, its rate and whether in place; called as `F.dropout` is.
+
+    The rate is 0 where it does nothing.
+    """
+    return input, p if training else 0.0, inplace

@@ -81,23 +81,23 @@ def fit_ensemble(
     steps was measured); in float64 it does not show.
 
     `method="auto"` takes `vmap` on accelerators, and on a CPU for batches of at most 16, where
-    starting operations is what takes time; at larger batches a CPU is busy with one model, and a
+    starting operations is what takes time; at larger batches one model keeps a CPU busy, and a
     loop over the members is faster. This is a heuristic: on one core small ResNets and ViTs were
     faster under `vmap` at batch 8, the more so the smaller they are, and all but the smallest
     slower at batch 32 (`benchmarks/training.py`). What `vmap` cannot run (a cross-entropy with
-    class weights and label smoothing, an LSTM), or runs to other gradients of the first batch than
-    each model alone has (attributes that differ), is trained in a loop too. A step under `vmap`
-    needs the memory of all members' activations. Validation goes member by member either way.
+    class weights and label smoothing, an LSTM), or gives other gradients of the first batch than
+    each model alone (attributes that differ), is trained in a loop too. A step under `vmap` needs
+    the memory of all members' activations. Validation goes member by member either way.
 
     Args:
         models: At least one, alike in everything but their weights.
-        data: Re-iterable of batches that all members see, as for `fit`; or a list of one a member,
-            with equally many batches of equal size, such as `[data.with_(seed=s) for s in seeds]`
-            for an order of each's own, or subsets of equal length.
+        data: Re-iterable of batches that all members see, as for `fit`; or a list with one per
+            member, with equally many batches of equal size, such as subsets of equal length, or
+            `[data.with_(seed=s) for s in seeds]` for an order of each's own.
         epochs: Number of epochs in all, those of the warm-up included.
         optimizers: One a model, with its own learning rate and weight decay; `adamw(model)` by
             default. Of AdamW all members are updated at once, other optimizers step one by one.
-        schedule: Schedule of all members, or one a member; a PyTorch scheduler is one member's.
+        schedule: Schedule of all members, or one per member; a PyTorch scheduler is one member's.
         loss: `loss(outputs, targets)`, mean over the samples of a batch.
         transform: Applied to every batch of every member, with a stream of the member's own.
         clip: Largest norm of a member's gradient; `None` does not clip.
@@ -112,9 +112,9 @@ def fit_ensemble(
             So, unlike in `fit`, it is off by default on CUDA too, lest the precision depend on
             `method`; compare with `fit(…, bfloat16=False)`.
         seeds: Seed of each member's transform, dropout and stochastic depth; 0, 1, … by default.
-        callbacks: One list a model, of what `fit` calls for it: before the first epoch of this call
-            and after every one, once all members are on disk. With a `Watch` each, every one of
-            them counts the time of all members: give each a K-th of the budget.
+        callbacks: One list per model, of what `fit` calls for it: before the first epoch of this
+            call and after every one, once all members are on disk. With a `Watch` each, every one
+            of them counts the time of all members: give each one K-th of the budget.
         progress: Whether to show a bar.
 
     Returns:
@@ -142,11 +142,11 @@ def fit_ensemble(
         "data": _one_each(data),
     }
     if callable(callbacks) or any(callable(own) for own in callbacks or ()):
-        raise ValueError("`callbacks` must have one list a model, got functions; wrap each in one.")
+        raise ValueError("`callbacks` must have one list per model, got functions; use lists.")
     for name, values in given.items():
         got = len(values) if isinstance(values, Sized) else type(values).__name__
         if values is not None and got != count:
-            raise ValueError(f"`{name}` must have one entry a model, {count}, got {got}.")
+            raise ValueError(f"`{name}` must have one entry per model, {count}, got {got}.")
     if isinstance(schedule, LRScheduler):
         raise ValueError("`schedule` must be one scheduler a member, got one; pass a list.")
     optimizers = optimizers if optimizers is not None else [adamw(model) for model in models]
@@ -171,8 +171,8 @@ def fit_ensemble(
         alike, random = _rehearse(runs)
         if not alike and not random:
             raise ValueError(
-                "`models` must differ in their weights alone, but their gradients under vmap are "
-                'others than by themselves; take method="loop".'
+                "`models` must differ in their weights alone, but their gradients under vmap "
+                'differ from those of each alone; use method="loop".'
             )
     at_once = method == "vmap" or (
         method == "auto" and not bfloat16 and _pays(runs) and _stackable(runs)
@@ -234,7 +234,7 @@ def _begin(runs: Sequence[Run], resume: bool) -> list[History]:
 
 
 def _one_each(data: Iterable[Any]) -> Sequence[Iterable[Any]] | None:
-    """Return `data` if it is a list of one a member, `None` if it is one list of batches."""
+    """Return `data` if it is a list of one per member, `None` if it is one list of batches."""
     if not isinstance(data, list | tuple) or not data or isinstance(data[0], Mapping):
         return None
     first = data[0]

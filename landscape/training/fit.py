@@ -92,7 +92,7 @@ def fit(
             them for all batches of the first one's shape: faster where operations take less time
             than their launch. What a model does in Python (hooks, counters, branches) happens as it
             is recorded only; one that waits for the device, draws on the CPU or exchanges buffers
-            is noticed, and trained as without.
+            is detected, and trained without recording.
         seed: Seed of `transform`, dropout and stochastic depth; `DeviceImages` has its own.
         callbacks: Each called as `callback(model, epochs_done)` before the first epoch of this call
             and after every one, once it is on disk; a `Watch` is one. A model left in evaluation
@@ -112,7 +112,7 @@ def fit(
             written before are left as they were.
     """
     if callable(callbacks):
-        raise ValueError("`callbacks` must be a list of functions, got a function; wrap it in one.")
+        raise ValueError("`callbacks` must be a list of functions, got a function; put it in one.")
     optimizer = optimizer or adamw(model)
     loop.check_optimizer(optimizer, model)
     step = loop.Step(

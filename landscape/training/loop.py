@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape._loaders import with_own_workers
-from landscape.batches import Inputs, Placement, Transform, copied, split_batch
+from landscape.batches import Inputs, Placement, Transform, call_on, copied, split_batch
 from landscape.losses import Loss, amount_averaged, is_classification, is_probability, loss_settings
 from landscape.objective import as_logits
 from landscape.recording import apart
@@ -111,7 +111,7 @@ class Means:
         self._tallies: list[Tensor] = []  # of each batch, `(4,)` or `(4, members)`
 
     def add(self, *tally: Tensor) -> None:
-        """Count a batch: what `forward` returns, scalars or one a member."""
+        """Count a batch: what `forward` returns, scalars or one per member."""
         self._tallies.append(torch.stack([number.detach().double() for number in tally]))
 
     @property
@@ -274,7 +274,7 @@ def forward(step: Step, call: Callable[..., Any], inputs: Inputs, targets: Tenso
         targets are no classes; and of how many. Scalars, all but the first in float64.
     """
     with torch.autocast(step.device.type, torch.bfloat16, enabled=step.bfloat16):
-        outputs = call(**inputs) if isinstance(inputs, Mapping) else call(inputs)
+        outputs = call_on(call, inputs)
         logits = as_logits(outputs)
         value = step.loss(logits, targets)
     counts = (

@@ -1,4 +1,4 @@
-"""AdamW of several models at once, on matrices with a row a model.
+"""AdamW of several models at once, on matrices with a row per model.
 
 With gradient g, first and second moment m and s, step t, learning rate η and weight decay λ
 (Loshchilov & Hutter, 2019, Algorithm 2):

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from landscape._checks import check_count, check_data
-from landscape.losses import loss_settings
+from landscape.losses import check_reduction
 from landscape.objective import name_of
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance, Result
@@ -89,7 +89,7 @@ class Run:
     epochs: int
     seed: int
     saves: Saves
-    rates: tuple[float, ...]  # initial learning rates, one a parameter group
+    rates: tuple[float, ...]  # initial learning rates, one per parameter group
 
     @property
     def num_batches(self) -> int:
@@ -157,19 +157,14 @@ def make_run(
     check_count("seed", seed, 0)
     if step.clip is not None and not step.clip > 0:
         raise ValueError(f"`clip` must be positive or None, got {step.clip}.")
-    reduction = loss_settings(step.loss)[2]
-    own = isinstance(step.loss, nn.Module) and not type(step.loss).__module__.startswith("torch.")
-    if reduction not in {"mean", "batchmean"} and not own:  # one's own may take the mean itself
-        raise ValueError(
-            f"`loss` must reduce by 'mean' over samples, got reduction={reduction!r}; leave it out."
-        )
+    check_reduction(step.loss)
     if (
         isinstance(schedule, LRScheduler)
         and getattr(schedule, "optimizer", None) is not step.optimizer
     ):
         raise ValueError(
-            "`schedule` must be a scheduler on the optimizer that trains, got one on another; pass "
-            "that one, too."
+            "`schedule` must be a scheduler on the optimizer that trains, got one on "
+            "another; pass that optimizer too."
         )
     schedule = schedule or WarmupCosine(epochs, min(5, epochs - 1))
     run = Run(
@@ -206,8 +201,8 @@ def run_epoch(run: Run, epoch: int, history: History, bar: tqdm[Any]) -> None:
     Args:
         run: The run.
         epoch: Epochs done before.
-        history: Gets one value a column.
-        bar: Moves on by one a step.
+        history: Gets one value per column.
+        bar: Moves on by one per step.
 
     Raises:
         FloatingPointError: If loss or weights become NaN or infinite.
@@ -237,7 +232,7 @@ def call(callbacks: Iterable[Callback], run: Run, done: int) -> None:
 
 
 def global_stream(run: Run, epoch: int) -> surroundings.GlobalStream:
-    """Return PyTorch's global stream of an epoch: of dropout and stochastic depth."""
+    """Return the global streams of an epoch: of dropout, stochastic depth, the user's code."""
     return surroundings.GlobalStream(run.step.device, stream_seed(run.seed, epoch, _GLOBAL))
 
 
@@ -268,7 +263,7 @@ def finish_epoch(
 
     Args:
         run: The run.
-        history: Gets one value a column.
+        history: Gets one value per column.
         train: Means over the training batches.
         validation: Means over the validation data, empty without.
         seconds: Wall time.
@@ -298,7 +293,7 @@ def result(run: Run, history: History) -> FitResult:
         history: Its history.
 
     Returns:
-        Arrays of one value an epoch, and paths.
+        Arrays of one value per epoch, and paths.
     """
     done, saves = len(history["epoch"]), run.saves
     return FitResult(

@@ -274,7 +274,7 @@ def _same_constants(model: nn.Module, other: nn.Module) -> bool:
 
 
 def _others(steps: Sequence[Step], names: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-    """Return all tensors of the models' states but those named, one a member by name.
+    """Return all tensors of the models' states but those named, one per member by name.
 
     Buffers that are no part of the state, such as masks, belong to the architecture: they are
     taken from the first member.

@@ -39,7 +39,7 @@ def find(run: Run, resume: bool, latest: int | None = None) -> dict[str, Any] | 
     if state is None:
         return None
     for name, value in run.identity().items():
-        if state["run"].get(name, value) != value:
+        if state["run"].get(name) != value:
             raise ValueError(
                 f"`folder` must hold the same run, but there `{name}` is "
                 f"{state['run'].get(name)!r} and here {value!r}; choose another folder."
@@ -88,8 +88,8 @@ def _check_kept(run: Run, done: int) -> None:
         if not saves.path(epoch).exists():
             raise ValueError(
                 f"`checkpoints` and `trajectory` must be what the run in `folder` has kept, got "
-                f"epoch {epoch}, which is past and not there; leave it out, or train again in "
-                "another folder."
+                f"epoch {epoch}, which it has passed without keeping; leave it out, or train "
+                "again in another folder."
             )
 
 

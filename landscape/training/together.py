@@ -39,9 +39,9 @@ def run_epoch(
         draws: Their dropout masks.
         runs: The runs.
         epoch: Epochs done before.
-        histories: Each gets one value a column.
+        histories: Each gets one value per column.
         good: Weights of each member before the epoch.
-        bar: Moves on by one a step of a member.
+        bar: Moves on by one per step of a member.
 
     Raises:
         FloatingPointError: If loss or weights of a member become NaN or infinite.

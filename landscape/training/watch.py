@@ -57,7 +57,7 @@ class Watch:
 
     Call it as `watch(model, epochs_done)`: `fit` does so with `callbacks=[watch]`, before the first
     epoch and after each; a loop of your own may count steps instead. The folder holds
-    `PROBE/STEP.npz`, one result a file, and `watch.csv`, one row a probe that was due. Probes leave
+    `PROBE/STEP.npz`, one result each, and `watch.csv`, one row per probe that was due. Probes leave
     the model as it was found, and the global random states of PyTorch, NumPy and Python are put
     back after each, so training takes the same course with and without them; an error in a probe
     ends it.

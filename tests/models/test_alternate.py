@@ -178,7 +178,7 @@ def test_positions_leave_a_convolution_block_before_each_msa(depth):
         (
             {"stages": (0, 1, 0), "window": 7},
             "`window` must divide the side of the maps, got 7 for the 16x16 maps of stage 2 at "
-            r"`image_size` 32; there \[2, 4, 8, 16\] do",
+            r"`image_size` 32; \[2, 4, 8, 16\] would fit there",
         ),
         ({"stages": (1, 0, 0), "image_size": 30}, "got 8 for the 30x30 maps of stage 1"),
         ({"stages": (0, 0, 1), "image_size": 4}, "`image_size` must leave the last stage a map"),

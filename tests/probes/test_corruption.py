@@ -373,7 +373,7 @@ def test_damaged_files_are_refused(tmp_path):
         ({"severities": (6,)}, r"`severities` must be one of 1, 2, 3, 4, 5, got 6"),
         ({"profile": "mnist"}, r"`profile` must be one of 'imagenet', 'cifar', got 'mnist'"),
         ({"mean": None, "std": None}, r"`data` must have pixels in 0 … 1 .* pass the `mean`"),
-        ({"mean": (0.1, 0.2)}, r"`mean` must have one value a channel \(3\), got 2"),
+        ({"mean": (0.1, 0.2)}, r"`mean` must have one value per channel \(3\), got 2"),
         ({"std": (0.0, 1, 1)}, r"`std` positive"),
     ],
 )

@@ -351,7 +351,7 @@ class Forbidden(nn.Module):
         ({"norm": np.inf}, "`norm` must be positive and finite"),
         ({"mean": 0.5}, "`mean` and `std` must be given both or neither"),
         ({"mean": 0.5, "std": 0.0}, "`std` positive, got .* and .*0.0"),
-        ({"mean": (0, 0, 0), "std": 1.0}, r"`mean` must have one value a channel \(2\), got 3"),
+        ({"mean": (0, 0, 0), "std": 1.0}, r"`mean` must have one value per channel \(2\), got 3"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(arguments, message):

@@ -197,7 +197,7 @@ def test_resized_pads_with_zeros_and_repeats_the_channel():
         ({"labels": torch.zeros(49, dtype=torch.int64)}, r"int64 of shape \(50,\)"),
         ({"labels": torch.zeros(50)}, "must be int64"),
         ({"images": torch.zeros(50, 3, 8, 8)}, "must be unsigned bytes"),
-        ({"mean": (0.5,)}, r"`mean` must have one value a channel \(3\), got 1"),
+        ({"mean": (0.5,)}, r"`mean` must have one value per channel \(3\), got 1"),
         ({"std": (0.2, 0.0, 0.1)}, "`std` must be positive"),
         ({"mean": (0.2, float("nan"), 0.1)}, "`mean` must be finite"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),

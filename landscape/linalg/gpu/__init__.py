@@ -32,7 +32,7 @@ def _runs_kernels(device: torch.device) -> bool:
         pointwise.bend(*torch.zeros(4, 1, device=device))
     except Exception as error:
         warnings.warn(
-            f"Hessian products go without kernels of our own, as Triton fails here: {error!r}.",
+            f"Hessian products run without this package's GPU kernels, as Triton fails: {error!r}.",
             stacklevel=2,
         )
         return False
