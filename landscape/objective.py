@@ -156,6 +156,8 @@ class FrozenObjective:
         num_batches: Number of batches.
         num_left_out: Number of batches besides, which have no sample or label that counts.
         recomputes: Whether the model hooks what autograd saves, as gradient checkpointing does.
+        draws: Whether a pass moves the global random streams. They are set to a fixed seed for each
+            pass and put back, which cannot be recorded on a GPU.
     """
 
     recomputes = False
@@ -188,7 +190,7 @@ class FrozenObjective:
         self.num_samples, self.num_batches = batches.num_samples, batches.num_batches
         self.num_left_out = batches.num_drawn - batches.num_batches
         self._caches: list[Cache] = []
-        self._draws = False  # whether a pass moves the global random streams
+        self.draws = False
         self._check_model(batches, check_mean)
 
     def of_batch(self, batch: PreparedBatch) -> "FrozenObjective":
@@ -206,10 +208,7 @@ class FrozenObjective:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the model in evaluation mode, without what it keeps of its own parameters."""
-        # The random state of a GPU cannot be read while work is recorded.
-        recorded = self.space.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        puts_back = self._draws and not recorded
-        randomness = own_randomness(self.model) if puts_back else nullcontext()
+        randomness = own_randomness(self.model) if self.draws else nullcontext()
         with eval_mode(self.model), emptied(self._caches), without_fast_path(), randomness:
             yield
 
@@ -274,7 +273,7 @@ class FrozenObjective:
                     once = self.data_term(self.space.values, batch)
                 for _ in range(2):  # two numbers may agree by chance
                     trial.check_same(once, self._again(self.space.values, batch, self.data_term))
-                self._draws = moved()
+                self.draws = moved()
                 return
             versions = versions_of(inputs)
             weights = {**self.space.fixed, **self.space.values}
@@ -290,7 +289,7 @@ class FrozenObjective:
                     f"for {size} samples."
                 )
             self._check_repeatable(once, inputs, size)
-            self._draws = moved()
+            self.draws = moved()
             loss = self.objective.loss
             trial.check_targets(loss, once, batch.targets)
             trial.check_labels(loss, once, batches.label_range)

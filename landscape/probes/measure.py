@@ -65,7 +65,7 @@ class PointMeter:
             forward = Forward(frozen)
             weights = MovedWeights(self._start, vectors, channels_last=forward.channels_last)
         row = _Row(frozen, forward, weights, metrics, l2, recalibrate)
-        self._row = Repeated(row, frozen.space.device)
+        self._row = Repeated(row, frozen.space.device, recordable=not frozen.draws)
         self.group = 1 if self._row.stream is None else GROUP
 
     def measure(self, points: Sequence[Sequence[float]]) -> Tensor:
