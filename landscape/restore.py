@@ -160,20 +160,35 @@ class _Attributes:
             if isinstance(value, dict) and name not in _OF_MODULES
         ]
 
+    def are_same(self) -> bool:
+        """Whether none was replaced, whatever the values of the tensors."""
+        return not self._replaced() and not self._changed()
+
     def put_back(self) -> None:
         """Put back what was replaced or changed, and take away what was not there."""
+        for name in self._replaced():
+            _set(self._own, name, self._before.get(name, _NONE))
+        for dictionary, content in self._changed():
+            dictionary.clear()
+            dictionary.update(content)
+
+    def _replaced(self) -> list[str]:
+        """Return the names of attributes that are others than before, or new, or gone."""
+        found = []
         for name in self._own.keys() | self._before.keys():
             before, now = self._before.get(name, _NONE), self._own.get(name, _NONE)
-            if now is before or not (_is_kept(before) or _is_kept(now)):
-                continue
-            _set(self._own, name, before)
-        for dictionary, content in self._contents:
-            same = len(dictionary) == len(content) and all(
-                dictionary.get(key, _NONE) is value for key, value in content.items()
-            )
-            if not same:
-                dictionary.clear()
-                dictionary.update(content)
+            if now is not before and (_is_kept(before) or _is_kept(now)):
+                found.append(name)
+        return found
+
+    def _changed(self) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+        """Return the dictionaries that hold something else now, each with what it held."""
+        return [
+            (dictionary, content)
+            for dictionary, content in self._contents
+            if len(dictionary) != len(content)
+            or any(dictionary.get(key, _NONE) is not value for key, value in content.items())
+        ]
 
 
 def _set(attributes: dict[str, Any], name: str, value: Any) -> None:
@@ -344,6 +359,33 @@ def same_buffers(model: nn.Module) -> Iterator[Callable[[], bool]]:
             for buffer, value in values:
                 if torch.is_inference_mode_enabled() or not buffer.is_inference():
                     buffer.copy_(value)  # one of inference mode has not changed outside of it
+
+
+@contextmanager
+def same_tensors(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Put back the buffers of a model, and the tensors that are plain attributes of its modules.
+
+    Yields:
+        Returns whether the model still has the same tensors, whatever their values.
+    """
+    attributes = [_Attributes(module) for module in model.modules()]
+    held = [t for _, _, tensors in _kept_tensors(model) for t in tensors if not t.requires_grad]
+    values = [(t, t.clone()) for t in held]
+    try:
+        with same_buffers(model) as are_same:
+            yield lambda: are_same() and all(own.are_same() for own in attributes)
+    finally:
+        for own in attributes:
+            own.put_back()
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Return the buffers of a model and the tensors that are plain attributes of its modules."""
+    kept = [t for _, _, tensors in _kept_tensors(model) for t in tensors]
+    return [*model.buffers(), *kept]
 
 
 @contextmanager

@@ -92,7 +92,8 @@ def fit(
             them for all batches of the first one's shape: faster where operations take less time
             than their launch. What a model does in Python (hooks, counters, branches) happens as it
             is recorded only; one that waits for the device, draws on the CPU or exchanges buffers
-            is detected, and trained without recording.
+            is detected, and trained without recording; so is one with a parameter that a graph
+            still refers to, such as that of a loss which you have kept.
         seed: Seed of `transform`, dropout and stochastic depth; `DeviceImages` has its own.
         callbacks: Each called as `callback(model, epochs_done)` before the first epoch of this call
             and after every one, once it is on disk; a `Watch` is one. A model left in evaluation

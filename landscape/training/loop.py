@@ -172,7 +172,8 @@ def train_epoch(
     passes: Passes = partial(_passes, step)
     stream = None
     if step.cuda_graphs:
-        passes = recorded = Recorded(passes, step.model, step.parameters, step.device)
+        modules = [each for each in (step.model, step.loss) if isinstance(each, nn.Module)]
+        passes = recorded = Recorded(passes, modules, step.parameters, step.device)
         stream = recorded.stream
     with apart(stream):
         for index, raw in enumerate(batches):

@@ -2,14 +2,17 @@
 
 The host takes longer to launch the operations of a small batch than a GPU to run them. Recorded
 once and replayed (`landscape.recording`), they are launched at once; batch and gradients
-then lie in memory of the recording.
+then lie in memory of the recording, and what it reads of the model besides its parameters (buffers,
+tensors that are attributes) is kept as it was then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from landscape._streams import read_streams, same_streams
 from landscape.batches import Inputs, copied
 from landscape.recording import Recording, apart, overwrite, shape_of, side_stream, trial
-from landscape.restore import same_buffers
+from landscape.restore import same_tensors, tensors_of
 from landscape.training.surroundings import same_random_state
 
 Passes = Callable[[Inputs, Tensor], tuple[Tensor, ...]]
@@ -27,26 +30,32 @@ class Recorded:
     """Passes of one batch after another, recorded at the second one of the first shape.
 
     Batches of other shapes go unrecorded, and all of them where the model waits for the device,
-    draws from a random stream of the CPU, or exchanges a buffer instead of writing to it.
+    draws from a random stream of the CPU, or exchanges a buffer or another tensor of its own
+    instead of writing to it; or where a graph that the caller keeps ends at a parameter.
 
     Attributes:
         stream: Where all passes are to run; `None` without a CUDA device: nothing is recorded.
     """
 
     def __init__(
-        self, passes: Passes, model: nn.Module, parameters: Sequence[Tensor], device: torch.device
+        self,
+        passes: Passes,
+        modules: Sequence[nn.Module],
+        parameters: Sequence[Tensor],
+        device: torch.device,
     ) -> None:
         """Wrap passes; nothing is computed yet.
 
         Args:
             passes: Writes `.grad` of the parameters, and returns tensors that have no graph.
-            model: The model.
+            modules: What the passes call: the model, and a loss that is a module.
             parameters: All that get a gradient.
             device: Device of the model.
         """
-        self._passes, self._model, self._parameters = passes, model, parameters
+        self._passes, self._modules, self._parameters = passes, modules, parameters
         self.stream = side_stream(device)
-        self._recordable = self.stream is not None
+        self._recordable = self.stream is not None and not any(map(_ends_a_graph, parameters))
+        self._held: list[Tensor] = []
         self._shape: Any = None
         self._batch: tuple[Inputs, Tensor] | None = None
         self._recording: Recording[tuple[Tensor, ...]] | None = None
@@ -75,15 +84,61 @@ class Recorded:
         with apart(self.stream):
             self._batch = copied(inputs), copied(targets)
             work = partial(self._passes, *self._batch)
-            with same_buffers(self._model) as are_same, same_random_state(self._model):
+            with ExitStack() as stack:
+                are_same = [stack.enter_context(same_tensors(each)) for each in self._modules]
+                stack.enter_context(same_random_state(self._modules[0]))
                 before = read_streams()
-                never_waits = trial(work)[1]
+                with _noted_rewinds() as rewinds:
+                    never_waits = trial(work)[1]
                 self._recordable = (
-                    never_waits and are_same() and same_streams(before, read_streams())
+                    never_waits
+                    and not rewinds
+                    and all(same() for same in are_same)
+                    and same_streams(before, read_streams())
                 )
             for parameter in self._parameters:
                 parameter.grad = None
             if self._recordable:
                 torch.cuda.empty_cache()  # the recording takes as much once more
+                self._held = [t for each in self._modules for t in tensors_of(each)]
                 self._recording = Recording(work, self.stream)
                 self._gradients = [parameter.grad for parameter in self._parameters]
+
+
+@contextmanager
+def _noted_rewinds() -> Iterator[list[None]]:
+    """Yield a list that grows where the random state of a device is set, as checkpointing does.
+
+    It makes dropout draw the same once more, and cannot be recorded.
+    """
+    rewinds: list[None] = []
+    set_state = torch.cuda.set_rng_state
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        rewinds.append(None)
+        set_state(*args, **kwargs)
+
+    with patch.object(torch.cuda, "set_rng_state", noted):
+        yield rewinds
+
+
+def _ends_a_graph(parameter: Tensor) -> bool:
+    """Return whether a graph that is alive ends at a parameter.
+
+    The node there adds up gradients on the stream that it was made on, which is not the one that is
+    recorded. It lives as long as a graph that it belongs to, so a mark on it tells.
+    """
+    if not parameter.requires_grad:
+        return False
+
+    def marks() -> dict[Any, Any]:
+        with torch.enable_grad():
+            view: Any = parameter.view_as(parameter).grad_fn
+        found: dict[Any, Any] = view.next_functions[0][0].metadata
+        return found
+
+    marks()[_MARK] = True
+    return marks().pop(_MARK, False) is True
+
+
+_MARK = object()
