@@ -157,7 +157,7 @@ class FrozenBatches:
             held += _num_bytes(drawn)
             if held > keep_bytes:
                 self._prints = [_fingerprint(d) for d in self._kept]
-                self._kept = None
+                self._kept, places = None, here  # the memory of the others is free to be used again
         self.num_samples = sum(sizes)
         if not self.num_samples:
             raise ValueError("`data` must yield at least one sample, got none; is it empty?")
