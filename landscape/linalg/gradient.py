@@ -3,7 +3,7 @@
 A Hessian product is v ↦ ∇⟨∇L, v⟩. The graph of ∇L does not depend on v and is kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal, get_args
 
@@ -45,7 +45,10 @@ class GradientGraph:
             leaves: Parameters by name, which require a gradient.
             weight: Factor of the loss in the objective.
             precision: `"bf16"` runs the loss under autocast; otherwise it is in full precision.
-            measure: Measure the memory of the graph.
+            measure: Measure the memory of the graph, and check that it can be differentiated.
+
+        Raises:
+            ValueError: If it cannot.
         """
         self.weight = weight
         self._leaves = list(leaves.values())
@@ -83,6 +86,8 @@ class GradientGraph:
                 if self.depends
                 else tuple(torch.zeros_like(p) for p in self._leaves)
             )
+        if measure:
+            check_twice_differentiable(self.gradient)
         self.num_bytes = sum(sizes.values())
 
     def product(self, tangents: list[Tensor], precision: Precision = "full") -> tuple[Tensor, ...]:
@@ -103,6 +108,28 @@ class GradientGraph:
                 retain_graph=True,
                 materialize_grads=True,
             )
+
+
+def check_twice_differentiable(gradient: Sequence[Tensor]) -> None:
+    """Refuse a gradient whose graph passes through a function marked with `once_differentiable`.
+
+    PyTorch refuses it in `backward`; where derivatives are asked for by name it leaves them out.
+
+    Raises:
+        ValueError: If one does.
+    """
+    nodes = [part.grad_fn for part in gradient if part.grad_fn is not None]
+    seen = set(nodes)
+    for node in nodes:  # grows
+        if node.name() == "torch::autograd::Error":
+            raise ValueError(
+                "`model` must be twice differentiable, got a function marked with "
+                "`once_differentiable`; write its backward pass in differentiable operations."
+            )
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                nodes.append(below)
 
 
 def hessian_product(

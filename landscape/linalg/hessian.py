@@ -64,11 +64,7 @@ class CurvatureOperator(SymmetricOperator):
         self._set_frozen(objective.freeze(model, data))
 
     def _set_frozen(self, frozen: FrozenObjective) -> None:
-        if frozen.recomputes:
-            raise ValueError(
-                "`model` must not use gradient checkpointing, which computes activations again; "
-                "turn it off (in timm: `model.set_grad_checkpointing(False)`)."
-            )
+        check_keeps(frozen)
         self.frozen = frozen
         space = frozen.space
         super().__init__(space.dim, space.dtype, space.device)
@@ -170,7 +166,7 @@ class HessianOperator(CurvatureOperator):
         self._leaves = {n: v.requires_grad_() for n, v in _copies(self.frozen).items()}
         self._multiply_kept = self._repeated()
         self._recorded: RecordedHessian | None = None  # of batches that are not kept, in turns
-        self._recordable = self._multiply_kept.stream is not None
+        self._recordable = self._multiply_kept.stream is not None and not self.frozen.draws
         losses: list[Tensor] = []
         with self._differentiating():
             for batch in self.frozen.batches:
@@ -279,6 +275,19 @@ def warn_independent() -> None:
         "should depend on them, remove `no_grad`, `inference_mode` and `detach` from the model.",
         stacklevel=2,
     )
+
+
+def check_keeps(frozen: FrozenObjective) -> None:
+    """Refuse a model that does not keep its activations.
+
+    Raises:
+        ValueError: If it computes them again.
+    """
+    if frozen.recomputes:
+        raise ValueError(
+            "`model` must not use gradient checkpointing, which computes activations again; turn "
+            "it off (in timm: `model.set_grad_checkpointing(False)`)."
+        )
 
 
 def check_finite(frozen: FrozenObjective) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from landscape.batches import PreparedBatch
-from landscape.linalg.gradient import twice_differentiable
+from landscape.linalg.gradient import check_twice_differentiable, twice_differentiable
 from landscape.linalg.hessian import CurvatureOperator, warn_independent
 from landscape.losses import makes_no_softmax, sample_weights
 
@@ -27,6 +27,8 @@ class _OutputCurvature(CurvatureOperator):
     J v is taken by reverse mode twice: Jᵀu is linear in u, and its derivative along v is J v. So
     every model that has a Hessian has these matrices, whatever its forward-mode support.
     """
+
+    _checked = False
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         out = self._weight_decay * vectors  # the Hessian of (λ/2)‖θ‖² is λI
@@ -54,6 +56,9 @@ class _OutputCurvature(CurvatureOperator):
             pulled = torch.autograd.grad(
                 outputs, parameters, dual, create_graph=True, materialize_grads=True
             )
+        if not self._checked:
+            check_twice_differentiable(pulled)
+            self._checked = True
 
         def product(v: Tensor) -> Tensor:
             pairs = [

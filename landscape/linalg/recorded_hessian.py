@@ -13,6 +13,7 @@ from landscape.batches import PreparedBatch, copied
 from landscape.linalg.gradient import (
     GradientGraph,
     Precision,
+    check_twice_differentiable,
     hessian_product,
     twice_differentiable,
 )
@@ -59,6 +60,7 @@ class RecordedHessian:
         """Return whether it can be recorded; a gradient and a product."""
         with apart(self._stream), twice_differentiable():
             graph, recordable = trial(self._gradient)
+            check_twice_differentiable(graph.gradient)
             return recordable and all(
                 trial(partial(self._product, graph, precision))[1] for precision in self._precisions
             )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import landscape
 from landscape import (
     EmpiricalFisherOperator,
     FisherOperator,
@@ -174,6 +175,43 @@ def test_a_fisher_matrix_is_that_of_a_softmax(loss):
     data = [(x, torch.rand(len(x), 3).double()) for x, _ in make_batches((7,))]
     with pytest.raises(ValueError, match="must be that of a softmax"):
         FisherOperator(make_model("conv"), data, Objective(loss=loss))
+
+
+class Cube(torch.autograd.Function):
+    """Differentiable once, as operations with a kernel of their own are."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+def test_functions_that_are_differentiable_once_are_refused(recorded):
+    class Cubic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(16, 4).double(), nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.head(Cube.apply(self.first(x.flatten(1))))
+
+    model, batches = Cubic(), make_batches((7, 3))
+    for memory in ("auto", 0):
+        with pytest.raises(ValueError, match="`model` must be twice differentiable"):
+            HessianOperator(model, batches, memory=memory)
+    v = torch.ones(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    for kind in (GaussNewtonOperator, FisherOperator, EmpiricalFisherOperator):
+        with pytest.raises(ValueError, match="`model` must be twice differentiable"):
+            kind(model, batches).matvec(v)
+    with pytest.raises(ValueError, match="`model` must be twice differentiable"):
+        landscape.hessian_max_spectrum(model, batches, k=1)
+    assert np.isfinite(landscape.loss_line(model, batches, points=3).nll).all()
 
 
 def test_many_vectors_share_one_forward_pass():
