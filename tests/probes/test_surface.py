@@ -362,6 +362,17 @@ def test_a_loss_without_terms_by_sample_has_no_error():
     assert known.nll_stderr[0] > 0
 
 
+def test_a_loss_whose_terms_have_another_mean_has_no_error(generator):
+    """`batchmean` is a sum over classes, and its terms are one a class."""
+    x = torch.randn(12, 4, generator=generator)
+    y = torch.randn(12, 3, generator=generator).softmax(1)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LogSoftmax(1))
+    objective = Objective(loss=nn.KLDivLoss(reduction="batchmean"))
+    line = loss_line(model, [(x, y)], points=[0.0], objective=objective, metrics="loss")
+    assert np.isfinite(line.nll).all()
+    assert np.isnan(line.nll_stderr).all()
+
+
 def test_the_loss_of_every_pixel_counts(generator):
     model = nn.Conv2d(2, 3, 1, dtype=torch.float64)
     x = torch.randn(6, 2, 4, 4, generator=generator, dtype=torch.float64)
@@ -735,6 +746,18 @@ def test_points_of_another_surface_are_refused(kind, word, tmp_path):
     with pytest.raises(ValueError, match=rf"`resume` must hold .* another {word}"):
         loss_surface(model, batches, **arguments)
     assert path.read_bytes() == content
+
+
+def test_points_of_other_class_weights_are_refused(tmp_path):
+    """However little it shows in the loss of the point that is checked."""
+    model, batches, path = make_model("conv"), make_batches((9,)), tmp_path / "points"
+    for last in (1.0, 1.00001):
+        loss = nn.CrossEntropyLoss(torch.tensor([1.0, 1.0, last]).double())
+        arguments = {"points": 2, "objective": Objective(loss=loss), "resume": path}
+        if last == 1:
+            loss_line(model, batches, **arguments)
+    with pytest.raises(ValueError, match="`resume` must hold .* another objective"):
+        loss_line(model, batches, **arguments)
 
 
 def test_the_same_data_in_other_batches_go_on(tmp_path):
