@@ -132,6 +132,14 @@ def test_transform_is_drawn_once(keep_bytes):
     assert frozen.value() != other.value()
 
 
+def test_batches_are_kept_as_far_as_all_of_them_fit():
+    batches = make_batches((4, 4, 4))
+    size = sum(t.nbytes for t in batches[0])
+    for keep_bytes, kept in ((3 * size, True), (2 * size, False)):
+        frozen = Objective().freeze(make_model("conv"), batches, keep_bytes=keep_bytes)
+        assert frozen.batches.are_kept is kept
+
+
 def test_redrawn_data_may_hold_nan_and_empty_batches():
     model, (first, second) = make_model("conv"), make_batches((8, 3))
     empty = (first[0][:0], first[1][:0])
@@ -1108,3 +1116,25 @@ def test_a_model_that_wants_its_batch_whole_may_have_caches():
         model(data[0][0])
     v = torch.ones(21)
     torch.testing.assert_close(HessianOperator(model, data) @ v, HessianOperator(plain, data) @ v)
+
+
+class Growing(nn.Module):
+    """Its outputs grow with the number of its calls, which it keeps in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.calls * self.head(x)
+
+
+def test_every_call_begins_with_the_buffers_of_the_model(generator):
+    model = Growing()
+    x, y = torch.randn(6, 4, generator=generator), torch.arange(6) % 3
+    frozen = Objective().freeze(model, [(x, y)])
+    expected = F.cross_entropy(model.head(x), y).item()
+    assert [frozen.value() for _ in range(3)] == pytest.approx([expected] * 3)
+    assert model.calls == 0

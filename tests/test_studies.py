@@ -122,6 +122,17 @@ def test_runs_are_kept_by_all_that_determines_them_and_by_nothing_else(compariso
     assert folder not in different
 
 
+def test_every_number_of_a_protocol_is_in_the_name_of_a_run(comparisons):
+    protocol, arm = comparisons.PROTOCOLS["quick"], comparisons.Arm("ViT", "ViT")
+    folders = {comparisons.run_folder(protocol, arm, True)}
+    names = asdict(protocol).keys() - {"networks", "seeds"}
+    for name in names:
+        value = getattr(protocol, name)
+        other = (*value, 9) if isinstance(value, tuple) else value * 2
+        folders.add(comparisons.run_folder(replace(protocol, **{name: other}), arm, True))
+    assert len(folders) == 1 + len(names)
+
+
 def test_a_run_trains_measures_and_is_found_again(comparisons, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = {"dim": 12, "depth": 1, "heads": 2, "patch_size": 7}
@@ -174,6 +185,22 @@ def test_the_page_of_claims_lists_every_verdict_with_its_evidence(tmp_path, monk
     assert "**2 comparisons: 1 disagree, 1 undecided.**" in text
     assert text.count("Not measured.") == 3
     assert "| [Figure 9](fig9_claims.md) | varies | ratio | Conv 3 [2, 4] | MSA 0 [-1, 1] |" in text
+
+
+def test_intervals_that_touch_decide_nothing():
+    claims = importlib.import_module("claims")
+    low, high = claims.estimated(1, 1), claims.estimated(4, 0.6)
+    assert (low.low, low.high) == pytest.approx((1 - 1.96, 1 + 1.96))
+    verdicts = {
+        (low, high): "undecided",
+        (high, low): "undecided",
+        (low, claims.estimated(4, 0.25)): "agrees",
+        (claims.estimated(4, 0.25), low): "disagrees",
+        (low, claims.averaged([9])): "undecided",
+    }
+    for (smaller, larger), verdict in verdicts.items():
+        claim = claims.Claim("", "", ("a", smaller), ("b", larger), about=1)
+        assert claim.verdict == verdict
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from landscape.corruptions import CORRUPTIONS, SEVERITIES, apply, corrupt
+from landscape.corruptions import CORRUPTIONS, SEVERITIES, apply, blur, corrupt, digital, weather
 from landscape.corruptions.severities import CIFAR, IMAGENET
 from landscape.restore import rounding
 from tests.cases import float64_by_default
-from tests.corruptions.cases import pictures
+from tests.corruptions.cases import grey_levels, pictures, streams
 
 PROFILES = ("imagenet", "cifar")
 # What random numbers decide; the others are functions of the image.
@@ -158,6 +160,34 @@ def test_tables_are_those_of_the_paper():
     for profile, table in (("imagenet", IMAGENET), ("cifar", CIFAR)):
         for (step, number), end in zip(table["zoom_blur"], ends[profile], strict=True):
             assert len(np.arange(1, end, step)) == number  # 1.11 and 1.06 are reached by rounding
+
+
+def test_the_profile_of_cifar_has_kernels_of_its_own(monkeypatch):
+    monkeypatch.setattr(apply, "Streams", lambda key, start, count: streams(count))
+    x = pictures(2, 33, 33)  # of 32 pixels all pixelations are alike
+    for name, kernel in (
+        ("motion_blur", partial(blur.motion_blur, cifar=True)),
+        ("zoom_blur", partial(blur.zoom_blur, cifar=True)),
+        ("snow", partial(weather.snow, cifar=True)),
+        ("frost", partial(weather.frost, cifar=True)),
+        ("elastic_transform", digital.elastic_transform_affine),
+        ("pixelate", partial(digital.pixelate, cifar=True)),
+    ):
+        expected = grey_levels(kernel(x.float(), *CIFAR[name][3], streams(2)))
+        assert torch.equal(corrupt(x, name, 4, profile="cifar").long(), expected), name
+
+
+def test_no_number_of_the_tables_has_changed():
+    """Sums over all severities, which tell a slip of a single number."""
+    tables = (IMAGENET, CIFAR)
+    sums = {n: tuple(round(sum(map(sum, t[n])), 6) for t in tables) for n in CORRUPTIONS}
+    assert sums == {
+        "gaussian_noise": (1.02, 0.37), "shot_noise": (105, 975), "impulse_noise": (0.62, 0.18),
+        "defocus_blur": (33.1, 5.5), "glass_blur": (27.2, 13.35), "motion_blur": (118, 44),
+        "zoom_blur": (63.09, 82.05), "snow": (120.45, 99.75), "frost": (6.9, 6.25),
+        "fog": (20.1, 16.2), "brightness": (1.5, 0.8), "contrast": (1.05, 2.1),
+        "elastic_transform": (0.525, 0.95), "pixelate": (2.05, 4.1), "jpeg_compression": (75, 293),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -310,3 +310,20 @@ def test_frost_has_the_power_law(exponent):
         [np.log(frequency[b]).mean() for b in bands], [np.log(power[b]).mean() for b in bands], 1
     )[0]
     assert slope == pytest.approx(-exponent, abs=0.05)
+
+
+def test_the_frost_of_cifar_has_photographs_and_a_scale_of_its_own(monkeypatch):
+    """It leaves the last one out, and has the exponent and the offset of scale 0.2."""
+    flat = torch.zeros(6, 10)
+    flat[:, :3] = 40 * torch.arange(6.0)[:, None]
+    monkeypatch.setattr(frost, "_PHOTOGRAPHS", flat)
+    for small, count in ((True, 5), (False, 6)):
+        texture = frost.frost_texture(32, 32, streams(200), small=small)
+        assert texture.unique().tolist() == [40 * i for i in range(count)]
+    for small, share in ((True, 9), (False, 7)):
+        table = torch.tensor([128.0] * 3 + [10.0] * 3 + [0.0] * 4).repeat(6, 1)
+        table[:, share] = 1.0  # one offset a crop
+        monkeypatch.setattr(frost, "_PHOTOGRAPHS", table)
+        texture = frost.frost_texture(32, 32, streams(4), small=small)
+        assert texture.std((1, 2, 3)).max() == 0
+        assert texture.mean((1, 2, 3)).std() > 0

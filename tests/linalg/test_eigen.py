@@ -113,6 +113,17 @@ def test_a_miss_is_at_most_as_likely_as_stated(name):
     assert top_eigenpairs(operator, k, certify=False).miss == 1.0
 
 
+@pytest.mark.parametrize(("which", "mirrored"), [("LM", True), ("LA", False)])
+def test_the_mirror_image_is_watched_where_magnitude_counts(which, mirrored):
+    operator = planted([10.0, 8.0] + BULK)
+    search = EigenSearch(
+        operator, {"top": (2, which)}, tol=1e-3, max_iter=100, max_basis=None,
+        generator=torch.Generator(),
+    )  # fmt: skip
+    search.run(operator.matvec, starts=1, certify=True)
+    assert bool((search.space.marks < -7).any()) is mirrored
+
+
 def test_a_start_of_ones_own_is_certified_too():
     """It holds the first and the third eigenvector, and nothing of the second."""
     operator = planted([10.0, 6.0, 5.8, 3.0, 1.5] + BULK)

@@ -444,6 +444,14 @@ def test_a_gradient_within_the_model_is_refused_where_it_would_be_wrong():
             HessianOperator(model, batches)
 
 
+@pytest.mark.parametrize("middle", [nn.GELU(), nn.BatchNorm1d(16)], ids=["gelu", "batch norm"])
+def test_a_gradient_within_the_model_is_refused_behind_other_layers_too(middle):
+    """Behind no linear layer a GELU is one by itself."""
+    model = Energy(nn.Linear(16, 16), nn.Tanh(), middle, nn.Linear(16, 1)).double()
+    with pytest.raises(RuntimeError, match="must not take a gradient with `create_graph=True`"):
+        HessianOperator(model, make_batches((7,)))
+
+
 @pytest.mark.parametrize("chosen", [["1.bias"], ["1.bias", "4.weight"], ["1.*"], ["0.*", "1.bias"]])
 def test_a_group_norm_of_which_some_parameters_are_chosen(chosen):
     """In the bias alone PyTorch's own crashes behind a convolution in channels-last format."""

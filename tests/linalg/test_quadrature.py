@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from landscape.linalg.quadrature import density_of, lanczos_quadrature, spectral_density
 from landscape.linalg.trace import hutch_plus_plus
@@ -138,6 +139,13 @@ def test_hutch_plus_plus_is_calibrated_and_exact_on_low_rank():
     assert whole.value == pytest.approx(SPECTRUM[:7].sum(), abs=1e-9)
     assert whole.stderr == 0
     assert whole.num_matvecs == 14
+
+
+def test_hutch_plus_plus_has_the_standard_error_of_its_samples():
+    estimate = hutch_plus_plus(planted(SPECTRUM), num_matvecs=9, generator=seeded(0))
+    assert len(estimate.samples) == 3
+    assert estimate.value == pytest.approx(estimate.captured + estimate.samples.mean())
+    assert estimate.stderr == pytest.approx(stats.sem(estimate.samples))
 
 
 def test_bad_input_is_refused():

@@ -364,3 +364,12 @@ def test_interpolated_shares_stay_between_0_and_1():
         assert share.min() >= 0
         assert share.max() <= 1
     assert line.accuracy[~line.evaluated].max() == 1
+
+
+def test_a_quarter_keeps_a_share_of_the_surplus_of_its_cell():
+    """Points that happen to lie on the polynomial do not prove that the others do."""
+    cell = adaptive._Cell((0, 8), (0, 8), np.array([1.0]))
+    axis, values, asked = np.arange(9.0), np.zeros((9, 9, 1)), np.ones((9, 9), dtype=bool)
+    for quarter in cell.quarters():
+        found = quarter.compared(axis, axis, values, asked)
+        np.testing.assert_array_equal(found.surplus, [adaptive.INHERITED])

@@ -37,3 +37,11 @@ def test_a_probe_that_lies_in_the_exact_part_is_sampled_all_the_same():
     np.testing.assert_allclose(spectrum.density.nodes, [[1, 5]], rtol=1e-9)
     assert spectrum.density.moment(0)[0] == pytest.approx(1, abs=1e-12)
     assert abs(spectrum.trace - 54) <= 3 * spectrum.trace_stderr
+
+
+@pytest.mark.parametrize("certify", [True, False])
+def test_an_edge_value_that_may_be_multiple_is_sampled(certify):
+    """Without a certificate nothing is known of its copies."""
+    spectrum = spectrum_of(np.r_[-3, BULK, 10], k=1, certify=certify)
+    assert spectrum.largest.residuals.max() < 1e-6
+    assert len(spectrum.density.outliers) == (2 if certify else 0)

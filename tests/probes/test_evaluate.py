@@ -80,6 +80,22 @@ def test_every_number_is_its_definition_however_batched(sizes, num_bins):
     assert (result.num_samples, result.num_classes, result.num_nonfinite) == (200, 7, 0)
 
 
+def test_equal_terms_have_an_error_of_zero():
+    """A sum of squares less the square of the sum may be negative, and its root NaN."""
+    for count in range(2, 40):
+        data = [(torch.zeros(count, 3), torch.zeros(count, dtype=torch.long))]
+        result = evaluate(Identity(), data)
+        assert result.nll == pytest.approx(np.log(3))
+        assert result.nll_stderr == pytest.approx(0, abs=1e-15)
+
+
+def test_the_loss_of_a_certain_model_is_not_rounded_to_zero():
+    model = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(model.weight)
+    result = evaluate(model, [(torch.tensor([[20.0, 0.0]]), torch.tensor([0]))])
+    assert result.nll == pytest.approx(np.log1p(np.exp(-20)), rel=1e-6)
+
+
 def test_a_uniform_prediction_has_a_closed_form():
     classes = 8
     data = [(torch.zeros(16, classes), torch.arange(16) % classes)]

@@ -8,7 +8,7 @@ from torch import nn
 
 from landscape.objective import Objective
 from landscape.probes.directions import random_directions
-from landscape.probes.forward import Forward
+from landscape.probes.forward import Forward, _close
 from landscape.probes.planes import between
 from landscape.probes.surface import loss_line, loss_surface
 from landscape.probes.weights import MovedWeights
@@ -374,3 +374,30 @@ def test_a_model_that_wants_its_batch_whole_gets_it(generator):
     model, x, y = Whole(), torch.randn(20, 5, generator=generator), torch.arange(20) % 3
     line = loss_line(model, [(x, y)], points=[0.0], metrics="loss")
     assert line.nll[0] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+
+
+class Gated(nn.Module):
+    """Adds what all samples of a batch have in common, by a gate that is still zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.gate = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return self.head(x) + self.gate * x[:, :3].mean(0)
+
+
+def test_zeros_do_not_hide_that_samples_depend_on_each_other(generator):
+    x = torch.randn(200, 4, generator=generator)
+    frozen = Objective().freeze(Gated(), [(x, torch.arange(200) % 3)])
+    moved = frozen.space.values | {"gate": torch.ones(3)}
+    logits = Forward(frozen).logits(moved, x, 200)
+    torch.testing.assert_close(logits, frozen.logits(moved, x))
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-11), (torch.float32, 1e-3)])
+def test_a_faster_way_is_the_same_up_to_rounding_or_not_taken(dtype, off):
+    expected = torch.linspace(0.1, 1, 10, dtype=dtype)
+    assert _close(expected * (1 + torch.finfo(dtype).eps), expected)
+    assert not _close(expected + off, expected)

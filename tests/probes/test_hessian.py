@@ -570,6 +570,14 @@ def test_many_probes_have_their_products_each():
     assert few.num_hvps == 30
 
 
+def test_every_probe_is_in_the_density():
+    model, batches = make_model("conv"), make_batches((6,))
+    few = {"k": 1, "max_iter": 30, "tol": 1e-12, "certify": False}
+    with pytest.warns(UserWarning, match="have not converged"):
+        density = landscape.hessian_spectrum(model, batches, num_probes=3, **few).density
+    assert len(density.nodes) == 3
+
+
 class Scale(nn.Module):
     """One parameter."""
 

@@ -166,3 +166,11 @@ def test_bad_settings_are_refused(make, match):
 def test_erasing_refuses_bytes(bytes_):
     with pytest.raises(ValueError, match="`x` must be normalised floats .* put `Normalize` first"):
         RandomErasing()(bytes_, torch.zeros(20), generator())
+
+
+def test_erased_boxes_are_as_often_taller_as_wider():
+    x = torch.zeros(400, 1, 64, 64)
+    erase = RandomErasing(probability=1.0, area=(0.05, 0.05), value=1.0)
+    erased, _ = erase(x, torch.zeros(400), torch.Generator().manual_seed(0))
+    height, width = erased.amax((1, 3)).sum(1), erased.amax((1, 2)).sum(1)
+    assert 0.4 < (height > width).double().mean() < 0.6

@@ -152,6 +152,18 @@ def test_ignored_labels_count_for_nothing():
         np.testing.assert_allclose(result.validation_loss, [loss(model(x), y).item()], rtol=1e-6)
 
 
+def test_an_ignored_class_counts_for_nothing_where_it_is_predicted():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 4, generator=generator), torch.arange(30) % 3
+    model, loss = nn.Linear(4, 3), nn.CrossEntropyLoss(ignore_index=0)
+    nn.init.eye_(model.weight)
+    right = model(x).argmax(1) == y
+    assert right[y == 0].any()
+    for result in measured(model, [(x, y)], [(x, y)], loss):
+        np.testing.assert_allclose(result.train_accuracy, [right[y != 0].double().mean().item()])
+        np.testing.assert_allclose(result.validation_accuracy, result.train_accuracy)
+
+
 def test_a_history_says_what_trained_the_model(data, tmp_path):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
@@ -174,6 +186,20 @@ def test_validation_runs_in_evaluation_mode_and_without_the_transform(data):
     x, y = next(iter(data.with_(batch_size=22)))
     expected = F.cross_entropy(model.eval()(x), y).item()
     assert result.validation_loss[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_plateau_is_one_of_the_validation_loss_where_there_is_one(data):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    data = data.with_(batch_size=22)
+    wrong = [(x, (y + 1) % 3) for x, y in data]
+    result = fit(model, data, epochs=4, optimizer=optimizer, schedule=schedule, validation=wrong)
+    assert (np.diff(result.train_loss) < 0).all()
+    assert (np.diff(result.validation_loss) > 0).all()
+    assert result.learning_rate[-1] < 0.05
 
 
 def test_training_learns_and_the_history_says_so(data):

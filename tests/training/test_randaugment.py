@@ -241,3 +241,14 @@ def test_bad_input_is_refused():
         RandAugment(num_ops=-1)
     with pytest.raises(ValueError, match=r"`probability` must lie in \[0, 1\], got 2"):
         RandAugment(probability=2)
+
+
+@pytest.mark.parametrize("name", ["shear", "translate"])
+@pytest.mark.parametrize("negative", [False, True])
+def test_both_axes_are_moved_alike(name, negative):
+    level = torch.tensor([0.0, 7.0, 10.0])
+    x, y = (
+        strengths(torch.full((3,), INDEX[f"{name}_{axis}"]), level, torch.full((3,), negative))
+        for axis in "xy"
+    )
+    torch.testing.assert_close(x, y)
