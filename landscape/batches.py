@@ -54,6 +54,12 @@ class PreparedBatch:
         """Inputs and targets."""
         return self.inputs, self.targets
 
+    def part(self, rows: slice) -> "PreparedBatch":
+        """Return some of the samples as a batch with the same weight."""
+        targets = None if self.targets is None else self.targets[rows]
+        inputs = rows_of(self.inputs, self.size, rows)
+        return PreparedBatch(inputs, targets, rows.stop - rows.start, self.weight)
+
 
 class FrozenBatches:
     """Prepared batches: on one device, in one precision, transformed once.

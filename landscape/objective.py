@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import CheckpointFunction
 
 from landscape import trial
 from landscape._checks import check_at_least
@@ -126,7 +129,7 @@ class Objective:
         Returns:
             The frozen objective, after one pass over the data, a forward pass of one batch, two of
             16 of its samples (a second one of all in a batch of up to 32), one of two, and one of
-            up to 16 samples of a second batch.
+            up to 16 samples of a second batch; with `loss=None`, two of 32 samples of both.
         """
         return FrozenObjective(self, model, data, keep_bytes, check_mean)
 
@@ -171,6 +174,11 @@ class FrozenObjective:
         check_mean: bool = True,
     ) -> None:
         """Draw the data once; see `Objective.freeze`."""
+        if parametrize._cache_enabled:  # weights would be those computed from the model's own
+            raise RuntimeError(
+                "Objectives must be frozen outside `torch.nn.utils.parametrize.cached`, which "
+                "keeps weights whatever the parameters are."
+            )
         self.objective = objective
         self.model = model
         self.space = ParameterSpace(model, objective.parameters)
@@ -227,11 +235,13 @@ class FrozenObjective:
     ) -> tuple[Tensor, Any]:
         """Return the mean loss of one batch that the model itself gives, and its raw output."""
         outputs = self.outputs(parameters, _with_labels(self.model, batch))
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
+        has_entries = isinstance(outputs, Mapping)
+        loss = outputs.get("loss") if has_entries else getattr(outputs, "loss", None)
         if not isinstance(loss, Tensor):
             raise ValueError(
-                "`loss=None` needs a model that returns its own `.loss`, got None; "
-                "give the batch its labels."
+                "`loss=None` needs a `model` that returns its own `.loss`, got a "
+                f"{type(outputs).__name__} without; pass batches that are mappings with labels, or "
+                "`Objective(loss=…)` with a function of outputs and targets."
             )
         return loss, outputs
 
@@ -273,6 +283,9 @@ class FrozenObjective:
                     once = self.data_term(self.space.values, batch)
                 for _ in range(2):  # two numbers may agree by chance
                     trial.check_same(once, self._again(self.space.values, batch, self.data_term))
+                if check_mean and self.num_batches > 1:
+                    for one in (batch, self._other_batch(batches)):
+                        self._check_own_mean(one)
                 self.draws = moved()
                 return
             versions = versions_of(inputs)
@@ -300,15 +313,37 @@ class FrozenObjective:
                 others = functools.partial(self._other_outputs, batches)
                 trial.check_mean(loss, for_loss(loss, once), batch.targets, value, others)
 
+    def _other_batch(self, batches: FrozenBatches) -> PreparedBatch:
+        """Return another batch than the first: the last, or the second where they are drawn."""
+        index = len(batches) - 1 if batches.are_kept else 1
+        return next(itertools.islice(batches, index, None))
+
     def _other_outputs(self, batches: FrozenBatches) -> tuple[Tensor, Tensor]:
         """Return outputs and targets of a few samples of another batch than the first."""
-        index = len(batches) - 1 if batches.are_kept else 1
-        batch = next(itertools.islice(batches, index, None))
+        batch = self._other_batch(batches)
         few = slice(0, trial.FEW)
         outputs = self.logits(self.space.values, rows_of(batch.inputs, batch.size, few))
         assert self.objective.loss is not None  # of the first batch it has been taken
         assert batch.targets is not None  # as the first batch has them
         return for_loss(self.objective.loss, outputs), batch.targets[few]
+
+    def _check_own_mean(self, batch: PreparedBatch) -> None:
+        """Refuse a model whose own loss is not a mean over samples, as parts of a batch show.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        few = min(batch.size, 2 * trial.FEW)
+        cut = few // 3 or 1
+        parts = [rows for rows in (slice(0, cut), slice(cut, few)) if rows.start < rows.stop]
+        try:
+            values = [
+                float(self.data_term(self.space.values, batch.part(rows)))
+                for rows in (slice(0, few), *parts)
+            ]
+        except Exception:  # a model that needs batches of one size is spared
+            return
+        trial.check_own_mean(values[0], values[1:], [rows.stop - rows.start for rows in parts])
 
     def _call(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
         state = self.space.state(parameters)
@@ -339,8 +374,9 @@ class FrozenObjective:
     def _again(self, values: Mapping[str, Tensor], data: Any, run: Callable[..., Tensor]) -> Tensor:
         """Return what a pass gives that records its graph, and look at that."""
         try:
-            with torch.enable_grad(), disable_saved_tensors_hooks(_HOOKED):
+            with torch.enable_grad(), disable_saved_tensors_hooks(_HOOKED), _noted() as noted:
                 again = run(values, data)
+            self.recomputes = self.recomputes or bool(noted)
         except RuntimeError as error:
             if _HOOKED not in str(error):
                 raise
@@ -348,6 +384,24 @@ class FrozenObjective:
             again = run(values, data)
         trial.check_reached(self.model, self.space.values, again)
         return again.detach()
+
+
+@contextmanager
+def _noted() -> Iterator[list[None]]:
+    """Yield a list that grows where a model computes something without a graph, to be repeated.
+
+    The reentrant form of gradient checkpointing does. Where its input needs no gradient, as that of
+    a first layer, nothing else would show it.
+    """
+    calls: list[None] = []
+    apply: Callable[..., Any] = CheckpointFunction.apply
+
+    def noted(*args: Any) -> Any:
+        calls.append(None)
+        return apply(*args)
+
+    with patch.object(CheckpointFunction, "apply", noted):
+        yield calls
 
 
 def as_logits(outputs: Any) -> Tensor:

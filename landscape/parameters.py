@@ -95,7 +95,7 @@ class ParameterSpace:
         """Return the tensors (by name, or in order) as one vector of shape `(dim,)`."""
         if isinstance(tensors, Mapping):
             tensors = [tensors[name] for name in self.names]
-        return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])
+        return torch.cat([t.to_dense().reshape(-1).to(self.dtype) for t in tensors])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Return a vector of shape `(dim,)` as tensors by name (views where dtypes agree)."""

@@ -212,6 +212,27 @@ def check_mean(
     _compare_mean(loss, rows, total, values)
 
 
+def check_own_mean(whole: float, parts: Sequence[float], sizes: Sequence[int]) -> None:
+    """Refuse a model's own loss that is not the mean of what its parts give.
+
+    Args:
+        whole: The loss of some samples.
+        parts: That of two parts of them.
+        sizes: Samples in each.
+
+    Raises:
+        ValueError: If it is another number.
+    """
+    mean = sum(n * v for n, v in zip(sizes, parts, strict=True)) / sum(sizes)
+    if math.isfinite(whole) and not abs(mean - whole) <= 1e-2 * max(abs(mean), abs(whole)):
+        raise ValueError(
+            f"`model` must return a `.loss` that is a mean over samples, got {whole:.6g} for some "
+            f"whose parts average to {mean:.6g}; pass `Objective(loss=…)` with a function of "
+            "outputs and targets (tokens that are ignored count there as in PyTorch's), or all "
+            "samples as one batch."
+        )
+
+
 def _samples(outputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(torch.split(outputs, 1), torch.split(targets, 1), strict=True))
 

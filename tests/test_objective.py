@@ -1,7 +1,10 @@
 import functools
 import itertools
 import random
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from landscape import (
+    GaussNewtonOperator,
     HessianOperator,
     Objective,
     evaluate,
@@ -1138,3 +1142,94 @@ def test_every_call_begins_with_the_buffers_of_the_model(generator):
     expected = F.cross_entropy(model.head(x), y).item()
     assert [frozen.value() for _ in range(3)] == pytest.approx([expected] * 3)
     assert model.calls == 0
+
+
+class Summing(nn.Module):
+    """Brings its own loss: a sum, a mean over samples, or one over the tokens that count."""
+
+    def __init__(self, reduction):
+        super().__init__()
+        self.head, self.reduction = nn.Linear(4, 3).double(), reduction
+
+    def forward(self, x, labels):
+        logits = self.head(x)
+        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=self.reduction)
+        return {"loss": loss, "logits": logits}
+
+
+def test_a_loss_that_the_model_brings_is_a_mean_over_samples(generator):
+    x = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (9,), generator=generator)
+    batches = [{"x": x[:5], "labels": y[:5]}, {"x": x[5:], "labels": y[5:]}]
+    Objective(loss=None).freeze(Summing("mean"), batches)
+    with pytest.raises(ValueError, match="`model` must return a `.loss` that is a mean over"):
+        Objective(loss=None).freeze(Summing("sum"), batches)
+    Objective(loss=None).freeze(Summing("sum"), batches[:1])
+    Objective(loss=None).freeze(Summing("sum"), batches, check_mean=False)
+    tokens = torch.randn(8, 6, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (8, 6), generator=generator)
+    padded = labels.where(torch.arange(8)[:, None] < 4, -100).index_fill(1, torch.tensor(0), 1)
+    for targets, is_mean in ((labels, True), (padded, False)):
+        batches = [{"x": tokens[i::2], "labels": targets[i::2]} for i in range(2)]
+        with nullcontext() if is_mean else pytest.raises(ValueError, match="tokens that are ignor"):
+            Objective(loss=None).freeze(Summing("mean"), batches)
+
+
+@pytest.mark.parametrize("outputs", ["nothing", "tensor", "tuple", "mapping"])
+def test_a_model_without_a_loss_of_its_own_is_told_what_to_pass(outputs):
+    class Bare(nn.Linear):
+        def forward(self, x, labels=None):
+            logits = super().forward(x)
+            return {
+                "nothing": SimpleNamespace(loss=None, logits=logits),
+                "tensor": logits,
+                "tuple": (logits, logits.sum()),
+                "mapping": {"logits": logits},
+            }[outputs]
+
+    data = [{"x": torch.randn(4, 4), "labels": torch.arange(4) % 3}]
+    with pytest.raises(ValueError, match=r"needs a `model` that returns its own `.loss`, got a"):
+        Objective(loss=None).freeze(Bare(4, 3), data)
+
+
+def test_weights_that_parametrize_caches_are_refused():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    data = [(torch.randn(4, 4), torch.arange(4) % 3)]
+    with nn.utils.parametrize.cached(), pytest.raises(RuntimeError, match="frozen outside"):
+        Objective().freeze(model, data)
+    Objective().freeze(model, data)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_both_forms_of_checkpointing_are_seen(use_reentrant):
+    first, head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = first, head
+
+        def forward(self, x):
+            return self.head(
+                torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=use_reentrant).tanh()
+            )
+
+    data = [(torch.randn(4, 4), torch.arange(4) % 3)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
+        assert Objective().freeze(Model(), data).recomputes
+    assert not Objective().freeze(nn.Sequential(first, head), data).recomputes
+
+
+def test_gradients_that_are_sparse_are_those_that_are_dense():
+    tokens, labels = torch.randint(7, (6, 5)), torch.arange(6) % 3
+    torch.manual_seed(0)
+    models = [
+        nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Flatten(), nn.Linear(20, 3)).double()
+        for sparse in (False, True)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    for kind in (HessianOperator, GaussNewtonOperator):
+        dense, sparse = (kind(model, [(tokens, labels)]) for model in models)
+        v = torch.randn(dense.dim, dtype=torch.float64)
+        torch.testing.assert_close(sparse.matvec(v), dense.matvec(v))

@@ -111,7 +111,7 @@ def hits(logits: Tensor, targets: Tensor | None, ignore: int) -> tuple[Tensor, T
     """Return (1 where the prediction is right, 1 where the label counts), in float64.
 
     Raises:
-        ValueError: If the targets are no class labels of these outputs.
+        ValueError: If the targets are not class labels of these outputs, or there is one class.
     """
     labels = targets
     if targets is not None and targets.is_floating_point() and targets.shape == logits.shape:
@@ -120,12 +120,13 @@ def hits(logits: Tensor, targets: Tensor | None, ignore: int) -> tuple[Tensor, T
         labels is None
         or labels.is_floating_point()
         or logits.dim() < 2
+        or logits.shape[1] < 2
         or labels.shape != logits.shape[:1] + logits.shape[2:]
     ):
         got = "no targets" if targets is None else f"{targets.dtype} {tuple(targets.shape)}"
         raise ValueError(
-            f"`metrics` must be ('loss',) where the targets are no class labels, got {got} for "
-            f"outputs of shape {tuple(logits.shape)}."
+            "`metrics` must be ('loss',) where the targets are no labels of two or more classes, "
+            f"got {got} for outputs of shape {tuple(logits.shape)}."
         )
     counted = (labels != ignore).double()
     right = (logits.argmax(1) == labels).double() * counted

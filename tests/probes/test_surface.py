@@ -421,7 +421,7 @@ def test_a_later_batch_without_a_loss_of_its_own_is_refused_by_name(metrics, gen
     x = torch.randn(4, 4, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (4,), generator=generator)
     data = [{"pixel_values": x, "labels": y}, {"pixel_values": x}]
-    with pytest.raises(ValueError, match="give the batch its labels"):
+    with pytest.raises(ValueError, match="pass batches that are mappings with labels"):
         loss_line(OwnLoss(), data, objective=Objective(loss=None), points=3, metrics=metrics)
 
 
@@ -953,3 +953,13 @@ def test_bad_data_are_refused():
         loss_line(regression, data, points=2, objective=Objective(loss=loss))
     with pytest.raises(ValueError, match="`span` must be a number"):
         loss_line(model, make_batches((4,)), span=(0, 1, 0, 2))
+
+
+def test_one_output_has_no_accuracy():
+    model, data = nn.Linear(4, 1), [(torch.randn(6, 4), torch.arange(6) % 2)]
+    binary = Objective(
+        loss=lambda o, t: F.binary_cross_entropy_with_logits(o.squeeze(1), t.float())
+    )
+    with pytest.raises(ValueError, match="no labels of two or more classes"):
+        loss_line(model, data, objective=binary, points=3)
+    assert loss_line(model, data, objective=binary, points=3, metrics="loss").nll.shape == (3,)
