@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -273,6 +274,12 @@ class FrozenObjective:
         return float(total)
 
     def _check_model(self, batches: FrozenBatches, check_mean: bool) -> None:
+        if check_mean and self.num_batches > 1 and trial.has_batch_statistics(self.model):
+            warnings.warn(
+                "`model` has a batch norm without running statistics, which normalises by the "
+                "batch in evaluation mode too, so that results depend on how `data` is batched.",
+                stacklevel=4,
+            )
         batch = next(iter(batches))
         inputs, size = batch.inputs, batch.size
         with torch.no_grad(), exclusive(self.model), own_randomness(self.model):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from landscape.losses import (
     Loss,
@@ -76,6 +77,12 @@ def check_reached(model: nn.Module, chosen: Collection[str], outputs: Tensor) ->
             if below is not None and below not in seen:
                 seen.add(below)
                 nodes.append(below)
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether a batch norm keeps no statistics, and so sees the batch in evaluation mode too."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return any(norm.running_mean is None for norm in norms)
 
 
 def check_targets(loss: Loss | None, logits: Tensor, targets: Tensor | None) -> None:

@@ -1233,3 +1233,11 @@ def test_gradients_that_are_sparse_are_those_that_are_dense():
         dense, sparse = (kind(model, [(tokens, labels)]) for model in models)
         v = torch.randn(dense.dim, dtype=torch.float64)
         torch.testing.assert_close(sparse.matvec(v), dense.matvec(v))
+
+
+def test_norms_that_see_the_batch_are_told_of_where_there_are_several():
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.warns(UserWarning, match="results depend on how `data` is batched"):
+        Objective().freeze(model, [(x[:4], y[:4]), (x[4:], y[4:])])
+    Objective().freeze(model, [(x, y)])

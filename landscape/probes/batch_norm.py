@@ -68,12 +68,6 @@ def recalibrated_buffers(
     return buffers
 
 
-def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether a batch norm keeps no statistics, and so sees the batch in evaluation mode too."""
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return any(norm.running_mean is None for norm in norms)
-
-
 def _summer(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:
     def add(module: nn.Module, args: Any) -> None:
         x = args[0].detach().double().transpose(0, 1).flatten(1)  # (channels, samples and places)

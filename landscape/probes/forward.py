@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from landscape.batches import Inputs, names_of_rows, rows_of
 from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
-from landscape.probes.batch_norm import has_batch_statistics
 from landscape.probes.folding import Pair, calls_of, folded
 from landscape.restore import eagerly, is_compiled
+from landscape.trial import has_batch_statistics
 
 PART = 16
 """Fewest samples a part, a heuristic: the best of 8, 16, 32, 64 for ViTs and for wide ResNets."""

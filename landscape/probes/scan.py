@@ -15,11 +15,11 @@ from landscape._checks import check_at_least, check_choice, check_generator
 from landscape._progress import track
 from landscape.objective import Objective, check_objective
 from landscape.probes.adaptive import interpolate
-from landscape.probes.batch_norm import has_batch_statistics
 from landscape.probes.directions import Directions, random_directions
 from landscape.probes.measure import L2, BatchNorm, PointMeter
 from landscape.probes.record import PointRecord, check_record, fingerprint, open_record
 from landscape.provenance import provenance
+from landscape.trial import has_batch_statistics
 
 Metric = Literal["loss", "accuracy", "ece"]
 

@@ -143,6 +143,7 @@ def test_batch_norms_are_folded_where_that_changes_nothing(kind, norms, monkeypa
     ],
     ids=["conv", "conv float64", "attention", "tied", "view", "batch statistics", "zeros"],
 )
+@pytest.mark.filterwarnings("ignore:`model` has a batch norm without:UserWarning")
 def test_batches_are_cut_only_where_that_changes_nothing(make, dtype, way):
     model, batches = make().to(dtype).train(), make_batches(SIZES, dtype)
     before = snapshot(model)

@@ -782,6 +782,7 @@ def test_statistics_estimated_again_are_exact_far_from_zero_and_of_no_one_else(g
     assert frozen.value() == value
 
 
+@pytest.mark.filterwarnings("ignore:`model` has a batch norm without:UserWarning")
 @pytest.mark.parametrize("kept", [True, False])
 def test_other_batches_are_another_surface_where_norms_see_batches(kept, tmp_path):
     """A norm that is recalibrated, or keeps no statistics."""
