@@ -106,7 +106,8 @@ def hessian_spectrum(
         basis_dtype: Precision of the basis, float64 or float32 (`top_eigenpairs`).
         basis_device: Device of the basis; `"cpu"` spares a GPU's memory.
         certify: Look for multiple and missed eigenvalues; a number is the probability of a miss
-            to admit (`top_eigenpairs`).
+            to aim at, for at most as many products as were made before (`top_eigenpairs`): `miss`
+            says what was reached.
         vectors: Return the eigenvectors too.
         start: The result at an earlier checkpoint, with `vectors`, or vectors `(m, dim)`: the
             Krylov space starts from their sum. Needs `density=False`, as a density is that of

@@ -102,7 +102,8 @@ def hessian_max_spectrum(
         tol: Relative error of the eigenvalues.
         max_iter: Largest number of products per mini-batch.
         certify: Look for multiple and missed eigenvalues; a number is the probability of a miss
-            to admit (`top_eigenpairs`).
+            to aim at, for at most as many products as were made before (`top_eigenpairs`): `miss`
+            says what was reached.
         num_bootstrap: Resamplings of mini-batches for the intervals.
         start: What was found before, with vectors, or vectors `(m, dim)`: the first mini-batch's
             Krylov space starts from their sum instead of a random vector. Every other one's starts
