@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from landscape import trial
 from landscape._loaders import with_own_workers
 from landscape.batches import Inputs, Placement, Transform, call_on, copied, split_batch
 from landscape.losses import Loss, amount_averaged, is_classification, is_probability, loss_settings
@@ -272,10 +273,14 @@ def forward(step: Step, call: Callable[..., Any], inputs: Inputs, targets: Tenso
     Returns:
         Mean loss; the amount it is averaged over; how many predictions are correct, NaN where the
         targets are no classes; and of how many. Scalars, all but the first in float64.
+
+    Raises:
+        ValueError: If the loss would broadcast the targets, or take them for others.
     """
     with torch.autocast(step.device.type, torch.bfloat16, enabled=step.bfloat16):
         outputs = call_on(call, inputs)
         logits = as_logits(outputs)
+        trial.check_targets(step.loss, logits, targets)  # of shapes and types: nothing waits
         value = step.loss(logits, targets)
     counts = (
         amount_averaged(step.loss, targets, len(targets)),

@@ -526,3 +526,36 @@ def test_bad_data_are_refused(data):
         fit(make_model(), [{"input": torch.zeros(2, 1, 6, 6)}], epochs=1)
     with pytest.raises(ValueError, match="`data` must yield at least one batch"):
         fit(make_model(), [], epochs=1)
+
+
+@pytest.mark.parametrize("where", ["training", "validation", "loop", "vmap", "auto"])
+def test_targets_that_a_loss_would_broadcast_are_refused(where):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    bad, good = [(x, x[:, 0])], [(x, x[:, :1])]
+    models = [nn.Linear(4, 1), nn.Linear(4, 1)]
+    train = {
+        "training": partial(fit, models[0], bad),
+        "validation": partial(fit, models[0], good, validation=bad),
+    }.get(where, partial(fit_ensemble, models, bad, method=where))
+    match = r"`data` must have targets of shape \(8, 1\) .* got torch.float32 \(8,\)"
+    with pytest.raises(ValueError, match=match):
+        train(epochs=1, loss=F.mse_loss)
+
+
+def kl_div(outputs, targets):
+    return (targets * (targets.log() - outputs)).sum() / len(targets)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (kl_div, torch.full((8, 3), 1 / 3)),
+        (lambda outputs, targets: several(outputs[:, 0], targets), torch.zeros(8)),
+        (lambda outputs, targets: F.cross_entropy(outputs, targets[:, 0]), torch.ones(8, 1).long()),
+    ],
+    ids=["soft targets", "regression", "classes"],
+)
+def test_losses_of_ones_own_take_targets_as_they_want_them(loss, targets):
+    batches = [(torch.ones(8, 4), targets)]
+    for result in measured(nn.Linear(4, 3), batches, batches, loss):
+        assert np.isfinite([result.train_loss, result.validation_loss]).all()
