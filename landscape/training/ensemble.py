@@ -124,8 +124,8 @@ def fit_ensemble(
     Raises:
         ValueError: If an argument is out of range, there are not as many optimizers, schedules,
             seeds, data or lists of callbacks as models, the models differ in architecture, batches
-            have different shapes under `vmap`, an optimizer cannot train its model, or `folder`
-            holds another run.
+            have different shapes under `vmap` or targets that `loss` cannot take, an optimizer
+            cannot train its model, or `folder` holds another run.
         FloatingPointError: If loss or weights of a member become NaN or infinite. All models then
             hold the weights of the end of the last good epoch, and so do the states in `folder`.
         OSError: If an epoch cannot be written to `folder`; the states written before are kept.

@@ -105,7 +105,8 @@ def fit(
 
     Raises:
         ValueError: If an argument is out of range, `optimizer` cannot train `model`, `loss` is no
-            mean, `data` have no length, or `folder` holds another run.
+            mean, `data` have no length or targets that `loss` cannot take, or `folder` holds
+            another run.
         FloatingPointError: If loss or weights become NaN or infinite. The model then holds the
             weights of the end of the last good epoch, and so does the state in `folder`.
         OSError: If an epoch cannot be written to `folder`, a full disk for instance; the states

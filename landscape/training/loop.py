@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -166,7 +167,7 @@ def train_epoch(
         host wait for the device at every step.
 
     Raises:
-        ValueError: If there is no batch, or one has no targets.
+        ValueError: If there is no batch, or one has no targets, or none that the loss can take.
     """
     means = Means()
     parameters = optimized(step.optimizer)
@@ -181,7 +182,9 @@ def train_epoch(
             inputs, targets = prepare(step, raw, index, generator)
             if not targets.numel():
                 continue
-            tally = passes(inputs, targets)
+            first = not means.num_batches
+            with trial.explained("training on", inputs, targets) if first else nullcontext():
+                tally = passes(inputs, targets)
             if step.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, step.clip)
             step.optimizer.step()
@@ -275,13 +278,15 @@ def forward(step: Step, call: Callable[..., Any], inputs: Inputs, targets: Tenso
         targets are no classes; and of how many. Scalars, all but the first in float64.
 
     Raises:
-        ValueError: If the loss would broadcast the targets, or take them for others.
+        ValueError: If the loss would broadcast the targets or take them for others, or, on a CPU,
+            there is no output for a label.
     """
     with torch.autocast(step.device.type, torch.bfloat16, enabled=step.bfloat16):
         outputs = call_on(call, inputs)
         logits = as_logits(outputs)
         trial.check_targets(step.loss, logits, targets)  # of shapes and types: nothing waits
-        value = step.loss(logits, targets)
+        with trial.labels_named(step.loss, logits):
+            value = step.loss(logits, targets)
     counts = (
         amount_averaged(step.loss, targets, len(targets)),
         *_correct(step.loss, logits.detach(), targets),

@@ -559,3 +559,28 @@ def test_losses_of_ones_own_take_targets_as_they_want_them(loss, targets):
     batches = [(torch.ones(8, 4), targets)]
     for result in measured(nn.Linear(4, 3), batches, batches, loss):
         assert np.isfinite([result.train_loss, result.validation_loss]).all()
+
+
+@pytest.mark.parametrize("bad", [3, -1])
+@pytest.mark.parametrize("where", ["training", "validation", "loop", "vmap", "auto"])
+def test_a_label_without_an_output_is_named(where, bad):
+    x, y = torch.ones(8, 4), torch.arange(8) % 3
+    good, wrong = (x, y), (x, torch.where(torch.arange(8) == 5, bad, y))
+    models = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    train = {
+        "training": partial(fit, models[0], [good, wrong]),
+        "validation": partial(fit, models[0], [good], validation=[wrong]),
+    }.get(where, partial(fit_ensemble, models, [good, wrong], method=where))
+    match = f"`data` must have labels in 0 … 2 for the 3 outputs of `model`, got label {bad}"
+    with pytest.raises(ValueError, match=match):
+        train(epochs=1)
+
+
+def test_an_error_of_the_first_batch_says_what_was_trained_on():
+    batch = torch.zeros(2, 1, 6, 6, dtype=torch.uint8), torch.arange(2)
+    with pytest.raises(RuntimeError) as caught:
+        fit(make_model(), [batch], epochs=1)
+    assert caught.value.__notes__ == [
+        "It came from training on the first batch of `data`: torch.uint8 (2, 1, 6, 6), "
+        "torch.int64 (2,)."
+    ]
