@@ -22,10 +22,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import nn
 
 from landscape._checks import check_choice, check_data
+from landscape._digest import bytes_of
 from landscape._loaders import one_pass
 from landscape._progress import track
 from landscape.models.alternate import alternate
@@ -239,8 +239,7 @@ def _digest(model: nn.Module) -> str:
     """Return what tells the weights of two models apart."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1).cpu().contiguous()
-        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 

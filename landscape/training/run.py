@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from landscape._checks import check_count, check_data
+from landscape._names import name_of
 from landscape.losses import check_reduction
-from landscape.objective import name_of
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance, Result
 from landscape.training import loop, surroundings
