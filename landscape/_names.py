@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,11 @@ def name_of(function: Any) -> str:
     told = _settings(function) if isinstance(function, nn.Module) else {}
     shown = ", ".join(f"{name}={text}" for name, text in told.items())
     return f"{type(function).__name__}({shown})" if told else repr(function)
+
+
+def lasting_name(function: Any) -> str:
+    """Return the name that a function has in another process too, without places in memory."""
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", name_of(function))
 
 
 def _settings(module: nn.Module) -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from landscape._checks import check_count
+from landscape._digest import bytes_of
+from landscape._names import lasting_name
 from landscape.batches import Transform
 from landscape.training.seeding import stream
 
@@ -183,6 +186,27 @@ class DeviceImages:
                 batch = slice(first, first + self.batch_size)
                 yield normalize(x[batch], self.mean, self.std), y[batch]
 
+    def identity(self) -> dict[str, Any]:
+        """Return what the batches are made of, alike for alike images on whatever device.
+
+        Returns:
+            Settings by name, numbers and words, and a checksum of all images and labels: one pass.
+        """
+        checksum = zlib.crc32(bytes_of(self.labels))
+        for part in torch.split(self.images, _CHUNK):
+            checksum = zlib.crc32(bytes_of(part), checksum)
+        return {
+            "shape": tuple(self.images.shape),
+            "batch_size": int(self.batch_size),
+            "shuffle": bool(self.shuffle),
+            "drop_last": bool(self.drop_last),
+            "seed": int(self.seed),
+            "mean": tuple(float(value) for value in self.mean),
+            "std": tuple(float(value) for value in self.std),
+            "augment": None if self.augment is None else lasting_name(self.augment),
+            "checksum": f"{checksum:08x}",
+        }
+
     def subset(
         self,
         which: int | Sequence[int] | Tensor,
@@ -321,3 +345,21 @@ def _check(data: DeviceImages) -> None:
         raise ValueError(f"`std` must be positive, got {tuple(data.std)}.")
     check_count("batch_size", data.batch_size, 1)
     check_count("seed", data.seed, 0)
+
+
+def identity_of(**data: Any) -> dict[str, Any]:
+    """Return what runs on these data must have in common, as far as it can be told.
+
+    Args:
+        **data: Data by the name of their argument; of others than `DeviceImages` nothing is told.
+
+    Returns:
+        Numbers and words, by names such as `data.batch_size`.
+    """
+    told: dict[str, Any] = {}
+    for name, images in data.items():
+        known = isinstance(images, DeviceImages)
+        told[name] = "DeviceImages" if known else "no DeviceImages"
+        settings = images.identity() if known else {}
+        told |= {f"{name}.{setting}": value for setting, value in settings.items()}
+    return told

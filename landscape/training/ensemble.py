@@ -105,7 +105,7 @@ def fit_ensemble(
         folder: Member k is kept in `folder/member-00k`, as `fit` would keep it.
         checkpoints: Epochs whose weights are kept, see `fit`.
         trajectory: Every how many epochs weights are kept besides, see `fit`.
-        resume: Go on after the last epoch that all members in `folder` have done.
+        resume: Go on after the last epoch that all members in `folder` have done, see `fit`.
         method: `"vmap"`, `"loop"`, or `"auto"` for whichever should be faster. A run may be
             resumed with another method.
         bfloat16: Forward passes under bfloat16 autocast, in a loop only: `vmap` ignores autocast.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any, ClassVar, cast
 
@@ -17,12 +18,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from landscape._checks import check_count, check_data
-from landscape._names import name_of
+from landscape._names import lasting_name
 from landscape.losses import check_reduction
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance, Result
 from landscape.training import loop, surroundings
 from landscape.training.checkpoints import Named, Saves, plan
+from landscape.training.data import identity_of
 from landscape.training.schedule import Schedule, WarmupCosine
 from landscape.training.seeding import stream, stream_seed
 
@@ -102,21 +104,37 @@ class Run:
                 "pass a list, or a DataLoader of a data set with `__len__`."
             ) from error
 
-    def identity(self) -> dict[str, Any]:
-        """Return what a run and its continuation must have in common."""
-        decays = tuple(group.get("weight_decay") for group in self.step.optimizer.param_groups)
-        # A scheduler may have moved the rates of an optimizer that is handed in again.
-        rates = None if isinstance(self.schedule, LRScheduler) else self.rates
+    def settings(self) -> dict[str, Any]:
+        """Return what trains the model, in words and numbers."""
+        step, schedule = self.step, self.schedule
+        has_state = isinstance(schedule, LRScheduler)
         return {
             "epochs": self.epochs,
+            "optimizer": type(step.optimizer).__name__,
+            "num_batches": self.num_batches,
+            # A scheduler may have moved the rates of an optimizer that is handed in again.
+            "learning_rates": None if has_state else self.rates,
+            "weight_decays": tuple(g.get("weight_decay") for g in step.optimizer.param_groups),
+            "schedule": type(schedule).__name__ if has_state else lasting_name(schedule),
+            "loss": lasting_name(step.loss),
+            "transform": None if step.transform is None else lasting_name(step.transform),
+            "clip": step.clip,
+            "bfloat16": step.bfloat16,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a run and its continuation must have in common."""
+        own = {
             "seed": self.seed,
             "model": type(self.step.model).__name__,
             "num_parameters": sum(p.numel() for p in self.step.model.parameters()),
-            "optimizer": type(self.step.optimizer).__name__,
-            "num_batches": self.num_batches,
-            "learning_rates": rates,
-            "weight_decays": decays,
         }
+        return self.settings() | own | self._identity_of_data
+
+    @cached_property
+    def _identity_of_data(self) -> dict[str, Any]:
+        """What the data are, which is looked at once."""
+        return identity_of(data=self.data, validation=self.validation)
 
 
 def make_run(
@@ -306,26 +324,9 @@ def result(run: Run, history: History) -> FitResult:
             seed=run.seed,
             seconds=sum(history["seconds"]),
             num_forwards=float(done),
-            settings=_settings(run),
+            settings=run.settings(),
         ),
     )
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Return what trained a model, in words and numbers."""
-    step, schedule = run.step, run.schedule
-    has_state = isinstance(schedule, LRScheduler)
-    identity = run.identity()
-    return {
-        name: identity[name]
-        for name in ("optimizer", "learning_rates", "weight_decays", "epochs", "num_batches")
-    } | {
-        "schedule": type(schedule).__name__ if has_state else name_of(schedule),
-        "loss": name_of(step.loss),
-        "transform": None if step.transform is None else name_of(step.transform),
-        "clip": step.clip,
-        "bfloat16": step.bfloat16,
-    }
 
 
 def weights(run: Run) -> dict[str, Tensor]:
