@@ -62,6 +62,39 @@ def denormalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
     return ((x - shift) / scale).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def check_mean_and_std(
+    mean: Sequence[float], std: Sequence[float], channels: int | None = None
+) -> None:
+    """Refuse numbers that images cannot be normalised with.
+
+    Args:
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+        channels: Number of channels; `None` is that of `mean`.
+
+    Raises:
+        ValueError: If there is not one finite number a channel, or a deviation is not positive.
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        try:
+            numbers = tuple(float(value) for value in values)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"`{name}` must be a sequence of numbers, one per channel, got {values!r}."
+            ) from None
+        channels = len(numbers) if channels is None else channels
+        if len(numbers) != channels:
+            raise ValueError(
+                f"`{name}` must have one value per channel ({channels}), got {len(numbers)}."
+            )
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"`{name}` must be finite, got {numbers}.")
+    if min(numbers, default=1.0) <= 0:
+        raise ValueError(
+            f"`std` must be positive, got {numbers}; take 1 for a channel that is constant."
+        )
+
+
 def _shift_and_scale(
     mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -334,15 +367,7 @@ def _check(data: DeviceImages) -> None:
         raise ValueError(
             f"`labels` must be on the device of `images` ({images.device}), got {labels.device}."
         )
-    for name, values in (("mean", data.mean), ("std", data.std)):
-        if len(values) != images.shape[1]:
-            raise ValueError(
-                f"`{name}` must have one value per channel ({images.shape[1]}), got {len(values)}."
-            )
-        if not all(math.isfinite(value) for value in values):
-            raise ValueError(f"`{name}` must be finite, got {tuple(values)}.")
-    if min(data.std) <= 0:
-        raise ValueError(f"`std` must be positive, got {tuple(data.std)}.")
+    check_mean_and_std(data.mean, data.std, images.shape[1])
     check_count("batch_size", data.batch_size, 1)
     check_count("seed", data.seed, 0)
 
