@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from landscape._checks import check_count, check_data
 from landscape._names import lasting_name
+from landscape.batches import split_batch
 from landscape.losses import check_reduction
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance, Result
@@ -320,13 +322,29 @@ def result(run: Run, history: History) -> FitResult:
         trajectory=tuple(str(saves.path(e)) for e in saves.trajectory if e <= done),
         provenance=forward_provenance(
             run.step.model,
-            num_samples=getattr(run.data, "num_samples", 0),
+            num_samples=_num_samples(run.data),
             seed=run.seed,
             seconds=sum(history["seconds"]),
             num_forwards=float(done),
             settings=run.settings(),
         ),
     )
+
+
+def _num_samples(data: Iterable[Any]) -> int:
+    """Return how many samples an epoch has; 0 where only a pass over the data would tell."""
+    with suppress(TypeError, ValueError):  # of what has no length or no targets
+        if isinstance(data, list | tuple):
+            targets = [split_batch(raw, index)[1] for index, raw in enumerate(data)]
+            return sum(len(own) for own in targets if own is not None)
+        if not isinstance(data, DataLoader):
+            return int(getattr(data, "num_samples", 0))
+        if data.batch_sampler is not None:  # else its data set may hold whole batches
+            dataset = data.dataset
+            return len(
+                cast(Sized, dataset if isinstance(dataset, IterableDataset) else data.sampler)
+            )
+    return 0
 
 
 def weights(run: Run) -> dict[str, Tensor]:

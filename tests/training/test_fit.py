@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from landscape.training import DeviceImages, FitResult, WarmupCosine, fit, fit_ensemble
 
@@ -166,6 +166,33 @@ def test_a_history_says_what_trained_the_model(data, tmp_path):
     assert settings["schedule"] == "WarmupCosine(epochs=2, warmup_epochs=1, per_epoch=False)"
     assert (settings["loss"], settings["transform"]) == ("cross_entropy", "jitter")
     assert FitResult.load(result.save(tmp_path / "history")) == result
+
+
+class Known(IterableDataset):
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        return iter([(torch.ones(4), index % 3) for index in range(6)])
+
+
+@pytest.mark.parametrize(
+    ("make", "known"),
+    [
+        (lambda pairs: [(torch.ones(4, 4), torch.arange(4) % 3), pairs], 10),
+        (lambda pairs: [{"input": torch.ones(4, 4), "labels": torch.arange(4) % 3}], 4),
+        (lambda pairs: DataLoader(TensorDataset(*pairs), batch_size=4), 6),
+        (lambda pairs: DataLoader(TensorDataset(*pairs), sampler=[0, 3, 4], batch_size=2), 3),
+        (lambda pairs: DataLoader(TensorDataset(*pairs), batch_sampler=[[0, 1], [2, 3, 4, 5]]), 6),
+        (lambda pairs: DataLoader(Known(), batch_size=4), 6),
+        (lambda pairs: DataLoader([pairs, pairs], batch_size=None), 0),
+    ],
+    ids=["list", "mappings", "loader", "sampler", "batch sampler", "iterable", "whole batches"],
+)
+def test_a_history_says_how_many_samples_where_that_is_known(make, known):
+    pairs = torch.ones(6, 4), torch.arange(6) % 3
+    result = fit(nn.Linear(4, 3), make(pairs), epochs=1)
+    assert result.provenance.num_samples == known
 
 
 def test_validation_runs_in_evaluation_mode_and_without_the_transform(data):
