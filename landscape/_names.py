@@ -27,7 +27,7 @@ def name_of(function: Any) -> str:
 
 def lasting_name(function: Any) -> str:
     """Return the name that a function has in another process too, without places in memory."""
-    return re.sub(r" at 0x[0-9A-Fa-f]+", "", name_of(function))
+    return _without_places(name_of(function))
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
@@ -50,7 +50,12 @@ def _settings(module: nn.Module) -> dict[str, str]:
 def _text(value: Any) -> str:
     """Return a setting in short."""
     if not isinstance(value, Tensor):
-        return name_of(value) if callable(value) else repr(value)
+        return _without_places(name_of(value) if callable(value) else repr(value))
     if value.numel() <= _MOST:
         return f"[{', '.join(f'{entry:.6g}' for entry in value.flatten().tolist())}]"
     return f"{tuple(value.shape)} {digest_of(value)}"
+
+
+def _without_places(text: str) -> str:
+    """Return a text without addresses in memory."""
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", text)

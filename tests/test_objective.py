@@ -1141,6 +1141,14 @@ def test_a_loss_is_named_with_its_settings(loss, told):
     assert Objective(loss=loss).describe().startswith(f"loss={told}")
 
 
+def test_the_name_of_a_module_does_not_say_where_its_parts_lie():
+    def describe():
+        return Objective(loss=Mixed(gamma=object(), base=[print, object()])).describe()
+
+    assert "gamma=<object object>" in describe()
+    assert describe() == describe()
+
+
 def test_long_class_weights_are_told_by_a_digest():
     losses = [nn.CrossEntropyLoss(torch.arange(100.0) + shift) for shift in (0, 0, 1)]
     same, again, other = (Objective(loss=loss).describe() for loss in losses)
