@@ -27,6 +27,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from landscape import trial
 from landscape._checks import check_at_least
+from landscape._names import name_of
 from landscape.batches import (
     LABEL_KEYS,
     FrozenBatches,
@@ -441,12 +442,3 @@ def _with_labels(model: nn.Module, batch: PreparedBatch) -> Inputs:
     arguments = argument_names(model)
     key = next((key for key in LABEL_KEYS if key in arguments), LABEL_KEYS[0])
     return {**batch.inputs, key: batch.targets}
-
-
-def name_of(function: Any) -> str:
-    """Return the name of a function, with what a `partial` gives it."""
-    if isinstance(function, functools.partial):
-        keywords = ", ".join(f"{k}={v!r}" for k, v in function.keywords.items())
-        return f"{name_of(function.func)}({keywords})"
-    name = getattr(function, "__name__", None) or getattr(function, "__qualname__", None)
-    return str(name) if name else repr(function)

@@ -1,6 +1,7 @@
 """One batch is tried before anything is measured, and what could not be measured is refused."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -129,10 +130,27 @@ def check_labels(loss: Loss | None, logits: Tensor, label_range: tuple[int, int]
     low, high = label_range
     classes = logits.shape[1] if logits.dim() > 1 else 1
     if high >= classes or low < 0:
+        got = f"label {low}" if low == high else f"labels from {low} to {high}"
         raise ValueError(
             f"`data` must have labels in 0 … {classes - 1} for the {classes} outputs of "
-            f"`model`, got labels from {low} to {high}."
+            f"`model`, got {got}."
         )
+
+
+@contextmanager
+def labels_named(loss: Loss, logits: Tensor) -> Iterator[None]:
+    """Name the label that there is no output for where a loss says so: on a CPU.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:  # the latter under `vmap`
+        found = re.search(r"(-?\d+) is out of bounds", str(error))
+        if found is not None:
+            check_labels(loss, logits, (int(found[1]), int(found[1])))
+        raise
 
 
 @contextmanager

@@ -1241,3 +1241,50 @@ def test_norms_that_see_the_batch_are_told_of_where_there_are_several():
     with pytest.warns(UserWarning, match="results depend on how `data` is batched"):
         Objective().freeze(model, [(x[:4], y[:4]), (x[4:], y[4:])])
     Objective().freeze(model, [(x, y)])
+
+
+class Mixed(nn.CrossEntropyLoss):
+    """A loss of one's own: a setting, a part, and a weight that is trained."""
+
+    def __init__(self, gamma, base=None, scale=1.0, **settings):
+        super().__init__(**settings)
+        self.gamma, self.base, self.part = gamma, base, nn.HuberLoss(delta=0.5)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (F.cross_entropy, "cross_entropy"),
+        (functools.partial(F.cross_entropy, label_smoothing=0.1), "cross_entropy(label_smoothing="),
+        (nn.CrossEntropyLoss(), "CrossEntropyLoss()"),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), "CrossEntropyLoss(label_smoothing=0.1)"),
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 9.5])), "CrossEntropyLoss(weight=[1, 9.5])"),
+        (nn.NLLLoss(ignore_index=255), "NLLLoss(ignore_index=255)"),
+        (nn.HuberLoss(delta=0.3), "HuberLoss(delta=0.3)"),
+        (nn.KLDivLoss(reduction="batchmean"), "KLDivLoss(reduction='batchmean')"),
+        (
+            Mixed(2, nn.MSELoss(), scale=0.3, label_smoothing=0.1),
+            "Mixed(gamma=2, base=MSELoss(), label_smoothing=0.1, part=HuberLoss(delta=0.5))",
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_a_loss_is_named_with_its_settings(loss, told):
+    assert Objective(loss=loss).describe().startswith(f"loss={told}")
+
+
+def test_the_name_of_a_module_does_not_say_where_its_parts_lie():
+    def describe():
+        return Objective(loss=Mixed(gamma=object(), base=[print, object()])).describe()
+
+    assert "gamma=<object object>" in describe()
+    assert describe() == describe()
+
+
+def test_long_class_weights_are_told_by_a_digest():
+    losses = [nn.CrossEntropyLoss(torch.arange(100.0) + shift) for shift in (0, 0, 1)]
+    same, again, other = (Objective(loss=loss).describe() for loss in losses)
+    assert "weight=(100,) " in same
+    assert len(same) < 100
+    assert same == again != other

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
+from landscape._digest import bytes_of
 from landscape.objective import FrozenObjective
 from landscape.results import write_atomically
 
@@ -194,8 +193,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _bytes(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return repr(value).encode()
-    flat = value.detach().reshape(-1).cpu().contiguous()
-    return np.ascontiguousarray(flat.view(torch.uint8).numpy()) if len(flat) else b""
+def _bytes(value: Any) -> bytes:
+    return bytes_of(value) if isinstance(value, Tensor) else repr(value).encode()

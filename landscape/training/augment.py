@@ -26,7 +26,7 @@ from torch import Tensor
 
 from landscape._checks import check_count
 from landscape.batches import Transform
-from landscape.training.data import denormalize, normalize
+from landscape.training.data import check_mean_and_std, denormalize, normalize
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Normalize:
     mean: Sequence[float]
     std: Sequence[float]
 
+    def __post_init__(self) -> None:
+        check_mean_and_std(self.mean, self.std)
+
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return normalised images and the labels as they are."""
         return normalize(x, self.mean, self.std), y
@@ -74,6 +77,9 @@ class Denormalize:
 
     mean: Sequence[float]
     std: Sequence[float]
+
+    def __post_init__(self) -> None:
+        check_mean_and_std(self.mean, self.std)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return bytes and the labels as they are."""
@@ -94,9 +100,12 @@ class RandomCrop:
 
     def __post_init__(self) -> None:
         check_count("padding", self.padding, 0)
+        check_finite("fill", self.fill)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the cropped images `(n, c, h, w)` and the labels as they are."""
+        if x.dtype == torch.uint8:
+            check_within("fill", self.fill, 0, 255)
         n, c, h, w = x.shape
         padded = F.pad(x, (self.padding,) * 4, value=self.fill)
         top, left = torch.randint(
@@ -170,8 +179,10 @@ class RandomErasing:
     def __post_init__(self) -> None:
         check_probability("probability", self.probability)
         for name, (low, high) in (("area", self.area), ("ratio", self.ratio)):
-            if not 0 < low <= high:
+            if not 0 < low <= high < math.inf:
                 raise ValueError(f"`{name}` must be positive and increasing, got {(low, high)}.")
+        if self.value is not None:
+            check_finite("value", self.value)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the images, some of them with a box replaced, and the labels as they are."""
@@ -231,12 +242,43 @@ def check_probability(name: str, value: float) -> None:
     Args:
         name: Name of the argument.
         value: Its value.
+    """
+    check_within(name, value, 0, 1)
+
+
+def check_within(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a number outside an interval.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        low: Lower end of the interval, which belongs to it.
+        high: Upper end, which does so too.
 
     Raises:
-        ValueError: If `value` is outside [0, 1].
+        ValueError: If `value` is outside, or no finite number.
     """
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
+    check_finite(name, value)
+    if not low <= value <= high:
+        raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value}.")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Refuse what is no finite number.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    try:
+        finite = math.isfinite(value)
+    except TypeError:
+        finite = False
+    if not finite:
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
 
 
 def check_floats(transform: str, x: Tensor) -> None:

@@ -22,10 +22,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import nn
 
 from landscape._checks import check_choice, check_data
+from landscape._digest import bytes_of
 from landscape._loaders import one_pass
 from landscape._progress import track
 from landscape.models.alternate import alternate
@@ -35,6 +35,7 @@ from landscape.probes.evaluate import Evaluation, evaluate
 from landscape.provenance import forward_provenance
 from landscape.training.build_up_table import BuildUp, Row, load_table, rows_of, table_of
 from landscape.training.checkpoints import save
+from landscape.training.data import identity_of
 from landscape.training.fit import fit
 from landscape.training.surroundings import GlobalStream
 
@@ -81,7 +82,8 @@ def build_up(
         image_size: As in `alternate`.
         folder: Where every finished step is kept: the table so far in `build_up.npz` and the
             trained weights in `step-00.pt`, …. A build-up that was killed goes on from there; with
-            settings for `fit` the step that was under way goes on, too.
+            settings for `fit` the step that was under way goes on, too. `DeviceImages` must be
+            alike then; other data are not compared.
         seed: Seed of the new blocks and of the training; PyTorch's global state is left as found.
         progress: Show a bar of steps.
 
@@ -123,7 +125,12 @@ def build_up(
         model,
         num_samples=0,
         seed=seed,
-        settings={"weights": _digest(model), "train": _describe(train), **sizes},
+        settings={
+            "weights": _digest(model),
+            "train": _describe(train),
+            **sizes,
+            **identity_of(data=data, validation=validation),
+        },
     )
     found = None if where is None else load_table(where / "build_up.npz", criterion, source)
     rows = [] if found is None else rows_of(found)
@@ -239,8 +246,7 @@ def _digest(model: nn.Module) -> str:
     """Return what tells the weights of two models apart."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1).cpu().contiguous()
-        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + bytes_of(tensor))
     return digest.hexdigest()[:16]
 
 

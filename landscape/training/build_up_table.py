@@ -117,10 +117,10 @@ def load_table(path: Path, criterion: str, source: Provenance) -> BuildUp | None
     theirs = found.provenance
     here = {"criterion": criterion, "seed": source.seed, **source.settings}
     there = {"criterion": found.criterion, "seed": theirs.seed, **theirs.settings}
-    for name in here | there:
-        if here.get(name) != there.get(name):
+    for name, value in here.items():
+        if there.get(name, value) != value:  # tables of old do not hold all
             raise ValueError(
                 f"`folder` must hold the same build-up, but in {path.parent} `{name}` is "
-                f"{there.get(name)!r} and here {here.get(name)!r}; choose another folder."
+                f"{there[name]!r} and here {value!r}; choose another folder."
             )
     return found

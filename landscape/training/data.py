@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from landscape._checks import check_count
+from landscape._digest import bytes_of
+from landscape._names import lasting_name
 from landscape.batches import Transform
 from landscape.training.seeding import stream
 
@@ -57,6 +60,39 @@ def denormalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
     """
     shift, scale = _shift_and_scale(mean, std, x.device)
     return ((x - shift) / scale).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def check_mean_and_std(
+    mean: Sequence[float], std: Sequence[float], channels: int | None = None
+) -> None:
+    """Refuse numbers that images cannot be normalised with.
+
+    Args:
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+        channels: Number of channels; `None` is that of `mean`.
+
+    Raises:
+        ValueError: If there is not one finite number a channel, or a deviation is not positive.
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        try:
+            numbers = tuple(float(value) for value in values)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"`{name}` must be a sequence of numbers, one per channel, got {values!r}."
+            ) from None
+        channels = len(numbers) if channels is None else channels
+        if len(numbers) != channels:
+            raise ValueError(
+                f"`{name}` must have one value per channel ({channels}), got {len(numbers)}."
+            )
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"`{name}` must be finite, got {numbers}.")
+    if min(numbers, default=1.0) <= 0:
+        raise ValueError(
+            f"`std` must be positive, got {numbers}; take 1 for a channel that is constant."
+        )
 
 
 def _shift_and_scale(
@@ -182,6 +218,27 @@ class DeviceImages:
             for first in range(0, len(y), self.batch_size):
                 batch = slice(first, first + self.batch_size)
                 yield normalize(x[batch], self.mean, self.std), y[batch]
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the batches are made of, alike for alike images on whatever device.
+
+        Returns:
+            Settings by name, numbers and words, and a checksum of all images and labels: one pass.
+        """
+        checksum = zlib.crc32(bytes_of(self.labels))
+        for part in torch.split(self.images, _CHUNK):
+            checksum = zlib.crc32(bytes_of(part), checksum)
+        return {
+            "shape": tuple(self.images.shape),
+            "batch_size": int(self.batch_size),
+            "shuffle": bool(self.shuffle),
+            "drop_last": bool(self.drop_last),
+            "seed": int(self.seed),
+            "mean": tuple(float(value) for value in self.mean),
+            "std": tuple(float(value) for value in self.std),
+            "augment": None if self.augment is None else lasting_name(self.augment),
+            "checksum": f"{checksum:08x}",
+        }
 
     def subset(
         self,
@@ -310,14 +367,24 @@ def _check(data: DeviceImages) -> None:
         raise ValueError(
             f"`labels` must be on the device of `images` ({images.device}), got {labels.device}."
         )
-    for name, values in (("mean", data.mean), ("std", data.std)):
-        if len(values) != images.shape[1]:
-            raise ValueError(
-                f"`{name}` must have one value per channel ({images.shape[1]}), got {len(values)}."
-            )
-        if not all(math.isfinite(value) for value in values):
-            raise ValueError(f"`{name}` must be finite, got {tuple(values)}.")
-    if min(data.std) <= 0:
-        raise ValueError(f"`std` must be positive, got {tuple(data.std)}.")
+    check_mean_and_std(data.mean, data.std, images.shape[1])
     check_count("batch_size", data.batch_size, 1)
     check_count("seed", data.seed, 0)
+
+
+def identity_of(**data: Any) -> dict[str, Any]:
+    """Return what runs on these data must have in common, as far as it can be told.
+
+    Args:
+        **data: Data by the name of their argument; of others than `DeviceImages` nothing is told.
+
+    Returns:
+        Numbers and words, by names such as `data.batch_size`.
+    """
+    told: dict[str, Any] = {}
+    for name, images in data.items():
+        known = isinstance(images, DeviceImages)
+        told[name] = "DeviceImages" if known else "no DeviceImages"
+        settings = images.identity() if known else {}
+        told |= {f"{name}.{setting}": value for setting, value in settings.items()}
+    return told

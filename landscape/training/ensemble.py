@@ -105,7 +105,7 @@ def fit_ensemble(
         folder: Member k is kept in `folder/member-00k`, as `fit` would keep it.
         checkpoints: Epochs whose weights are kept, see `fit`.
         trajectory: Every how many epochs weights are kept besides, see `fit`.
-        resume: Go on after the last epoch that all members in `folder` have done.
+        resume: Go on after the last epoch that all members in `folder` have done, see `fit`.
         method: `"vmap"`, `"loop"`, or `"auto"` for whichever should be faster. A run may be
             resumed with another method.
         bfloat16: Forward passes under bfloat16 autocast, in a loop only: `vmap` ignores autocast.
@@ -124,8 +124,8 @@ def fit_ensemble(
     Raises:
         ValueError: If an argument is out of range, there are not as many optimizers, schedules,
             seeds, data or lists of callbacks as models, the models differ in architecture, batches
-            have different shapes under `vmap`, an optimizer cannot train its model, or `folder`
-            holds another run.
+            have different shapes under `vmap` or targets that `loss` cannot take, an optimizer
+            cannot train its model, or `folder` holds another run.
         FloatingPointError: If loss or weights of a member become NaN or infinite. All models then
             hold the weights of the end of the last good epoch, and so do the states in `folder`.
         OSError: If an epoch cannot be written to `folder`; the states written before are kept.

@@ -83,7 +83,9 @@ def fit(
         trajectory: Keep the weights of the initialisation, after every epoch (`True`) or every so
             many, and of the last epoch.
         resume: Go on where the run in `folder` stopped; start afresh where there is none. A
-            finished run is returned at once, its weights loaded into `model`.
+            finished run is returned at once, its weights loaded into `model`. All that decides on
+            the weights must be as it was, functions by name, `DeviceImages` by content; other data
+            are not compared.
         bfloat16: Forward pass under bfloat16 autocast; by default on CUDA only (slower on CPUs).
             `fit_ensemble` has it off by default.
         channels_last: Train in channels-last memory format; by default where the model has a
@@ -106,7 +108,8 @@ def fit(
 
     Raises:
         ValueError: If an argument is out of range, `optimizer` cannot train `model`, `loss` is no
-            mean, `data` have no length, or `folder` holds another run.
+            mean, `data` have no length or targets that `loss` cannot take, or `folder` holds
+            another run.
         FloatingPointError: If loss or weights become NaN or infinite. The model then holds the
             weights of the end of the last good epoch, and so does the state in `folder`.
         OSError: If an epoch cannot be written to `folder`, a full disk for instance; the states

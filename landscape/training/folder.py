@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from landscape._checks import check_count
-from landscape.training.data import normalize
+from landscape.training.data import check_mean_and_std, normalize
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -51,16 +51,13 @@ class FolderImages:
             max_images: Use only so many, spread evenly over all.
 
         Raises:
-            ValueError: If there is no image, or a size is below 1.
+            ValueError: If there is no image, a size is below 1, or `mean` or `std` are not three
+                finite numbers, those of `std` positive.
         """
         sizes = {"size": size, "batch_size": batch_size}
         for name, value in (sizes if resize is None else sizes | {"resize": resize}).items():
             check_count(name, value, 1)
-        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-            raise ValueError(
-                f"`mean` and `std` must have three channels, and `std` be positive, got {mean} and "
-                f"{std}."
-            )
+        check_mean_and_std(mean, std, channels=3)
         if not Path(root).is_dir():
             raise ValueError(f"`root` must be a folder, got {str(root)!r}.")
         self._size, self._resize = size, resize or round(size * 8 / 7)

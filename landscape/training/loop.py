@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from landscape import trial
 from landscape._loaders import with_own_workers
 from landscape.batches import Inputs, Placement, Transform, call_on, copied, split_batch
 from landscape.losses import Loss, amount_averaged, is_classification, is_probability, loss_settings
@@ -165,7 +167,7 @@ def train_epoch(
         host wait for the device at every step.
 
     Raises:
-        ValueError: If there is no batch, or one has no targets.
+        ValueError: If there is no batch, or one has no targets, or none that the loss can take.
     """
     means = Means()
     parameters = optimized(step.optimizer)
@@ -181,7 +183,9 @@ def train_epoch(
             inputs, targets = prepare(step, raw, index, generator)
             if not targets.numel():
                 continue
-            tally = passes(inputs, targets)
+            first = not means.num_batches
+            with trial.explained("training on", inputs, targets) if first else nullcontext():
+                tally = passes(inputs, targets)
             if step.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, step.clip)
             step.optimizer.step()
@@ -273,11 +277,17 @@ def forward(step: Step, call: Callable[..., Any], inputs: Inputs, targets: Tenso
     Returns:
         Mean loss; the amount it is averaged over; how many predictions are correct, NaN where the
         targets are no classes; and of how many. Scalars, all but the first in float64.
+
+    Raises:
+        ValueError: If the loss would broadcast the targets or take them for others, or, on a CPU,
+            there is no output for a label.
     """
     with torch.autocast(step.device.type, torch.bfloat16, enabled=step.bfloat16):
         outputs = call_on(call, inputs)
         logits = as_logits(outputs)
-        value = step.loss(logits, targets)
+        trial.check_targets(step.loss, logits, targets)  # of shapes and types: nothing waits
+        with trial.labels_named(step.loss, logits):
+            value = step.loss(logits, targets)
     counts = (
         amount_averaged(step.loss, targets, len(targets)),
         *_correct(step.loss, logits.detach(), targets),

@@ -18,6 +18,7 @@ from landscape.training.augment import (
     RandomCrop,
     RandomErasing,
     box_mask,
+    check_finite,
     check_floats,
     check_probability,
     uniform,
@@ -197,11 +198,12 @@ def recipe(
     Returns:
         `Compose` of the parts in use.
     """
+    chain: list[Transform] = [Denormalize(mean, std)]
     if randaugment is None:
-        randaugment = RandAugment(fill=tuple(round(255 * value) for value in mean))
+        colour = (min(max(float(value), 0.0), 1.0) for value in mean)
+        randaugment = RandAugment(fill=tuple(round(255 * value) for value in colour))
     mixing: list[Transform] = [Mixup(mixup)] if mixup else []
     mixing += [CutMix(cutmix)] if cutmix else []
-    chain: list[Transform] = [Denormalize(mean, std)]
     chain += [RandomCrop(padding)] if padding else []
     chain += [HorizontalFlip(flip)] if flip else []
     chain += [randaugment] if randaugment.num_ops else []
@@ -225,6 +227,7 @@ def _beta(alpha: float, count: int, generator: torch.Generator) -> Tensor:
 
 def _check_alpha(alpha: float) -> None:
     """Refuse a parameter that defines no beta distribution."""
+    check_finite("alpha", alpha)
     if not alpha > 0:
         raise ValueError(f"`alpha` must be positive, got {alpha}; leave the transform out instead.")
 

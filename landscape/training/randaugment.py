@@ -18,7 +18,7 @@ tensor operations a batch however many samples draw it, and operations of one fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from landscape._checks import check_at_least, check_count
-from landscape.training.augment import check_probability, uniform
+from landscape.training.augment import check_probability, check_within, uniform
 
 
 class _Op(NamedTuple):
@@ -75,10 +75,11 @@ class RandAugment:
 
     Attributes:
         num_ops: Operations drawn a sample.
-        magnitude: Mean of the level.
+        magnitude: Mean of the level, 0 to 10.
         magnitude_std: Standard deviation of the level.
         probability: Of applying a drawn operation.
-        fill: Value outside the image, one for all channels or one each; timm takes the mean colour.
+        fill: Value outside the image, 0 to 255, one for all channels or one each; timm takes the
+            mean colour.
     """
 
     num_ops: int = 2
@@ -89,8 +90,21 @@ class RandAugment:
 
     def __post_init__(self) -> None:
         check_count("num_ops", self.num_ops, 0)
+        check_within("magnitude", self.magnitude, 0, 10)
         check_at_least("magnitude_std", self.magnitude_std, 0)
         check_probability("probability", self.probability)
+        for value in self._fill:
+            check_within("fill", value, 0, 255)
+        if len(self._fill) not in (1, 3):
+            raise ValueError(
+                "`fill` must be one value, or one for each of 1 or 3 channels, got "
+                f"{len(self._fill)}."
+            )
+
+    @property
+    def _fill(self) -> tuple[int, ...]:
+        """Value outside the image, one for all channels or one each."""
+        return tuple(self.fill) if isinstance(self.fill, Iterable) else (self.fill,)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the augmented images, bytes `(n, c, h, w)`, and the labels as they are."""
@@ -98,6 +112,11 @@ class RandAugment:
             raise ValueError(
                 "`x` must be bytes with 1 or 3 channels for RandAugment, got "
                 f"{x.dtype} of shape {tuple(x.shape)}; put it before `Normalize`."
+            )
+        if len(self._fill) not in (1, x.shape[1]):
+            raise ValueError(
+                f"`fill` must have one value per channel of the images, {x.shape[1]}, got "
+                f"{len(self._fill)}; one alone is for all."
             )
         shape, device = (self.num_ops, len(x)), generator.device
         drawn = torch.randint(NONE, shape, generator=generator, device=device)
@@ -111,7 +130,7 @@ class RandAugment:
         at = torch.arange(len(x), device=device)  # where each sample is now
         for layer, back in enumerate(order.argsort(dim=1)):
             x = x.index_select(0, at[order[layer]].to(x.device, non_blocking=True))
-            apply_sorted(x, ops[layer], strength[layer], self.fill)
+            apply_sorted(x, ops[layer], strength[layer], self._fill)
             at = back
         return x.index_select(0, at.to(x.device, non_blocking=True)), y
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any, ClassVar, cast
 
@@ -14,15 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from landscape._checks import check_count, check_data
+from landscape._names import lasting_name
+from landscape.batches import split_batch
 from landscape.losses import check_reduction
-from landscape.objective import name_of
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance, Result
 from landscape.training import loop, surroundings
 from landscape.training.checkpoints import Named, Saves, plan
+from landscape.training.data import identity_of
 from landscape.training.schedule import Schedule, WarmupCosine
 from landscape.training.seeding import stream, stream_seed
 
@@ -102,21 +106,37 @@ class Run:
                 "pass a list, or a DataLoader of a data set with `__len__`."
             ) from error
 
-    def identity(self) -> dict[str, Any]:
-        """Return what a run and its continuation must have in common."""
-        decays = tuple(group.get("weight_decay") for group in self.step.optimizer.param_groups)
-        # A scheduler may have moved the rates of an optimizer that is handed in again.
-        rates = None if isinstance(self.schedule, LRScheduler) else self.rates
+    def settings(self) -> dict[str, Any]:
+        """Return what trains the model, in words and numbers."""
+        step, schedule = self.step, self.schedule
+        has_state = isinstance(schedule, LRScheduler)
         return {
             "epochs": self.epochs,
+            "optimizer": type(step.optimizer).__name__,
+            "num_batches": self.num_batches,
+            # A scheduler may have moved the rates of an optimizer that is handed in again.
+            "learning_rates": None if has_state else self.rates,
+            "weight_decays": tuple(g.get("weight_decay") for g in step.optimizer.param_groups),
+            "schedule": type(schedule).__name__ if has_state else lasting_name(schedule),
+            "loss": lasting_name(step.loss),
+            "transform": None if step.transform is None else lasting_name(step.transform),
+            "clip": step.clip,
+            "bfloat16": step.bfloat16,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a run and its continuation must have in common."""
+        own = {
             "seed": self.seed,
             "model": type(self.step.model).__name__,
             "num_parameters": sum(p.numel() for p in self.step.model.parameters()),
-            "optimizer": type(self.step.optimizer).__name__,
-            "num_batches": self.num_batches,
-            "learning_rates": rates,
-            "weight_decays": decays,
         }
+        return self.settings() | own | self._identity_of_data
+
+    @cached_property
+    def _identity_of_data(self) -> dict[str, Any]:
+        """What the data are, which is looked at once."""
+        return identity_of(data=self.data, validation=self.validation)
 
 
 def make_run(
@@ -302,30 +322,29 @@ def result(run: Run, history: History) -> FitResult:
         trajectory=tuple(str(saves.path(e)) for e in saves.trajectory if e <= done),
         provenance=forward_provenance(
             run.step.model,
-            num_samples=getattr(run.data, "num_samples", 0),
+            num_samples=_num_samples(run.data),
             seed=run.seed,
             seconds=sum(history["seconds"]),
             num_forwards=float(done),
-            settings=_settings(run),
+            settings=run.settings(),
         ),
     )
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    """Return what trained a model, in words and numbers."""
-    step, schedule = run.step, run.schedule
-    has_state = isinstance(schedule, LRScheduler)
-    identity = run.identity()
-    return {
-        name: identity[name]
-        for name in ("optimizer", "learning_rates", "weight_decays", "epochs", "num_batches")
-    } | {
-        "schedule": type(schedule).__name__ if has_state else name_of(schedule),
-        "loss": name_of(step.loss),
-        "transform": None if step.transform is None else name_of(step.transform),
-        "clip": step.clip,
-        "bfloat16": step.bfloat16,
-    }
+def _num_samples(data: Iterable[Any]) -> int:
+    """Return how many samples an epoch has; 0 where only a pass over the data would tell."""
+    with suppress(TypeError, ValueError):  # of what has no length or no targets
+        if isinstance(data, list | tuple):
+            targets = [split_batch(raw, index)[1] for index, raw in enumerate(data)]
+            return sum(len(own) for own in targets if own is not None)
+        if not isinstance(data, DataLoader):
+            return int(getattr(data, "num_samples", 0))
+        if data.batch_sampler is not None:  # else its data set may hold whole batches
+            dataset = data.dataset
+            return len(
+                cast(Sized, dataset if isinstance(dataset, IterableDataset) else data.sampler)
+            )
+    return 0
 
 
 def weights(run: Run) -> dict[str, Tensor]:

@@ -38,11 +38,12 @@ def find(run: Run, resume: bool, latest: int | None = None) -> dict[str, Any] | 
     state = files.load_resume(folder, latest)
     if state is None:
         return None
+    there = state["run"]
     for name, value in run.identity().items():
-        if state["run"].get(name) != value:
+        if there.get(name, value) != value:  # states of old do not hold all
             raise ValueError(
-                f"`folder` must hold the same run, but there `{name}` is "
-                f"{state['run'].get(name)!r} and here {value!r}; choose another folder."
+                f"`folder` must hold the same run, but there `{name}` is {there[name]!r} and here "
+                f"{value!r}; choose another folder."
             )
     return state
 

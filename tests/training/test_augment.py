@@ -1,5 +1,7 @@
 """Crop, flip, erasing: against plain loops over samples, and their statistics."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,12 +157,34 @@ def test_samples_are_drawn_one_by_one(bytes_):
         (lambda: RandomCrop(-1), "`padding` must be at least 0, got -1"),
         (lambda: HorizontalFlip(1.5), r"`probability` must lie in \[0, 1\], got 1.5"),
         (lambda: RandomErasing(area=(0.0, 0.3)), "`area` must be positive and increasing"),
+        (lambda: HorizontalFlip("x"), "`probability` must be a finite number, got 'x'"),
         (lambda: RandomErasing(ratio=(2.0, 0.3)), "`ratio` must be positive and increasing"),
+        (lambda: RandomErasing(ratio=(0.3, math.inf)), "`ratio` must be positive and increasing"),
+        (lambda: RandomErasing(value=math.nan), "`value` must be a finite number, got nan"),
+        (lambda: RandomCrop(2, math.nan), "`fill` must be a finite number, got nan"),
+        (lambda: Normalize((0.5,) * 3, (0.2, 0.0, 0.2)), "`std` must be positive, got .*; take 1"),
+        (lambda: Normalize((0.5,) * 3, (-1.0,) * 3), "`std` must be positive"),
+        (
+            lambda: Normalize((0.5,) * 3, (0.2,)),
+            r"`std` must have one value per channel \(3\), got",
+        ),
+        (
+            lambda: Normalize(0.5, 0.2),
+            "`mean` must be a sequence of numbers, one per chan.*got 0.5",
+        ),
+        (lambda: Denormalize((math.nan,), (0.2,)), "`mean` must be finite"),
+        (lambda: Denormalize((0.5,), (0,)), "`std` must be positive"),
     ],
 )
 def test_bad_settings_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("fill", [300, -1])
+def test_bytes_are_not_padded_with_what_is_no_byte(bytes_, fill):
+    with pytest.raises(ValueError, match=rf"`fill` must lie in \[0, 255\], got {fill}"):
+        RandomCrop(2, fill)(bytes_, torch.zeros(20), generator())
 
 
 def test_erasing_refuses_bytes(bytes_):

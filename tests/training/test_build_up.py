@@ -242,10 +242,15 @@ def test_a_folder_of_another_build_up_is_refused(data, tmp_path):
         ({"window": 1}, "`window` is 2 and here 1"),
         ({"model": other}, "`weights` is"),
         ({"train": SETTINGS}, "`train` is .*train' and here 'channels_last=False, epochs=1'"),
+        ({"data": data.with_(seed=1)}, "`data.seed` is 0 and here 1"),
+        ({"data": data.with_(images=255 - data.images)}, "`data.checksum` is"),
+        ({"validation": data.with_(labels=data.labels.flip(0))}, "`validation.checksum` is"),
+        ({"validation": list(data)}, "`validation` is 'DeviceImages' and here 'no DeviceImages'"),
     ):
-        full = {"model": make_model(), "train": train, **SIZES, **arguments}
+        own = {"model": make_model(), "data": data, "validation": data, "train": train}
+        full = {**own, **SIZES, **arguments}
         with pytest.raises(ValueError, match=f"`folder` must hold the same build-up, .*{what}"):
-            build_up(data=data, validation=data, folder=tmp_path, **full)
+            build_up(folder=tmp_path, **full)
 
 
 def test_what_cannot_be_is_refused_before_any_training(data):

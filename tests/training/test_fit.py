@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from landscape.training import DeviceImages, FitResult, WarmupCosine, fit, fit_ensemble
 
@@ -178,6 +178,33 @@ def test_a_history_says_what_trained_the_model(data, tmp_path):
     assert settings["schedule"] == "WarmupCosine(epochs=2, warmup_epochs=1, per_epoch=False)"
     assert (settings["loss"], settings["transform"]) == ("cross_entropy", "jitter")
     assert FitResult.load(result.save(tmp_path / "history")) == result
+
+
+class Known(IterableDataset):
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        return iter([(torch.ones(4), index % 3) for index in range(6)])
+
+
+@pytest.mark.parametrize(
+    ("make", "known"),
+    [
+        (lambda pairs: [(torch.ones(4, 4), torch.arange(4) % 3), pairs], 10),
+        (lambda pairs: [{"input": torch.ones(4, 4), "labels": torch.arange(4) % 3}], 4),
+        (lambda pairs: DataLoader(TensorDataset(*pairs), batch_size=4), 6),
+        (lambda pairs: DataLoader(TensorDataset(*pairs), sampler=[0, 3, 4], batch_size=2), 3),
+        (lambda pairs: DataLoader(TensorDataset(*pairs), batch_sampler=[[0, 1], [2, 3, 4, 5]]), 6),
+        (lambda pairs: DataLoader(Known(), batch_size=4), 6),
+        (lambda pairs: DataLoader([pairs, pairs], batch_size=None), 0),
+    ],
+    ids=["list", "mappings", "loader", "sampler", "batch sampler", "iterable", "whole batches"],
+)
+def test_a_history_says_how_many_samples_where_that_is_known(make, known):
+    pairs = torch.ones(6, 4), torch.arange(6) % 3
+    result = fit(nn.Linear(4, 3), make(pairs), epochs=1)
+    assert result.provenance.num_samples == known
 
 
 def test_validation_runs_in_evaluation_mode_and_without_the_transform(data):
@@ -552,3 +579,61 @@ def test_bad_data_are_refused(data):
         fit(make_model(), [{"input": torch.zeros(2, 1, 6, 6)}], epochs=1)
     with pytest.raises(ValueError, match="`data` must yield at least one batch"):
         fit(make_model(), [], epochs=1)
+
+
+@pytest.mark.parametrize("where", ["training", "validation", "loop", "vmap", "auto"])
+def test_targets_that_a_loss_would_broadcast_are_refused(where):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    bad, good = [(x, x[:, 0])], [(x, x[:, :1])]
+    models = [nn.Linear(4, 1), nn.Linear(4, 1)]
+    train = {
+        "training": partial(fit, models[0], bad),
+        "validation": partial(fit, models[0], good, validation=bad),
+    }.get(where, partial(fit_ensemble, models, bad, method=where))
+    match = r"`data` must have targets of shape \(8, 1\) .* got torch.float32 \(8,\)"
+    with pytest.raises(ValueError, match=match):
+        train(epochs=1, loss=F.mse_loss)
+
+
+def kl_div(outputs, targets):
+    return (targets * (targets.log() - outputs)).sum() / len(targets)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (kl_div, torch.full((8, 3), 1 / 3)),
+        (lambda outputs, targets: several(outputs[:, 0], targets), torch.zeros(8)),
+        (lambda outputs, targets: F.cross_entropy(outputs, targets[:, 0]), torch.ones(8, 1).long()),
+    ],
+    ids=["soft targets", "regression", "classes"],
+)
+def test_losses_of_ones_own_take_targets_as_they_want_them(loss, targets):
+    batches = [(torch.ones(8, 4), targets)]
+    for result in measured(nn.Linear(4, 3), batches, batches, loss):
+        assert np.isfinite([result.train_loss, result.validation_loss]).all()
+
+
+@pytest.mark.parametrize("bad", [3, -1])
+@pytest.mark.parametrize("where", ["training", "validation", "loop", "vmap", "auto"])
+def test_a_label_without_an_output_is_named(where, bad):
+    x, y = torch.ones(8, 4), torch.arange(8) % 3
+    good, wrong = (x, y), (x, torch.where(torch.arange(8) == 5, bad, y))
+    models = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    train = {
+        "training": partial(fit, models[0], [good, wrong]),
+        "validation": partial(fit, models[0], [good], validation=[wrong]),
+    }.get(where, partial(fit_ensemble, models, [good, wrong], method=where))
+    match = f"`data` must have labels in 0 … 2 for the 3 outputs of `model`, got label {bad}"
+    with pytest.raises(ValueError, match=match):
+        train(epochs=1)
+
+
+def test_an_error_of_the_first_batch_says_what_was_trained_on():
+    batch = torch.zeros(2, 1, 6, 6, dtype=torch.uint8), torch.arange(2)
+    with pytest.raises(RuntimeError) as caught:
+        fit(make_model(), [batch], epochs=1)
+    assert caught.value.__notes__ == [
+        "It came from training on the first batch of `data`: torch.uint8 (2, 1, 6, 6), "
+        "torch.int64 (2,)."
+    ]

@@ -89,8 +89,9 @@ def test_what_is_no_folder_of_images_is_refused(tmp_path):
     assert FolderImages(tmp_path).classes == ("a",)
     for arguments, message in (
         ({"resize": 0}, "`resize` must be at least 1"),
-        ({"std": (0, 0, 0)}, "`mean` and `std` must"),
-        ({"mean": (0.5,)}, "`mean` and `std` must"),
+        ({"std": (0, 0, 0)}, "`std` must be positive"),
+        ({"mean": (0.5,)}, r"`mean` must have one value per channel \(3\), got 1"),
+        ({"mean": (0.5, 0.5, float("nan"))}, "`mean` must be finite"),
     ):
         with pytest.raises(ValueError, match=message):
             FolderImages(tmp_path, **arguments)

@@ -201,6 +201,11 @@ def test_recipe_does_not_depend_on_the_default_type(seed):
                 assert torch.equal(part, same)
 
 
+def test_a_mean_beyond_full_scale_is_filled_with_a_byte():
+    chain = recipe((-0.5, 0.5, 1.5), (0.2,) * 3, 10).transforms
+    assert next(part.fill for part in chain if isinstance(part, RandAugment)) == (0, 128, 255)
+
+
 def test_recipe_trains_a_model_in_float64():
     data = load_images("fashion_mnist_mini", split="test", batch_size=50).subset(50)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).double()
@@ -250,6 +255,14 @@ def test_bad_settings_are_refused():
         Mixup(0.0)
     with pytest.raises(ValueError, match="`alpha` must be positive, got -1"):
         CutMix(-1)
+    with pytest.raises(ValueError, match="`alpha` must be a finite number, got inf"):
+        Mixup(np.inf)
+    with pytest.raises(ValueError, match="`alpha` must be a finite number, got 'x'"):
+        CutMix("x")
+    with pytest.raises(ValueError, match="`std` must be positive"):
+        recipe((0.5,) * 3, (0, 0, 0), 10)
+    with pytest.raises(ValueError, match="`mean` must be finite"):
+        recipe((np.nan,) * 3, (0.2,) * 3, 10)
     with pytest.raises(ValueError, match="`transforms` must hold at least one"):
         OneOf([])
     with pytest.raises(ValueError, match=r"`smoothing` must lie in \[0, 1\], got 1.1"):

@@ -241,6 +241,26 @@ def test_bad_input_is_refused():
         RandAugment(num_ops=-1)
     with pytest.raises(ValueError, match=r"`probability` must lie in \[0, 1\], got 2"):
         RandAugment(probability=2)
+    gray = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="`fill` must have one value per channel .*, 1, got 3"):
+        RandAugment(fill=(1, 2, 3))(gray, torch.zeros(2), generator)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"magnitude": float("nan")}, "`magnitude` must be a finite number, got nan"),
+        ({"magnitude": -5}, r"`magnitude` must lie in \[0, 10\], got -5"),
+        ({"magnitude": "x"}, "`magnitude` must be a finite number, got 'x'"),
+        ({"fill": 300}, r"`fill` must lie in \[0, 255\], got 300"),
+        ({"fill": (0, -1, 0)}, r"`fill` must lie in \[0, 255\], got -1"),
+        ({"fill": (1, 2)}, "`fill` must be one value, or one for each of 1 or 3 channels, got 2"),
+    ],
+    ids=str,
+)
+def test_settings_without_a_meaning_are_refused(settings, match):
+    with pytest.raises(ValueError, match=match):
+        RandAugment(**settings)
 
 
 @pytest.mark.parametrize("name", ["shear", "translate"])

@@ -1,5 +1,6 @@
 """An interrupted and resumed run equals the uninterrupted one bit for bit."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from landscape import Result
-from landscape.training import fit
+from landscape.training import DeviceImages, LabelSmoothing, WarmupCosine, fit, fit_ensemble
 from tests.training.runs import (
     Stop,
     adam,
@@ -36,6 +37,7 @@ def test_stopped_between_epochs(tmp_path, make, after):
 def test_stopped_within_an_epoch(tmp_path, after):
     calls = []
 
+    @functools.wraps(soften)  # a run goes on with a transform of the same name
     def stop_there(x, y, generator):
         calls.append(0)
         if len(calls) > after:
@@ -90,6 +92,7 @@ def test_finished_run_is_returned_without_training(tmp_path):
     log = (tmp_path / "log.csv").read_bytes()
     (tmp_path / "log.csv").unlink()  # as after a kill between state and log
 
+    @functools.wraps(soften)
     def refuse(x, y, generator):
         raise AssertionError("trained again")
 
@@ -216,6 +219,70 @@ def test_a_run_does_not_go_on_with_other_settings(changes, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         training(4, resume=True, **changes)
     training(5, resume=True)
+
+
+class Offset:
+    """A transform whose `repr` says where it lies in memory."""
+
+    def __call__(self, x, y, generator):
+        return x + 1, y
+
+
+def few_images(first_byte=0, first_label=0, **changes):
+    images = torch.arange(12 * 16).to(torch.uint8).view(12, 1, 4, 4)
+    labels = torch.arange(12) % 3
+    images[0, 0, 0, 0], labels[0] = first_byte, first_label
+    settings = {"mean": (0.5,), "std": (0.3,), "batch_size": 4, "shuffle": True} | changes
+    return DeviceImages(images, labels, **settings)
+
+
+@pytest.mark.parametrize("ensemble", [False, True], ids=["fit", "fit_ensemble"])
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.9)}, "`loss` is 'cross_entropy' and here"),
+        ({"clip": 1e-4}, "`clip` is 5.0 and here 0.0001"),
+        ({"transform": LabelSmoothing(3, 0.9)}, "`transform` is '<.*Offset object>' and here 'Lab"),
+        ({"transform": None}, "`transform` is '<.*Offset object>' and here None"),
+        ({"schedule": WarmupCosine(4, 1, per_epoch=True)}, "`schedule` is 'WarmupCosine"),
+        ({"bfloat16": True}, "`bfloat16` is False and here True"),
+        ({"data": few_images(first_byte=1)}, "`data.checksum` is"),
+        ({"data": few_images(first_label=1)}, "`data.checksum` is"),
+        ({"data": few_images(batch_size=5)}, "`data.batch_size` is 4 and here 5"),
+        ({"data": few_images(seed=3)}, "`data.seed` is 0 and here 3"),
+        ({"data": few_images(std=(0.2,))}, "`data.std` is"),
+        ({"data": few_images(augment=Offset())}, "`data.augment` is None and here '<.*Offset obj"),
+        ({"data": list(few_images())}, "`data` is 'DeviceImages' and here 'no DeviceImages'"),
+        ({"validation": few_images(shuffle=False)}, "`validation.shuffle` is True and here False"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(*value),
+)
+def test_other_settings_and_images_are_refused(tmp_path, ensemble, changes, match):
+    def train(resume=False, **changed):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+        settings = {"data": few_images(), "validation": few_images(), "transform": Offset()}
+        settings |= {"epochs": 4, "folder": tmp_path, "resume": resume} | changed
+        if ensemble:
+            fit_ensemble([model], **settings)
+        else:
+            fit(model, **settings)
+        return model[1].weight
+
+    weight = train()
+    assert torch.equal(train(resume=True), weight)
+    with pytest.raises(ValueError, match=f"must hold the same run, but there {match}.*; choose an"):
+        train(resume=True, **changes)
+
+
+def test_a_state_of_old_that_says_less_can_be_gone_on_with(tmp_path):
+    whole = run(tmp_path)
+    for path in tmp_path.glob("resume-*"):
+        state = torch.load(path, weights_only=True)
+        del state["run"]["clip"], state["run"]["data.checksum"]
+        torch.save(state, path)
+    assert_same(run(tmp_path, resume=True), whole)
 
 
 def test_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
