@@ -162,6 +162,34 @@ def test_layouts_become_maps(layout, generator):
     torch.testing.assert_close(features["mlp"].movedim(1, -1), after.detach())
 
 
+class Windows(nn.Module):
+    """A convolution, whose map is turned to channels last and cut in windows, as TinyViT's."""
+
+    def __init__(self, added):
+        super().__init__()
+        self.added = added
+        self.embed, self.conv = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 3, padding=1)
+        self.place = nn.Parameter(torch.randn(4, 6, 8))
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+
+    def forward(self, x):
+        x = self.embed(x).permute(0, 2, 3, 1)
+        x = x + self.place if self.added else x
+        windows = x.unflatten(2, (3, 2)).unflatten(1, (2, 2)).transpose(2, 3).reshape(-1, 4, 8)
+        windows = self.mlp(windows).reshape(-1, 2, 3, 2, 2, 8).transpose(2, 3)
+        x = (x + windows.reshape_as(x)).permute(0, 3, 1, 2)
+        return (x + self.conv(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_a_map_is_turned_to_channels_last_before_its_windows(added, generator):
+    model = build(lambda: Windows(added))
+    images = torch.randn(2, 3, 16, 24, generator=generator)
+    stem = Blocks(model, example=images).capture(images)["stem"]
+    expected = model.embed(images) + added * model.place.movedim(2, 0)
+    torch.testing.assert_close(stem, expected.detach())
+
+
 def test_names_and_globs(images):
     model = build(SMALL["resnet"])
     blocks = Blocks(model, ["stages.*.1", "stem.conv"], example=images)

@@ -91,14 +91,32 @@ def _channel_axis(trace: Trace, value: int) -> int:
                 return axis
             if _keeps_channels(steps[step], shape):
                 frontier.add(step)
-    while True:
-        axis = _axis_of_layer(steps[value])
-        if axis:
-            return axis
-        before = [i for i in steps[value].inputs if i >= 0 and _keeps_channels(steps[i], shape)]
-        if not before or steps[value].name in _PERMUTING:
-            return 1 if len(shape or ()) == 4 else -1
+    return _axis_behind(steps, value) or (1 if len(shape or ()) == 4 else -1)
+
+
+def _axis_behind(steps: list[Step], value: int) -> int:
+    """Return 1 or -1 for the last layer before a value, 0 if none tells."""
+    shape = steps[value].shape
+    while not (axis := _axis_of_layer(steps[value])):
+        step = steps[value]
+        if step.name in _PERMUTING:
+            return -1 if _moves_channels_last(steps, step) else 0
+        given = [i for i in step.inputs if i >= 0]
+        before = [i for i in given if _keeps_channels(steps[i], shape)]
+        before = before or [i for i in given if steps[i].shape == shape]  # permuted itself
+        if not before:
+            return 0
         value = max(before)
+    return axis
+
+
+def _moves_channels_last(steps: list[Step], step: Step) -> bool:
+    """Whether a step turns what a convolution made, (n, c, h, w), to (n, h, w, c)."""
+    given = step.inputs[0] if step.inputs else INPUT
+    before = steps[given].shape if given != INPUT else None
+    if before is None or len(before) != 4 or step.shape != (before[0], *before[2:], before[1]):
+        return False
+    return _axis_behind(steps, given) == 1
 
 
 def _axis_of_layer(step: Step) -> int:
