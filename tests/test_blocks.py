@@ -190,6 +190,28 @@ def test_a_map_is_turned_to_channels_last_before_its_windows(added, generator):
     torch.testing.assert_close(stem, expected.detach())
 
 
+def test_a_batch_norm_of_all_tokens_in_one_batch(generator):
+    class Tokens(nn.Module):
+        """As LeViT's: nothing behind the last sum tells where the channels are."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.linear = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            x = self.embed(x).flatten(2).mT
+            branch = self.linear(x)
+            return (x + self.norm(branch.flatten(0, 1)).reshape_as(branch)).mean(1)
+
+    model = build(Tokens).eval()
+    images = torch.randn(2, 3, 16, 24, generator=generator)
+    blocks = Blocks(model, example=images)
+    assert [(block.channels, block.grid) for block in blocks][:-1] == [(8, (4, 6))] * 2
+    feature = blocks.capture(images)[blocks.names[1]]
+    torch.testing.assert_close(feature.mean((2, 3)), model(images).detach())
+
+
 def test_names_and_globs(images):
     model = build(SMALL["resnet"])
     blocks = Blocks(model, ["stages.*.1", "stem.conv"], example=images)

@@ -14,10 +14,11 @@ from torch import Tensor
 from landscape.blocks.tracing import INPUT, Step, Trace
 
 _LAST = frozenset({"layer_norm", "linear", "rms_norm"})
-_SECOND = frozenset(
-    {"conv1d", "conv2d", "batch_norm", "group_norm", "instance_norm"}
-    | {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
+_NORMS = frozenset({"batch_norm", "group_norm", "instance_norm"})
+_SPATIAL = frozenset(
+    {"conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
 )
+_SECOND = _NORMS | _SPATIAL | {"conv1d"}
 _PERMUTING = frozenset({"permute", "transpose", "movedim", "swapaxes", "swapdims", "T", "get"})
 _JOINING = frozenset({"cat", "concat", "concatenate"})
 
@@ -121,6 +122,8 @@ def _moves_channels_last(steps: list[Step], step: Step) -> bool:
 
 def _axis_of_layer(step: Step) -> int:
     """Return the axis of the channels of a layer, 0 if it does not tell."""
+    if step.name in _NORMS and len(step.sizes[0]) == 2:
+        return -1  # all tokens in one batch, as in LeViT: the second axis is the last
     return -1 if step.name in _LAST else 1 if step.name in _SECOND else 0
 
 
