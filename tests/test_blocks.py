@@ -212,6 +212,84 @@ def test_a_batch_norm_of_all_tokens_in_one_batch(generator):
     torch.testing.assert_close(feature.mean((2, 3)), model(images).detach())
 
 
+class Cut(nn.Module):
+    """Residual blocks on a map that is cut in windows by tokens, as NesT's, or MobileViTv2's."""
+
+    def __init__(self, channels_last):
+        super().__init__()
+        self.last = channels_last
+        self.embed = nn.Conv2d(3, 8, 2, 2)
+        self.layer = nn.Linear(8, 8) if channels_last else nn.Conv2d(8, 8, 1)
+        self.end = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.embed(x)
+        n, c, h, w = x.shape
+        cut = x.reshape(n, c, h // 2, 2, w // 2, 2)
+        if self.last:
+            cut = cut.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, 4, c)
+            cut = (cut + self.layer(cut)).view(n, h // 2, w // 2, 2, 2, c)
+            x = cut.permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
+        else:
+            cut = cut.permute(0, 1, 3, 5, 2, 4).reshape(n, c, 4, -1)
+            cut = (cut + self.layer(cut)).view(n, c, 2, 2, h // 2, w // 2)
+            x = cut.permute(0, 1, 4, 2, 5, 3).reshape(n, c, h, w)
+        return (x + self.end(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_windows_by_tokens_are_no_map(channels_last, images):
+    blocks = Blocks(build(lambda: Cut(channels_last)), example=images)
+    assert blocks.kinds == ("stem", "mlp", "conv", "head")
+    assert [(block.is_map, block.grid) for block in blocks][1:3] == [(False, None), (True, (8, 8))]
+    assert blocks.capture(images)[blocks.names[1]].shape == (4, 8 * 8 * 8)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (4, 1), (2, 3)])
+def test_strides_may_differ_down_and_across(strides, images):
+    class Strided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, strides, 1)
+            self.linears = nn.ModuleList([nn.Linear(4, 4), nn.Linear(16, 16)])
+
+        def forward(self, x):
+            x = self.conv(x).permute(0, 2, 3, 1)
+            x = x + self.linears[0](x)
+            x = torch.cat([x[:, ::2], x[:, 1::2]], -1)  # half of both, by no layer over space
+            x = torch.cat([x[:, :, ::2], x[:, :, 1::2]], -1)
+            return (x + self.linears[1](x)).mean((1, 2))
+
+    blocks = Blocks(build(Strided), example=F.pad(images, (0, 8)))
+    rows, columns = 16 // strides[0], 24 // strides[1]
+    assert blocks.names == ("stem", "linears.0", "linears.1", "head")
+    assert [block.grid for block in blocks][:2] == [(rows, columns)] * 2
+    assert blocks["linears.1"].grid == (rows // 2, columns // 2)
+
+
+def test_keys_by_channels_are_no_map(generator):
+    """Where they are as many as the tokens: 4 keys of 16 channels, and 64 tokens."""
+
+    class Reduced(nn.Module):
+        """Attention to a smaller map, as PVT's and Twins'."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.reduce = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 4, 4)
+            self.query, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            x = self.embed(x)
+            small = self.reduce(x).flatten(2).mT[:, None]
+            x = x.flatten(2).mT
+            weights = (self.query(x)[:, None] @ small.mT).softmax(-1)
+            return (x + self.out((weights @ small)[:, 0])).mean(1)
+
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    blocks = Blocks(build(Reduced), example=images)
+    assert [block.grid for block in blocks] == [(8, 8), (8, 8), None]
+
+
 def test_names_and_globs(images):
     model = build(SMALL["resnet"])
     blocks = Blocks(model, ["stages.*.1", "stem.conv"], example=images)

@@ -120,7 +120,10 @@ def average_maps(
             num_samples += size
     mapped = tuple(block for block in blocks or () if block.name in moments)
     if not mapped:
-        raise ValueError("`blocks` must hold a block with a map (n, c, h, w), got none.")
+        raise ValueError(
+            "`blocks` must hold a block with a map (n, c, h, w), got none; name modules that "
+            "return maps, as in Blocks(model, [names])."
+        )
     both = [moments[block.name].result() for block in mapped]  # (2, l) each
     means, stderrs = torch.cat(both, dim=1).cpu().numpy()  # the one transfer
     cuts = np.cumsum([each.shape[1] for each in both])[:-1]
