@@ -83,6 +83,23 @@ def test_captured_features_are_those_of_hooks(model, images):
         torch.testing.assert_close(features["head"], model.eval()(images))
 
 
+def test_captured_features_are_let_go_of_at_the_end(images):
+    model = build(SMALL["vit"])
+    before, blocks = snapshot(model), Blocks(model, example=images)
+    kept = blocks.capture(images)
+    assert isinstance(kept, dict)
+    with blocks.capture(images) as features:
+        torch.testing.assert_close(dict(features), dict(kept))
+        held = weakref.ref(features["stem"])
+    assert not features
+    assert held() is None
+    with pytest.raises(ZeroDivisionError), blocks.capture(images) as features:
+        raise ZeroDivisionError
+    assert not features
+    assert tuple(kept) == blocks.names
+    assert_untouched(model, before)
+
+
 def test_a_gate_between_two_blocks_is_no_residual_sum(images):
     class Gated(nn.Module):
         def __init__(self):

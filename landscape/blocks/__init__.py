@@ -1,6 +1,6 @@
 """The blocks of a model: found, captured and removed.
 
-- `view`: `Blocks`, what a user holds;
+- `view`: `Blocks`, what a user holds; `features`: what it captures;
 - `tracing`: one recorded forward pass; `structure`: the blocks in it; `layout`: their maps;
 - `passes`: passes that are observed, changed or begun in the middle; `lesions`: what to change.
 """

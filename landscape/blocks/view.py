@@ -4,6 +4,8 @@
     for block in blocks:
         print(block.name, block.kind, block.depth)
     features = blocks.capture(images)  # name -> (n, c, h, w)
+    with blocks.capture(images) as features:
+        ...  # let go of at the end
     with blocks.lesion("blocks.3.attn"):
         logits = model(images)  # as if that block were the identity
 
@@ -28,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from landscape._checks import check_module, check_python, nearest
 from landscape.batches import Placement
 from landscape.blocks.block import Block, Traced, describe
+from landscape.blocks.features import Features
 from landscape.blocks.inputs import likely_images, num_samples, resized, shape_key
 from landscape.blocks.layout import Layout, layout_of
 from landscape.blocks.lesions import Irremovable, Part, removal
@@ -159,13 +162,17 @@ class Blocks:
         with ControlledPass(handlers):
             return self.predict(inputs)
 
-    def capture(self, inputs: Any) -> dict[str, Tensor]:
+    def capture(self, inputs: Any) -> Features:
         """Return every block's output by name, each a copy `(n, c, h, w)`, from one forward pass.
 
         Args:
             inputs: A batch for the model.
+
+        Returns:
+            A dictionary, which as a context lets go of the outputs at its end: `with
+            blocks.capture(inputs) as features:`.
         """
-        features: dict[str, Tensor] = {}
+        features = Features()
 
         def keep(block: Block, feature: Tensor) -> None:
             features[block.name] = feature.clone()
