@@ -100,6 +100,18 @@ def test_captured_features_are_let_go_of_at_the_end(images):
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["tensor", "mapping"])
+def test_inputs_take_the_precision_of_the_model(wrapped, images):
+    model = build(SMALL["resnet"]).double()
+    given = {"x": images} if wrapped else images
+    blocks = Blocks(model, example=given)
+    expected = model.eval()(images.double())
+    torch.testing.assert_close(blocks.predict(given), expected)
+    features = blocks.capture(given)
+    torch.testing.assert_close(features["head"], expected.detach())
+    assert features["stem"].dtype == torch.float64
+
+
 def test_a_gate_between_two_blocks_is_no_residual_sum(images):
     class Gated(nn.Module):
         def __init__(self):

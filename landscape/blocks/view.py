@@ -127,8 +127,11 @@ class Blocks:
         The pass is in evaluation mode, and without what the model has cached before.
 
         Args:
-            inputs: A batch for the model: a tensor, or a mapping of keyword arguments.
+            inputs: A batch for the model: a tensor, or a mapping of keyword arguments; it is moved
+                to the device and the precision of the model.
         """
+        with paused():  # no call of the trace
+            inputs = Placement.of(self.model).place(inputs)
         with eval_mode(self.model), emptied(self._caches), eagerly():
             return predict(self.model, inputs)
 
@@ -139,7 +142,7 @@ class Blocks:
         caller disables them.
 
         Args:
-            inputs: A batch for the model: a tensor, or a mapping of keyword arguments.
+            inputs: A batch for the model, as in `predict`.
             visitor: Called as `visitor(block, feature)` with `feature (n, c, h, w)`, a view that
                 later layers may overwrite, or `(n, features)` where `block.is_map` is false.
 
@@ -166,7 +169,7 @@ class Blocks:
         """Return every block's output by name, each a copy `(n, c, h, w)`, from one forward pass.
 
         Args:
-            inputs: A batch for the model.
+            inputs: A batch for the model, as in `predict`.
 
         Returns:
             A dictionary, which as a context lets go of the outputs at its end: `with
