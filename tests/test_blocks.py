@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from landscape import evaluate, lesion_study, loss_line
+from landscape import (
+    architecture,
+    cka,
+    evaluate,
+    feature_variance,
+    fourier_amplitude,
+    lesion_study,
+    loss_line,
+)
 from landscape.blocks import Blocks
 from landscape.blocks.lesions import num_heads
 from landscape.blocks.passes import PartialPasses
@@ -435,6 +443,34 @@ def test_errors_name_what_is_near(images):
         Blocks(nn.Sequential(nn.Linear(7, 7)), "0.weight", example=torch.ones(2, 7))
     with pytest.raises(TypeError, match="`inputs` must be a tensor or a mapping"):
         blocks.capture([1, 2])
+
+
+class Unread:
+    def __iter__(self):
+        raise AssertionError("read before the arguments were checked")
+
+
+@pytest.mark.parametrize("given", ["blocks.*", ["blocks.*"]], ids=str)
+def test_probes_refuse_names_in_the_place_of_blocks(given):
+    model, data = build(SMALL["vit"]), Unread()
+    message = rf"must be Blocks of .*, got {type(given).__name__}; pass Blocks\(model, \[names or"
+    for probe in (fourier_amplitude, feature_variance, lesion_study):
+        with pytest.raises(TypeError, match=f"`blocks` {message}"):
+            probe(model, data, blocks=given)
+    with pytest.raises(TypeError, match=f"`blocks` {message}"):
+        architecture(model, blocks=given)
+    with pytest.raises(TypeError, match=f"`blocks_a` {message}"):
+        cka(model, data, blocks_a=given)
+    with pytest.raises(TypeError, match=f"`blocks_b` {message}"):
+        cka(model, data, model, blocks_b=given)
+
+
+def test_blocks_of_another_model_are_refused_before_any_pass():
+    model, data, other = build(SMALL["vit"]), Unread(), Blocks(build(SMALL["vit"]))
+    with pytest.raises(ValueError, match="`blocks` must be those of the model that is probed"):
+        fourier_amplitude(model, data, blocks=other)
+    with pytest.raises(ValueError, match="`blocks_b` must be those of the model that is probed"):
+        cka(model, data, model, blocks_b=other)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")

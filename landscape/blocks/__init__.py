@@ -6,6 +6,6 @@
 """
 
 from landscape.blocks.block import Block
-from landscape.blocks.view import Blocks, blocks_of
+from landscape.blocks.view import Blocks, check_blocks
 
-__all__ = ["Block", "Blocks", "blocks_of"]
+__all__ = ["Block", "Blocks", "check_blocks"]

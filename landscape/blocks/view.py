@@ -296,25 +296,30 @@ class Blocks:
         )
 
 
-def blocks_of(model: nn.Module, blocks: Blocks | None, example: Any) -> Blocks:
-    """Return `blocks`, or those found with a batch where they are `None`.
+def check_blocks(name: str, model: nn.Module, blocks: object) -> None:
+    """Refuse what are no blocks of a model; `None` stands for those found by themselves.
 
     Args:
+        name: Name of the argument.
         model: The model that is probed.
         blocks: What the user gave.
-        example: First batch of inputs.
 
     Raises:
-        ValueError: If `blocks` are those of another model.
+        TypeError: If `blocks` is something else.
+        ValueError: If they are those of another model.
     """
     if blocks is None:
-        return Blocks(model, example=example)
+        return
+    if not isinstance(blocks, Blocks):
+        raise TypeError(
+            f"`{name}` must be Blocks of the model, or None to find them, got "
+            f"{type(blocks).__name__}; pass Blocks(model, [names or patterns])."
+        )
     if blocks.model is not getattr(model, "_orig_mod", model):
         raise ValueError(
-            "`blocks` must be those of the model that is probed, got those of another "
+            f"`{name}` must be those of the model that is probed, got those of another "
             f"{type(blocks.model).__name__}; pass Blocks(model)."
         )
-    return blocks
 
 
 def _show(
