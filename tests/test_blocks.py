@@ -764,6 +764,23 @@ def test_lesion_of_a_head(fused, images):
         pass
 
 
+@pytest.mark.parametrize(
+    ("network", "block", "parts"),
+    [
+        ("vit", "blocks.0.msa", "'branch' or a head from 0 to 2"),
+        ("vit", "stem", "nothing"),
+        ("resnet", "stages.0.1", "'branch' or 'conv'"),
+        ("resnet", "stages.1.0", "'conv'"),
+    ],
+)
+@pytest.mark.parametrize("part", ["branches", None, 1.0])
+def test_a_lesion_says_what_can_be_removed(network, block, parts, part, images):
+    blocks = Blocks(build(SMALL[network]), example=images)
+    message = f"got {part!r} of '{block}', but what can be removed of it is {parts}."
+    with pytest.raises(ValueError, match=message), blocks.lesion(block, part):
+        pass
+
+
 def test_gradients_flow_while_visited(images):
     model = build(SMALL["vit"])
     features = []
