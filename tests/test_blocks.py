@@ -423,6 +423,11 @@ class Apart(nn.Module):
         return torch.cat(pair, 1).mean((2, 3))
 
 
+class Beside(Side):
+    def forward(self, x):
+        return torch.cat(super().forward((x, x)), 1).mean((2, 3))
+
+
 def test_errors_name_what_is_near(images):
     model = build(SMALL["resnet"])
     with pytest.raises(ValueError, match=r"`choose` .*'stages.0.7'.*nearest are 'stages.0"):
@@ -434,6 +439,14 @@ def test_errors_name_what_is_near(images):
         Blocks(plain, example=images)
     with pytest.raises(ValueError, match=r"none in a Apart; .*\(model, \['both.0', 'both.1'\]\)"):
         Blocks(Apart(), example=images)
+    with pytest.raises(ValueError, match=r"none in a Beside; .*\(model, \['left', 'right'\]\)"):
+        Blocks(Beside(), example=images)
+    with pytest.raises(
+        ValueError, match="none in a Linear; it calls no module that could be named"
+    ):
+        Blocks(nn.Linear(3, 3), example=torch.ones(2, 3))
+    with pytest.raises(TypeError, match="`example` must be a tensor or a mapping of .*, got a int"):
+        Blocks(model, example=3)
     blocks = Blocks(model, example=images)
     with pytest.raises(ValueError, match="one of the 11 blocks, got 'stages.0.5'; the nearest"):
         blocks.index("stages.0.5")

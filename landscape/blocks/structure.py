@@ -131,7 +131,7 @@ def modules_in_line(trace: Trace) -> list[str]:
     """Return modules of one parent through whose outputs everything passes, in order.
 
     Numbered ones, where there are any, and the most; in a model of several streams, through which
-    there is no such passage, those that lie together.
+    there is no such passage, those that lie together. None where no module returns what was made.
     """
     graph = _Graph(trace)
     children: dict[int, list[str]] = {}
@@ -139,8 +139,8 @@ def modules_in_line(trace: Trace) -> list[str]:
     for span in trace.spans[1:]:
         if span.output is not None and graph.is_cut(span.output):
             children.setdefault(span.parent, []).append(span.path)
-        elif span.output is not None and span.path.count(".") == 1:
-            streams.setdefault(span.path.partition(".")[0], []).append(span.path)
+        elif span.output is not None and span.path.count(".") <= 1:
+            streams.setdefault(span.path.rpartition(".")[0], []).append(span.path)
 
     def suited(paths: list[str]) -> tuple[bool, int]:
         return paths[0].rpartition(".")[2].isdigit(), len(paths)

@@ -31,7 +31,7 @@ from landscape._checks import check_module, check_python, nearest
 from landscape.batches import Placement
 from landscape.blocks.block import Block, Traced, describe
 from landscape.blocks.features import Features
-from landscape.blocks.inputs import likely_images, num_samples, resized, shape_key
+from landscape.blocks.inputs import likely_images, main_input, num_samples, resized, shape_key
 from landscape.blocks.layout import Layout, layout_of
 from landscape.blocks.lesions import Irremovable, Part, removal
 from landscape.blocks.passes import ControlledPass, Handler, is_paused, paused
@@ -65,7 +65,7 @@ class Blocks:
             size, by default.
 
     Raises:
-        TypeError: If `model` is no module.
+        TypeError: If `model` is no module, or `example` no batch.
         ValueError: If no block is found, a pattern matches nothing, or no example fits the model.
     """
 
@@ -73,6 +73,8 @@ class Blocks:
         self, model: nn.Module, choose: Choose | None = None, *, example: Any = None
     ) -> None:
         check_module(model)
+        if example is not None:
+            main_input(model, example, "example")  # errors before any pass
         compiled = getattr(model, "_orig_mod", None)
         self.model: nn.Module = model if compiled is None else compiled
         self._choose = None if choose is None else _matching(self.model, choose)
@@ -359,7 +361,10 @@ def _matching(model: nn.Module, choose: Choose) -> list[str]:
 
 
 def _how_to_name(trace: Trace) -> str:
-    return f"name its blocks, as in Blocks(model, {modules_in_line(trace)[:3]})"
+    names = modules_in_line(trace)[:3]
+    if not names:
+        return "it calls no module that could be named; make what is a block a module of its own"
+    return f"name its blocks, as in Blocks(model, {names})"
 
 
 def _changed(name: str, got: torch.Size, traced: tuple[int, ...]) -> ValueError:
