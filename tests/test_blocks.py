@@ -680,9 +680,45 @@ class ClassQuery(nn.Module):
         return (v @ weights.mT)[..., None].expand(x.shape)
 
 
+class Repeated(nn.Sequential):
+    """A selective convolution behind another: its softmax comes after a product, not of one."""
+
+    def __init__(self):
+        super().__init__(Selective(), Selective())
+
+
+class SpelledOut(nn.Module):
+    """Attention by products that are summed."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Conv2d(8, 24, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).flatten(2).mT.chunk(3, -1)
+        scores = (q[:, :, None] * k[:, None]).sum(-1) / 8**0.5
+        weights = F.dropout(scores.softmax(-1), 0.1, self.training)
+        return (weights[..., None] * v[:, None]).sum(2).mT.reshape(x.shape)
+
+
+class Neighbours(nn.Module):
+    """Attention of every position to the nine around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Conv2d(8, 24, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, 1)
+        k, v = (F.unfold(each, 3, padding=1).view(len(x), 8, 9, -1) for each in (k, v))
+        weights = (q.flatten(2)[:, :, None] * k).sum(1).softmax(1)
+        return (weights[:, None] * v).sum(2).reshape(x.shape)
+
+
 @pytest.mark.parametrize(
     ("branch", "kind"),
-    [(Selective, "conv"), (Context, "conv"), (Outlook, "msa"), (ClassQuery, "msa")],
+    [(Selective, "conv"), (Repeated, "conv"), (Context, "conv"), (Outlook, "msa")]
+    + [(ClassQuery, "msa"), (SpelledOut, "msa"), (Neighbours, "msa")],
 )
 def test_a_softmax_alone_is_no_attention(branch, kind, images):
     class Net(nn.Module):
