@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from landscape import evaluate, lesion_study, loss_line
+from landscape import (
+    architecture,
+    cka,
+    evaluate,
+    feature_variance,
+    fourier_amplitude,
+    lesion_study,
+    loss_line,
+)
 from landscape.blocks import Blocks
 from landscape.blocks.lesions import num_heads
 from landscape.blocks.passes import PartialPasses
@@ -81,6 +89,35 @@ def test_captured_features_are_those_of_hooks(model, images):
         assert features[block.name].shape[1:] == (block.channels, *block.grid)
     with torch.no_grad():
         torch.testing.assert_close(features["head"], model.eval()(images))
+
+
+def test_captured_features_are_let_go_of_at_the_end(images):
+    model = build(SMALL["vit"])
+    before, blocks = snapshot(model), Blocks(model, example=images)
+    kept = blocks.capture(images)
+    assert isinstance(kept, dict)
+    with blocks.capture(images) as features:
+        torch.testing.assert_close(dict(features), dict(kept))
+        held = weakref.ref(features["stem"])
+    assert not features
+    assert held() is None
+    with pytest.raises(ZeroDivisionError), blocks.capture(images) as features:
+        raise ZeroDivisionError
+    assert not features
+    assert tuple(kept) == blocks.names
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["tensor", "mapping"])
+def test_inputs_take_the_precision_of_the_model(wrapped, images):
+    model = build(SMALL["resnet"]).double()
+    given = {"x": images} if wrapped else images
+    blocks = Blocks(model, example=given)
+    expected = model.eval()(images.double())
+    torch.testing.assert_close(blocks.predict(given), expected)
+    features = blocks.capture(given)
+    torch.testing.assert_close(features["head"], expected.detach())
+    assert features["stem"].dtype == torch.float64
 
 
 def test_a_gate_between_two_blocks_is_no_residual_sum(images):
@@ -160,6 +197,134 @@ def test_layouts_become_maps(layout, generator):
     before = features[blocks.names[1]].movedim(1, -1)
     after = before + model.mlp(model.norms[1](before))
     torch.testing.assert_close(features["mlp"].movedim(1, -1), after.detach())
+
+
+class Windows(nn.Module):
+    """A convolution, whose map is turned to channels last and cut in windows, as TinyViT's."""
+
+    def __init__(self, added):
+        super().__init__()
+        self.added = added
+        self.embed, self.conv = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 3, padding=1)
+        self.place = nn.Parameter(torch.randn(4, 6, 8))
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+
+    def forward(self, x):
+        x = self.embed(x).permute(0, 2, 3, 1)
+        x = x + self.place if self.added else x
+        windows = x.unflatten(2, (3, 2)).unflatten(1, (2, 2)).transpose(2, 3).reshape(-1, 4, 8)
+        windows = self.mlp(windows).reshape(-1, 2, 3, 2, 2, 8).transpose(2, 3)
+        x = (x + windows.reshape_as(x)).permute(0, 3, 1, 2)
+        return (x + self.conv(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_a_map_is_turned_to_channels_last_before_its_windows(added, generator):
+    model = build(lambda: Windows(added))
+    images = torch.randn(2, 3, 16, 24, generator=generator)
+    stem = Blocks(model, example=images).capture(images)["stem"]
+    expected = model.embed(images) + added * model.place.movedim(2, 0)
+    torch.testing.assert_close(stem, expected.detach())
+
+
+def test_a_batch_norm_of_all_tokens_in_one_batch(generator):
+    class Tokens(nn.Module):
+        """As LeViT's: nothing behind the last sum tells where the channels are."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.linear = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            x = self.embed(x).flatten(2).mT
+            branch = self.linear(x)
+            return (x + self.norm(branch.flatten(0, 1)).reshape_as(branch)).mean(1)
+
+    model = build(Tokens).eval()
+    images = torch.randn(2, 3, 16, 24, generator=generator)
+    blocks = Blocks(model, example=images)
+    assert [(block.channels, block.grid) for block in blocks][:-1] == [(8, (4, 6))] * 2
+    feature = blocks.capture(images)[blocks.names[1]]
+    torch.testing.assert_close(feature.mean((2, 3)), model(images).detach())
+
+
+class Cut(nn.Module):
+    """Residual blocks on a map that is cut in windows by tokens, as NesT's, or MobileViTv2's."""
+
+    def __init__(self, channels_last):
+        super().__init__()
+        self.last = channels_last
+        self.embed = nn.Conv2d(3, 8, 2, 2)
+        self.layer = nn.Linear(8, 8) if channels_last else nn.Conv2d(8, 8, 1)
+        self.end = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.embed(x)
+        n, c, h, w = x.shape
+        cut = x.reshape(n, c, h // 2, 2, w // 2, 2)
+        if self.last:
+            cut = cut.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, 4, c)
+            cut = (cut + self.layer(cut)).view(n, h // 2, w // 2, 2, 2, c)
+            x = cut.permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
+        else:
+            cut = cut.permute(0, 1, 3, 5, 2, 4).reshape(n, c, 4, -1)
+            cut = (cut + self.layer(cut)).view(n, c, 2, 2, h // 2, w // 2)
+            x = cut.permute(0, 1, 4, 2, 5, 3).reshape(n, c, h, w)
+        return (x + self.end(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_windows_by_tokens_are_no_map(channels_last, images):
+    blocks = Blocks(build(lambda: Cut(channels_last)), example=images)
+    assert blocks.kinds == ("stem", "mlp", "conv", "head")
+    assert [(block.is_map, block.grid) for block in blocks][1:3] == [(False, None), (True, (8, 8))]
+    assert blocks.capture(images)[blocks.names[1]].shape == (4, 8 * 8 * 8)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (4, 1), (2, 3)])
+def test_strides_may_differ_down_and_across(strides, images):
+    class Strided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, strides, 1)
+            self.linears = nn.ModuleList([nn.Linear(4, 4), nn.Linear(16, 16)])
+
+        def forward(self, x):
+            x = self.conv(x).permute(0, 2, 3, 1)
+            x = x + self.linears[0](x)
+            x = torch.cat([x[:, ::2], x[:, 1::2]], -1)  # half of both, by no layer over space
+            x = torch.cat([x[:, :, ::2], x[:, :, 1::2]], -1)
+            return (x + self.linears[1](x)).mean((1, 2))
+
+    blocks = Blocks(build(Strided), example=F.pad(images, (0, 8)))
+    rows, columns = 16 // strides[0], 24 // strides[1]
+    assert blocks.names == ("stem", "linears.0", "linears.1", "head")
+    assert [block.grid for block in blocks][:2] == [(rows, columns)] * 2
+    assert blocks["linears.1"].grid == (rows // 2, columns // 2)
+
+
+def test_keys_by_channels_are_no_map(generator):
+    """Where they are as many as the tokens: 4 keys of 16 channels, and 64 tokens."""
+
+    class Reduced(nn.Module):
+        """Attention to a smaller map, as PVT's and Twins'."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.reduce = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 4, 4)
+            self.query, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            x = self.embed(x)
+            small = self.reduce(x).flatten(2).mT[:, None]
+            x = x.flatten(2).mT
+            weights = (self.query(x)[:, None] @ small.mT).softmax(-1)
+            return (x + self.out((weights @ small)[:, 0])).mean(1)
+
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    blocks = Blocks(build(Reduced), example=images)
+    assert [block.grid for block in blocks] == [(8, 8), (8, 8), None]
 
 
 def test_names_and_globs(images):
@@ -258,6 +423,11 @@ class Apart(nn.Module):
         return torch.cat(pair, 1).mean((2, 3))
 
 
+class Beside(Side):
+    def forward(self, x):
+        return torch.cat(super().forward((x, x)), 1).mean((2, 3))
+
+
 def test_errors_name_what_is_near(images):
     model = build(SMALL["resnet"])
     with pytest.raises(ValueError, match=r"`choose` .*'stages.0.7'.*nearest are 'stages.0"):
@@ -269,6 +439,14 @@ def test_errors_name_what_is_near(images):
         Blocks(plain, example=images)
     with pytest.raises(ValueError, match=r"none in a Apart; .*\(model, \['both.0', 'both.1'\]\)"):
         Blocks(Apart(), example=images)
+    with pytest.raises(ValueError, match=r"none in a Beside; .*\(model, \['left', 'right'\]\)"):
+        Blocks(Beside(), example=images)
+    with pytest.raises(
+        ValueError, match="none in a Linear; it calls no module that could be named"
+    ):
+        Blocks(nn.Linear(3, 3), example=torch.ones(2, 3))
+    with pytest.raises(TypeError, match="`example` must be a tensor or a mapping of .*, got a int"):
+        Blocks(model, example=3)
     blocks = Blocks(model, example=images)
     with pytest.raises(ValueError, match="one of the 11 blocks, got 'stages.0.5'; the nearest"):
         blocks.index("stages.0.5")
@@ -278,6 +456,34 @@ def test_errors_name_what_is_near(images):
         Blocks(nn.Sequential(nn.Linear(7, 7)), "0.weight", example=torch.ones(2, 7))
     with pytest.raises(TypeError, match="`inputs` must be a tensor or a mapping"):
         blocks.capture([1, 2])
+
+
+class Unread:
+    def __iter__(self):
+        raise AssertionError("read before the arguments were checked")
+
+
+@pytest.mark.parametrize("given", ["blocks.*", ["blocks.*"]], ids=str)
+def test_probes_refuse_names_in_the_place_of_blocks(given):
+    model, data = build(SMALL["vit"]), Unread()
+    message = rf"must be Blocks of .*, got {type(given).__name__}; pass Blocks\(model, \[names or"
+    for probe in (fourier_amplitude, feature_variance, lesion_study):
+        with pytest.raises(TypeError, match=f"`blocks` {message}"):
+            probe(model, data, blocks=given)
+    with pytest.raises(TypeError, match=f"`blocks` {message}"):
+        architecture(model, blocks=given)
+    with pytest.raises(TypeError, match=f"`blocks_a` {message}"):
+        cka(model, data, blocks_a=given)
+    with pytest.raises(TypeError, match=f"`blocks_b` {message}"):
+        cka(model, data, model, blocks_b=given)
+
+
+def test_blocks_of_another_model_are_refused_before_any_pass():
+    model, data, other = build(SMALL["vit"]), Unread(), Blocks(build(SMALL["vit"]))
+    with pytest.raises(ValueError, match="`blocks` must be those of the model that is probed"):
+        fourier_amplitude(model, data, blocks=other)
+    with pytest.raises(ValueError, match="`blocks_b` must be those of the model that is probed"):
+        cka(model, data, model, blocks_b=other)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
@@ -474,9 +680,45 @@ class ClassQuery(nn.Module):
         return (v @ weights.mT)[..., None].expand(x.shape)
 
 
+class Repeated(nn.Sequential):
+    """A selective convolution behind another: its softmax comes after a product, not of one."""
+
+    def __init__(self):
+        super().__init__(Selective(), Selective())
+
+
+class SpelledOut(nn.Module):
+    """Attention by products that are summed."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Conv2d(8, 24, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).flatten(2).mT.chunk(3, -1)
+        scores = (q[:, :, None] * k[:, None]).sum(-1) / 8**0.5
+        weights = F.dropout(scores.softmax(-1), 0.1, self.training)
+        return (weights[..., None] * v[:, None]).sum(2).mT.reshape(x.shape)
+
+
+class Neighbours(nn.Module):
+    """Attention of every position to the nine around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Conv2d(8, 24, 1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, 1)
+        k, v = (F.unfold(each, 3, padding=1).view(len(x), 8, 9, -1) for each in (k, v))
+        weights = (q.flatten(2)[:, :, None] * k).sum(1).softmax(1)
+        return (weights[:, None] * v).sum(2).reshape(x.shape)
+
+
 @pytest.mark.parametrize(
     ("branch", "kind"),
-    [(Selective, "conv"), (Context, "conv"), (Outlook, "msa"), (ClassQuery, "msa")],
+    [(Selective, "conv"), (Repeated, "conv"), (Context, "conv"), (Outlook, "msa")]
+    + [(ClassQuery, "msa"), (SpelledOut, "msa"), (Neighbours, "msa")],
 )
 def test_a_softmax_alone_is_no_attention(branch, kind, images):
     class Net(nn.Module):
@@ -568,6 +810,23 @@ def test_lesion_of_a_head(fused, images):
         with blocks.lesion(name, head):
             torch.testing.assert_close(model.eval()(images), changed(images))
     with pytest.raises(ValueError, match=f"it has {heads} heads"), blocks.lesion(name, heads):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("network", "block", "parts"),
+    [
+        ("vit", "blocks.0.msa", "'branch' or a head from 0 to 2"),
+        ("vit", "stem", "nothing"),
+        ("resnet", "stages.0.1", "'branch' or 'conv'"),
+        ("resnet", "stages.1.0", "'conv'"),
+    ],
+)
+@pytest.mark.parametrize("part", ["branches", None, 1.0])
+def test_a_lesion_says_what_can_be_removed(network, block, parts, part, images):
+    blocks = Blocks(build(SMALL[network]), example=images)
+    message = f"got {part!r} of '{block}', but what can be removed of it is {parts}."
+    with pytest.raises(ValueError, match=message), blocks.lesion(block, part):
         pass
 
 

@@ -117,6 +117,21 @@ def test_kinds_and_maps(case):
     assert features["head"].shape == (2, 10)
 
 
+@pytest.mark.parametrize(
+    ("name", "block", "channels", "grid"),
+    [
+        ("tiny_vit_5m_224", "stages.1.downsample", 128, (28, 28)),
+        ("levit_128", "stages.2.blocks.3.mlp", 384, (4, 4)),
+        ("twins_pcpvt_small", "blocks.0.0.attn", 64, (56, 56)),
+        ("mobilevitv2_050", "stages.2.1.transformer.0.mlp", 64, None),  # patches by pixels
+        ("nest_tiny_jx", "levels.0.transformer_encoder.0.mlp", 96, None),  # windows by tokens
+    ],
+)
+def test_maps_at_the_size_that_a_model_is_made_for(name, block, channels, grid):
+    found = Blocks(timm_model(name))[block]
+    assert (found.channels, found.grid, found.is_map) == (channels, grid, grid is not None)
+
+
 def inputs_of(model, x, path):
     """What a module is given in evaluation mode."""
     kept = []

@@ -17,7 +17,8 @@ class Block:
         depth: Relative depth, 0 for the first block and 1 for the last map.
         stage: Number of blocks up to this one that made the map smaller, the stem aside.
         subsamples: Whether its map is smaller than that of the block before.
-        is_map: Whether its output is a map (n, c, h, w); that of the head is (n, classes).
+        is_map: Whether its output is a map (n, c, h, w); that of the head is (n, classes), and
+            windows by tokens (NesT) or patches by pixels (MobileViTv2) are none.
         grid: Rows and columns of its map, `None` without one.
         channels: Channels of its output.
     """

@@ -11,20 +11,25 @@ from landscape.batches import argument_names, rows_of
 _SIDES = (224, 32, 64, 256, 384, 28)
 
 
-def main_input(model: nn.Module, inputs: Any) -> Tensor:
+def main_input(model: nn.Module, inputs: Any, name: str = "inputs") -> Tensor:
     """Return what a batch is about: of a mapping the first argument of the model's `forward`.
+
+    Args:
+        model: The model.
+        inputs: A tensor, or keyword arguments.
+        name: What the user calls them.
 
     Raises:
         TypeError: If a batch holds no tensor.
     """
     named = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
-    tensors = {name: v for name, v in named.items() if isinstance(v, Tensor) and v.dim()}
+    tensors = {key: v for key, v in named.items() if isinstance(v, Tensor) and v.dim()}
     if not tensors:
         raise TypeError(
-            f"`inputs` must be a tensor or a mapping of tensors, got a {type(inputs).__name__}."
+            f"`{name}` must be a tensor or a mapping of tensors, got a {type(inputs).__name__}."
         )
     largest = max(tensors.values(), key=lambda t: (t.is_floating_point(), t.dim()))
-    return next((tensors[name] for name in argument_names(model) if name in tensors), largest)
+    return next((tensors[key] for key in argument_names(model) if key in tensors), largest)
 
 
 def likely_images(model: nn.Module) -> Iterator[Tensor]:

@@ -2,7 +2,8 @@
 
 How a value is laid out is read off the trace: the axis of its channels from the layers that take
 it, the grid of its tokens from the map that they came from, and the tokens that are no part of the
-map (class, distillation, register) from the concatenation that put them there.
+map (class, distillation, register) from the concatenation that put them there. Windows by tokens,
+and other cuts of a map, are told by their aspect; they are no map.
 """
 
 import math
@@ -14,10 +15,11 @@ from torch import Tensor
 from landscape.blocks.tracing import INPUT, Step, Trace
 
 _LAST = frozenset({"layer_norm", "linear", "rms_norm"})
-_SECOND = frozenset(
-    {"conv1d", "conv2d", "batch_norm", "group_norm", "instance_norm"}
-    | {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
+_NORMS = frozenset({"batch_norm", "group_norm", "instance_norm"})
+_SPATIAL = frozenset(
+    {"conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"}
 )
+_SECOND = _NORMS | _SPATIAL | {"conv1d"}
 _PERMUTING = frozenset({"permute", "transpose", "movedim", "swapaxes", "swapdims", "T", "get"})
 _JOINING = frozenset({"cat", "concat", "concatenate"})
 
@@ -70,8 +72,10 @@ def layout_of(trace: Trace, value: int) -> Layout:
     batch = 0 if not shape or shape[0] == n or n not in shape else shape.index(n)
     if len(shape) == 4:
         channels = 1 if _channel_axis(trace, value) == 1 else 3
-        grid = shape[2:] if channels == 1 else shape[1:3]
-        return Layout(shape, batch, channels, (grid[0], grid[1]), 0, n)
+        rows, columns = shape[2:] if channels == 1 else shape[1:3]
+        pieces = shape[batch] != n  # of images, each by itself, have an aspect of their own
+        grid = (rows, columns) if pieces or _is_grid(trace, rows, columns) else None
+        return Layout(shape, batch, channels, grid, 0, n)
     if len(shape) == 3:
         channels = 1 if _channel_axis(trace, value) == 1 and batch == 0 else 2
         tokens = shape[3 - batch - channels]
@@ -91,18 +95,38 @@ def _channel_axis(trace: Trace, value: int) -> int:
                 return axis
             if _keeps_channels(steps[step], shape):
                 frontier.add(step)
-    while True:
-        axis = _axis_of_layer(steps[value])
-        if axis:
-            return axis
-        before = [i for i in steps[value].inputs if i >= 0 and _keeps_channels(steps[i], shape)]
-        if not before or steps[value].name in _PERMUTING:
-            return 1 if len(shape or ()) == 4 else -1
+    return _axis_behind(steps, value) or (1 if len(shape or ()) == 4 else -1)
+
+
+def _axis_behind(steps: list[Step], value: int) -> int:
+    """Return 1 or -1 for the last layer before a value, 0 if none tells."""
+    shape = steps[value].shape
+    while not (axis := _axis_of_layer(steps[value])):
+        step = steps[value]
+        if step.name in _PERMUTING:
+            return -1 if _moves_channels_last(steps, step) else 0
+        given = [i for i in step.inputs if i >= 0]
+        before = [i for i in given if _keeps_channels(steps[i], shape)]
+        before = before or [i for i in given if steps[i].shape == shape]  # permuted itself
+        if not before:
+            return 0
         value = max(before)
+    return axis
+
+
+def _moves_channels_last(steps: list[Step], step: Step) -> bool:
+    """Whether a step turns what a convolution made, (n, c, h, w), to (n, h, w, c)."""
+    given = step.inputs[0] if step.inputs else INPUT
+    before = steps[given].shape if given != INPUT else None
+    if before is None or len(before) != 4 or step.shape != (before[0], *before[2:], before[1]):
+        return False
+    return _axis_behind(steps, given) == 1
 
 
 def _axis_of_layer(step: Step) -> int:
     """Return the axis of the channels of a layer, 0 if it does not tell."""
+    if step.name in _NORMS and len(step.sizes[0]) == 2:
+        return -1  # all tokens in one batch, as in LeViT: the second axis is the last
     return -1 if step.name in _LAST else 1 if step.name in _SECOND else 0
 
 
@@ -122,7 +146,7 @@ def _token_grid(trace: Trace, value: int, tokens: int) -> tuple[tuple[int, int] 
     while (current := max(todo, default=INPUT)) != INPUT:  # inputs are older than what is made
         todo.remove(current)
         step = trace.steps[current]
-        grid = _grid_of(step.shape, trace.num_samples, wanted)
+        grid = _grid_of(trace, step.shape, wanted)
         if grid is not None:
             return grid, wanted[grid[0] * grid[1]]
         if step.name in _JOINING and step.shape is not None and len(step.shape) == 3:
@@ -138,15 +162,39 @@ def _token_grid(trace: Trace, value: int, tokens: int) -> tuple[tuple[int, int] 
 
 
 def _grid_of(
-    shape: tuple[int, ...] | None, num_samples: int, wanted: dict[int, int]
+    trace: Trace, shape: tuple[int, ...] | None, wanted: dict[int, int]
 ) -> tuple[int, int] | None:
     """Return the rows and columns of a map with one of the `wanted` numbers of positions."""
-    if shape is None or len(shape) != 4 or shape[0] != num_samples:
+    if shape is None or len(shape) != 4 or shape[0] != trace.num_samples:
         return None
     for rows, columns in (shape[2:], shape[1:3]):
-        if rows * columns in wanted and min(rows, columns) > 1:
+        if rows * columns in wanted and min(rows, columns) > 1 and _is_grid(trace, rows, columns):
             return rows, columns
     return None
+
+
+def _is_grid(trace: Trace, rows: int, columns: int) -> bool:
+    """Whether two axes are those of a map, not windows by tokens or the like.
+
+    A map has the aspect of the images, or of what a layer over space has made of them (its strides
+    may differ down and across), up to a row or column of rounding.
+    """
+    if len(trace.input_shape) != 4:
+        return True
+    made = {step.shape[2:] for step in trace.steps if step.shape and _acts_over_space(step, trace)}
+    return any(
+        abs(rows * width - columns * height) <= max(height, width)
+        for height, width in made | {trace.input_shape[2:]}
+    )
+
+
+def _acts_over_space(step: Step, trace: Trace) -> bool:
+    """Whether a step makes a map of more than a row by a convolution with a kernel, or pooling."""
+    shape = step.shape or ()
+    if step.name not in _SPATIAL or shape[:1] != (trace.num_samples,) or min(shape[2:]) == 1:
+        return False
+    before, *weight = step.sizes
+    return step.name != "conv2d" or shape[2:] != before[2:] or max(weight[0][2:]) > 1
 
 
 def _grid_by_aspect(images: tuple[int, ...], tokens: int) -> tuple[tuple[int, int] | None, int]:

@@ -9,7 +9,9 @@ A part that cannot be removed raises `Irremovable` with the reason: a block that
 its map has no identity to be replaced by.
 """
 
-from typing import Any, Literal
+import operator
+from contextlib import suppress
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -45,8 +47,10 @@ def removal(trace: Trace, unit: Unit, part: Part) -> tuple[int, Handler]:
         step, handler = _branch(trace, unit)
     elif part == "conv":
         step, handler = _convolution(trace, unit)
+    elif isinstance(part, SupportsIndex):
+        step, handler = _head(trace, unit, operator.index(part))
     else:
-        step, handler = _head(trace, unit, part)
+        raise Irremovable(f"what can be removed of it is {_parts(trace, unit)}")
 
     def same(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function_name(func) != step.name:
@@ -59,6 +63,18 @@ def removal(trace: Trace, unit: Unit, part: Part) -> tuple[int, Handler]:
 
     assert step.ordinal is not None  # these functions are none whose inside is hidden
     return step.ordinal, same
+
+
+def _parts(trace: Trace, unit: Unit) -> str:
+    """Return what can be removed of a block, in words."""
+    listed = []
+    for part in ("branch", "conv"):
+        with suppress(Irremovable):
+            removal(trace, unit, part)
+            listed.append(repr(part))
+    heads = num_heads(trace, unit)
+    listed += [f"a head from 0 to {heads - 1}"] if heads else []
+    return " or ".join(listed) or "nothing"
 
 
 def num_heads(trace: Trace, unit: Unit) -> int:

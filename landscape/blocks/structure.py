@@ -131,7 +131,7 @@ def modules_in_line(trace: Trace) -> list[str]:
     """Return modules of one parent through whose outputs everything passes, in order.
 
     Numbered ones, where there are any, and the most; in a model of several streams, through which
-    there is no such passage, those that lie together.
+    there is no such passage, those that lie together. None where no module returns what was made.
     """
     graph = _Graph(trace)
     children: dict[int, list[str]] = {}
@@ -139,8 +139,8 @@ def modules_in_line(trace: Trace) -> list[str]:
     for span in trace.spans[1:]:
         if span.output is not None and graph.is_cut(span.output):
             children.setdefault(span.parent, []).append(span.path)
-        elif span.output is not None and span.path.count(".") == 1:
-            streams.setdefault(span.path.partition(".")[0], []).append(span.path)
+        elif span.output is not None and span.path.count(".") <= 1:
+            streams.setdefault(span.path.rpartition(".")[0], []).append(span.path)
 
     def suited(paths: list[str]) -> tuple[bool, int]:
         return paths[0].rpartition(".")[2].isdigit(), len(paths)
@@ -162,7 +162,8 @@ def attention_of(trace: Trace, branch: tuple[int, ...]) -> list[Step]:
 
     A softmax is one where its weights go into a matrix product with something else of the input.
     Gates of convolutional networks do not (SK, ResNeSt), or know of one query alone, which is no
-    product itself (the context of GCNet).
+    product itself (the context of GCNet). A product may be spelled out as the sum of `a * b`, where
+    the softmax is that of such a sum, and a factor in one.
     """
     steps = trace.steps
     products = {s for s in branch if steps[s].name in PRODUCTS and len(set(steps[s].inputs)) > 1}
@@ -172,6 +173,7 @@ def attention_of(trace: Trace, branch: tuple[int, ...]) -> list[Step]:
         direct = known.intersection(steps[s].inputs)
         behind[s] = direct.union(*(behind.get(value, ()) for value in steps[s].inputs))
     weighing = set().union(*(behind[product] for product in products)) - products
+    spelled = _spelled_out(steps, branch)
 
     def has_queries(s: int) -> bool:
         shape, dim = steps[s].shape or (1,), steps[s].dim
@@ -180,8 +182,30 @@ def attention_of(trace: Trace, branch: tuple[int, ...]) -> list[Step]:
 
     return [
         steps[s] for s in branch
-        if steps[s].name in FUSED or (s in weighing and has_queries(s))
+        if steps[s].name in FUSED or s in spelled or (s in weighing and has_queries(s))
     ]  # fmt: skip
+
+
+def _spelled_out(steps: list[Step], branch: tuple[int, ...]) -> set[int]:
+    """Return the softmaxes of a sum of products that are factors in a sum of products."""
+    products: set[int] = set()
+    factors: set[int] = set()
+    for s in branch:
+        summed = steps[s].inputs[0] if steps[s].name == "sum" else INPUT
+        if summed != INPUT and steps[summed].name == "mul" and len(set(steps[summed].inputs)) > 1:
+            products.add(s)
+            factors.update(_origin(steps, value) for value in steps[summed].inputs)
+    softmaxes = [s for s in branch if steps[s].name == "softmax" and s in factors]
+    return {s for s in softmaxes if _origin(steps, steps[s].inputs[0]) in products}
+
+
+def _origin(steps: list[Step], value: int) -> int:
+    """Return the value that this one is a view, or a multiple, or the like of."""
+    while value != INPUT and len(steps[value].inputs) == 1:
+        if steps[value].name in WEIGHTED | {"sum"}:
+            break
+        value = steps[value].inputs[0]
+    return value
 
 
 class _Graph:

@@ -4,6 +4,8 @@
     for block in blocks:
         print(block.name, block.kind, block.depth)
     features = blocks.capture(images)  # name -> (n, c, h, w)
+    with blocks.capture(images) as features:
+        ...  # let go of at the end
     with blocks.lesion("blocks.3.attn"):
         logits = model(images)  # as if that block were the identity
 
@@ -28,7 +30,8 @@ from torch.utils._pytree import tree_leaves
 from landscape._checks import check_module, check_python, nearest
 from landscape.batches import Placement
 from landscape.blocks.block import Block, Traced, describe
-from landscape.blocks.inputs import likely_images, num_samples, resized, shape_key
+from landscape.blocks.features import Features
+from landscape.blocks.inputs import likely_images, main_input, num_samples, resized, shape_key
 from landscape.blocks.layout import Layout, layout_of
 from landscape.blocks.lesions import Irremovable, Part, removal
 from landscape.blocks.passes import ControlledPass, Handler, is_paused, paused
@@ -62,7 +65,7 @@ class Blocks:
             size, by default.
 
     Raises:
-        TypeError: If `model` is no module.
+        TypeError: If `model` is no module, or `example` no batch.
         ValueError: If no block is found, a pattern matches nothing, or no example fits the model.
     """
 
@@ -70,6 +73,8 @@ class Blocks:
         self, model: nn.Module, choose: Choose | None = None, *, example: Any = None
     ) -> None:
         check_module(model)
+        if example is not None:
+            main_input(model, example, "example")  # errors before any pass
         compiled = getattr(model, "_orig_mod", None)
         self.model: nn.Module = model if compiled is None else compiled
         self._choose = None if choose is None else _matching(self.model, choose)
@@ -124,8 +129,11 @@ class Blocks:
         The pass is in evaluation mode, and without what the model has cached before.
 
         Args:
-            inputs: A batch for the model: a tensor, or a mapping of keyword arguments.
+            inputs: A batch for the model: a tensor, or a mapping of keyword arguments; it is moved
+                to the device and the precision of the model.
         """
+        with paused():  # no call of the trace
+            inputs = Placement.of(self.model).place(inputs)
         with eval_mode(self.model), emptied(self._caches), eagerly():
             return predict(self.model, inputs)
 
@@ -136,7 +144,7 @@ class Blocks:
         caller disables them.
 
         Args:
-            inputs: A batch for the model: a tensor, or a mapping of keyword arguments.
+            inputs: A batch for the model, as in `predict`.
             visitor: Called as `visitor(block, feature)` with `feature (n, c, h, w)`, a view that
                 later layers may overwrite, or `(n, features)` where `block.is_map` is false.
 
@@ -159,13 +167,17 @@ class Blocks:
         with ControlledPass(handlers):
             return self.predict(inputs)
 
-    def capture(self, inputs: Any) -> dict[str, Tensor]:
+    def capture(self, inputs: Any) -> Features:
         """Return every block's output by name, each a copy `(n, c, h, w)`, from one forward pass.
 
         Args:
-            inputs: A batch for the model.
+            inputs: A batch for the model, as in `predict`.
+
+        Returns:
+            A dictionary, which as a context lets go of the outputs at its end: `with
+            blocks.capture(inputs) as features:`.
         """
-        features: dict[str, Tensor] = {}
+        features = Features()
 
         def keep(block: Block, feature: Tensor) -> None:
             features[block.name] = feature.clone()
@@ -286,25 +298,30 @@ class Blocks:
         )
 
 
-def blocks_of(model: nn.Module, blocks: Blocks | None, example: Any) -> Blocks:
-    """Return `blocks`, or those found with a batch where they are `None`.
+def check_blocks(name: str, model: nn.Module, blocks: object) -> None:
+    """Refuse what are no blocks of a model; `None` stands for those found by themselves.
 
     Args:
+        name: Name of the argument.
         model: The model that is probed.
         blocks: What the user gave.
-        example: First batch of inputs.
 
     Raises:
-        ValueError: If `blocks` are those of another model.
+        TypeError: If `blocks` is something else.
+        ValueError: If they are those of another model.
     """
     if blocks is None:
-        return Blocks(model, example=example)
+        return
+    if not isinstance(blocks, Blocks):
+        raise TypeError(
+            f"`{name}` must be Blocks of the model, or None to find them, got "
+            f"{type(blocks).__name__}; pass Blocks(model, [names or patterns])."
+        )
     if blocks.model is not getattr(model, "_orig_mod", model):
         raise ValueError(
-            "`blocks` must be those of the model that is probed, got those of another "
+            f"`{name}` must be those of the model that is probed, got those of another "
             f"{type(blocks.model).__name__}; pass Blocks(model)."
         )
-    return blocks
 
 
 def _show(
@@ -344,7 +361,10 @@ def _matching(model: nn.Module, choose: Choose) -> list[str]:
 
 
 def _how_to_name(trace: Trace) -> str:
-    return f"name its blocks, as in Blocks(model, {modules_in_line(trace)[:3]})"
+    names = modules_in_line(trace)[:3]
+    if not names:
+        return "it calls no module that could be named; make what is a block a module of its own"
+    return f"name its blocks, as in Blocks(model, {names})"
 
 
 def _changed(name: str, got: torch.Size, traced: tuple[int, ...]) -> ValueError:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from landscape.blocks import Blocks, blocks_of
+from landscape._checks import check_module
+from landscape.blocks import Blocks, check_blocks
 from landscape.probes.feature_maps import BlockTable, table_fields
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance
@@ -52,10 +53,13 @@ def architecture(
         The table.
 
     Raises:
+        TypeError: If `model` is no module, or `blocks` no `Blocks`.
         ValueError: If no block is found, no example fits, or `blocks` are those of another model.
     """
     start = time.perf_counter()
-    blocks = blocks_of(model, blocks, example)
+    check_module(model)
+    check_blocks("blocks", model, blocks)
+    blocks = Blocks(model, example=example) if blocks is None else blocks
     found = list(blocks)
     return Architecture(
         **table_fields(found),

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape.batches import Placement
-from landscape.blocks import Block, Blocks, blocks_of
+from landscape.blocks import Block, Blocks, check_blocks
 from landscape.probes.feature_maps import BlockTable, at_least_single, table_fields
 from landscape.probes.scores import tracked_batches
 from landscape.provenance import forward_provenance
@@ -105,7 +105,7 @@ def cka(
         CKA and standard error of each pair of blocks.
 
     Raises:
-        TypeError: If `data` cannot be iterated over twice.
+        TypeError: If `data` cannot be iterated over twice, or blocks are no `Blocks`.
         ValueError: If the first batch has fewer than 4 samples, `data` is empty, a block has
             not one feature a sample, blocks are those of another model, or `blocks_b` is given
             without `model_b`.
@@ -118,6 +118,9 @@ def cka(
     sizes: list[int] = []
     num_skipped = 0
     batches = tracked_batches(model_a, data, "CKA", progress)
+    check_blocks("blocks_a", model_a, blocks_a)
+    if model_b is not None:
+        check_blocks("blocks_b", model_b, blocks_b)
     # Not inference_mode: a model that caches what it computes could not train on.
     with ExitStack() as stack, torch.no_grad():
         # In one order for all threads, or two of them might wait for each other.
@@ -130,11 +133,11 @@ def cka(
                 _check_first(sizes, size)
                 num_skipped += size
                 continue
-            blocks_a = blocks_of(model_a, blocks_a, inputs)
+            blocks_a = Blocks(model_a, example=inputs) if blocks_a is None else blocks_a
             grams_a = grams_b = _grams(blocks_a, inputs, size)
             if model_b is not None:
                 inputs = Placement.of(model_b).place(inputs)
-                blocks_b = blocks_of(model_b, blocks_b, inputs)
+                blocks_b = Blocks(model_b, example=inputs) if blocks_b is None else blocks_b
                 grams_b = _grams(blocks_b, inputs, size).to(grams_a.device)
             scale = 2 / (size * (size - 3))  # the vectors hold half of each symmetric matrix
             hsic.append(scale * grams_a @ grams_b.T)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape.blocks import Block, Blocks, blocks_of
+from landscape.blocks import Block, Blocks, check_blocks
 from landscape.probes.scores import Moments, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
@@ -93,6 +93,7 @@ def average_maps(
         settings: Arguments of the probe, for the provenance.
 
     Raises:
+        TypeError: If `blocks` is no `Blocks`.
         ValueError: If no block has a map, its size is not the same in all batches, or `blocks`
             are those of another model.
     """
@@ -112,15 +113,19 @@ def average_maps(
         moments.setdefault(block.name, Moments()).add(reduce(at_least_single(feature)))
 
     batches, num_samples = tracked_batches(model, data, description, progress), 0
+    check_blocks("blocks", model, blocks)
     # Not inference_mode: a model that caches what it computes could not train on.
     with untouched(model), torch.no_grad():
         for inputs, _, size in batches:
-            blocks = blocks_of(model, blocks, inputs)
+            blocks = Blocks(model, example=inputs) if blocks is None else blocks
             blocks.visit(inputs, add)
             num_samples += size
     mapped = tuple(block for block in blocks or () if block.name in moments)
     if not mapped:
-        raise ValueError("`blocks` must hold a block with a map (n, c, h, w), got none.")
+        raise ValueError(
+            "`blocks` must hold a block with a map (n, c, h, w), got none; name modules that "
+            "return maps, as in Blocks(model, [names])."
+        )
     both = [moments[block.name].result() for block in mapped]  # (2, l) each
     means, stderrs = torch.cat(both, dim=1).cpu().numpy()  # the one transfer
     cuts = np.cumsum([each.shape[1] for each in both])[:-1]

@@ -122,7 +122,7 @@ def fourier_amplitude(
         A curve for each block.
 
     Raises:
-        TypeError: If `data` cannot be iterated over twice.
+        TypeError: If `data` cannot be iterated over twice, or `blocks` is no `Blocks`.
         ValueError: If `window` is unknown, `data` is empty or holds images of different sizes, no
             block has a map, or `blocks` are those of another model.
     """

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_choice
-from landscape.blocks import Blocks, blocks_of
+from landscape.blocks import Blocks, check_blocks
 from landscape.blocks.block import Traced
 from landscape.blocks.lesions import Irremovable, Part, num_heads, removal
 from landscape.blocks.passes import PartialPasses
@@ -96,18 +96,19 @@ def lesion_study(
         batch, whatever the number of units.
 
     Raises:
-        TypeError: If `data` cannot be iterated over twice.
-        ValueError: If `units` is unknown, no unit can be removed, or targets are not those of a
-            classifier.
+        TypeError: If `data` cannot be iterated over twice, or `blocks` is no `Blocks`.
+        ValueError: If `units` is unknown, no unit can be removed, targets are not those of a
+            classifier, or `blocks` are those of another model.
     """
     check_choice("units", units, ("paper", "branch", "conv", "head"))
     began = time.perf_counter()
     batches = tracked_batches(model, data, "Lesion study", progress)
+    check_blocks("blocks", model, blocks)
     truths, shares = Truths(), True
     lesions: list[tuple[int, Part]] = []
     with untouched(model), eagerly(), torch.no_grad():
         for inputs, targets, _ in batches:
-            blocks = blocks_of(model, blocks, inputs)
+            blocks = Blocks(model, example=inputs) if blocks is None else blocks
             traced = blocks.traced(inputs)
             passes = _passes(blocks, traced, inputs)
             if not lesions:

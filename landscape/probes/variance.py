@@ -64,7 +64,7 @@ def feature_variance(
         Variance and standard error of each block.
 
     Raises:
-        TypeError: If `data` cannot be iterated over twice.
+        TypeError: If `data` cannot be iterated over twice, or `blocks` is no `Blocks`.
         ValueError: If `data` is empty or holds images of different sizes, no block has a map, or
             `blocks` are those of another model.
     """
