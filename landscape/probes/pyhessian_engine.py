@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_count
+from landscape._checks import check_count, check_positive
 from landscape.batches import PreparedBatch
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, warn_unconverged
 from landscape.linalg.gradient import twice_differentiable
@@ -245,10 +245,9 @@ def _pyhessian(frozen: FrozenObjective, generator: torch.Generator) -> Iterator[
 def _check(operator: HessianOperator, k: int, tol: float, max_iter: int) -> None:
     check_count("k", k, 1)
     if k > operator.dim:
-        raise ValueError(f"`k` must be at most the dimension {operator.dim}, got {k}.")
+        raise ValueError(f"`k` must be at most the dimension {operator.dim}, got {k}; lower `k`.")
     check_count("max_iter", max_iter, 1)
-    if not tol > 0:
-        raise ValueError(f"`tol` must be positive, got {tol}.")
+    check_positive("tol", tol)
     if operator.device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"`model` must be on the CPU or a CUDA device for engine='pyhessian', got "
