@@ -44,8 +44,8 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
 
 
-def check_count(name: str, value: object, minimum: int) -> None:
-    """Refuse a value that is not a whole number, or is below its minimum.
+def check_count(name: str, value: object, minimum: float = -math.inf) -> None:
+    """Refuse a value that is not a whole number, or is below its minimum, if there is one.
 
     Raises:
         ValueError: If it is either.

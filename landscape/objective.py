@@ -10,6 +10,7 @@ of L (or two products with its Hessian) would belong to two different functions.
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from landscape import trial
-from landscape._checks import check_at_least
+from landscape._checks import check_at_least, check_count
 from landscape.batches import (
     LABEL_KEYS,
     FrozenBatches,
@@ -94,6 +95,14 @@ class Objective:
                 "make a module of a class, as in `nn.CrossEntropyLoss()`."
             )
         check_reduction(self.loss)
+        if self.transform is not None:
+            check_transform(self.transform)
+        if not (callable(self.parameters) or isinstance(self.parameters, Iterable | None)):
+            raise TypeError(
+                "`parameters` must be patterns of names, a predicate `(name, parameter)` or None, "
+                f"got {type(self.parameters).__name__}."
+            )
+        check_count("seed", self.seed)
 
     def describe(self) -> str:
         """Return the objective in one line, for `Provenance`."""
@@ -129,6 +138,26 @@ class Objective:
             up to 16 samples of a second batch.
         """
         return FrozenObjective(self, model, data, keep_bytes, check_mean)
+
+
+def check_transform(transform: Transform) -> None:
+    """Refuse what cannot be called as `transform(x, y, generator)`.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    wanted = "a function of (x, y, generator) that returns (x, y)"
+    if not callable(transform):
+        raise TypeError(f"`transform` must be {wanted}, got {type(transform).__name__}.")
+    with suppress(ValueError):  # a function in C may not tell what it takes
+        signature = inspect.signature(transform)
+        try:
+            signature.bind(None, None, None)
+        except TypeError:
+            raise TypeError(
+                f"`transform` must be {wanted}, got {name_of(transform)}{signature}; pass "
+                "`lambda x, y, generator: transform(x, y)` for one of two arguments."
+            ) from None
 
 
 def check_objective(objective: object) -> None:

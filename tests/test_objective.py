@@ -815,6 +815,49 @@ def test_bad_models_and_settings_are_refused():
         Objective().freeze(make_model("conv"), [(X, torch.full_like(Y, -100))])
 
 
+class Pairs(nn.Module):
+    """Takes any number of arguments and returns them all, as torchvision's `v2.MixUp` does."""
+
+    def forward(self, *arguments):
+        return arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"transform": "x"}, TypeError, r"`transform` must be a function of \(x, y, gen.* got str"),
+        (
+            {"transform": lambda x, y: (x, y)},
+            TypeError,
+            r"`transform` must .* got <lambda>\(x, y\)",
+        ),
+        ({"seed": "x"}, ValueError, "`seed` must be a whole number, got 'x'"),
+        ({"seed": 1.5}, ValueError, "`seed` must be a whole number, got 1.5"),
+        ({"parameters": 3}, TypeError, "`parameters` must be patterns of names, .* got int"),
+        ({"weight_decay": float("inf")}, ValueError, "`weight_decay` must be finite, got inf"),
+        ({"weight_decay": "x"}, ValueError, "`weight_decay` must be a number, got 'x'"),
+    ],
+)
+def test_an_objective_is_refused_when_it_is_made(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Objective(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("transform", "got"),
+    [
+        (lambda x, y, generator: x, "Tensor"),
+        (lambda x, y, generator: None, "NoneType"),
+        (Pairs(), "tuple of 3"),
+    ],
+    ids=["x", "nothing", "all"],
+)
+def test_a_transform_returns_inputs_and_targets(transform, got):
+    message = rf"`transform` must return \(x, y\) when called as `transform\(.*`, got a {got}\."
+    with pytest.raises(TypeError, match=message):
+        Objective(transform=transform).freeze(make_model("conv"), [(X, Y)])
+
+
 # --- one function at every pass ------------------------------------------------------------------
 
 
