@@ -128,12 +128,13 @@ def as_numbers(name: str, values: Any, wanted: str) -> np.ndarray:
     Raises:
         ValueError: If it holds something else.
     """
+    held = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else values
     try:
-        held = values.detach().cpu() if isinstance(values, Tensor) else values
-        array = np.asarray(held, dtype=np.float64)
+        if held is None or isinstance(held, str | bytes):  # NumPy makes NaN and numbers of these
+            raise TypeError
+        return np.array(held, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"`{name}` must be {wanted}, got {values!r}.") from None
-    return array
 
 
 def as_texts(name: str, values: Any, remedy: str) -> tuple[str, ...]:

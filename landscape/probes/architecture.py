@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from landscape.blocks import Blocks, blocks_of
-from landscape.probes.feature_maps import BlockTable, table_fields
+from landscape.probes.feature_maps import BlockTable, check_blocks, table_fields
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance
 
@@ -54,6 +54,7 @@ def architecture(
     Raises:
         ValueError: If no block is found, no example fits, or `blocks` are those of another model.
     """
+    check_blocks(blocks)
     start = time.perf_counter()
     blocks = blocks_of(model, blocks, example)
     found = list(blocks)

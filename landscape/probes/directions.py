@@ -26,7 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_choice, check_count, check_generator, nearest
+from landscape._checks import (
+    as_texts,
+    check_choice,
+    check_count,
+    check_generator,
+    check_type,
+    nearest,
+)
 from landscape.parameters import Choice, ParameterSpace, aliases
 from landscape.provenance import weights_provenance
 from landscape.results import Provenance, Result
@@ -202,8 +209,7 @@ def random_directions(
     check_choice("normalization", normalization, ("filter", "layer", "input", None))
     generator = check_generator(generator)
     started = time.perf_counter()
-    if isinstance(exclude, str):
-        exclude = (exclude,)
+    exclude = as_texts("exclude", exclude, "pass `()` to leave out none")
     values = ParameterSpace(model, parameters).values
     moved = {n: v for n, v in values.items() if not _stays(n, v, ignore_1d, exclude)}
     if not moved:
@@ -232,9 +238,19 @@ def random_directions(
             num_parameters=sum(v.numel() for v in moved.values()),
             seed=generator.initial_seed(),
             seconds=time.perf_counter() - started,
-            settings={"ignore_1d": ignore_1d, "exclude": tuple(exclude)},
+            settings={"ignore_1d": ignore_1d, "exclude": exclude},
         ),
     )
+
+
+def check_directions(directions: object) -> None:
+    """Refuse what are no directions.
+
+    Raises:
+        TypeError: If they are something else.
+    """
+    makers = "`random_directions`, `eigen_directions`, `pca_directions` or `between`"
+    check_type("directions", directions, Directions, "Directions", f"make them with {makers}")
 
 
 def other_parameters(model: nn.Module, moved: Iterable[str]) -> tuple[str, ...]:

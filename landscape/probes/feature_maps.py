@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from landscape._checks import check_type
 from landscape.blocks import Block, Blocks, blocks_of
 from landscape.probes.scores import Moments, tracked_batches
 from landscape.provenance import forward_provenance
@@ -68,6 +69,16 @@ class MapMeans:
     provenance: Provenance
 
 
+def check_blocks(blocks: object, name: str = "blocks") -> None:
+    """Refuse what are no blocks, such as their names.
+
+    Raises:
+        TypeError: If they are something else.
+    """
+    remedy = "pass `Blocks(model, choose=…)`"
+    check_type(name, blocks, Blocks | None, "Blocks or None", remedy)
+
+
 def average_maps(
     model: nn.Module,
     data: Iterable[Any],
@@ -96,6 +107,7 @@ def average_maps(
         ValueError: If no block has a map, its size is not the same in all batches, or `blocks`
             are those of another model.
     """
+    check_blocks(blocks)
     started = time.perf_counter()
     moments: dict[str, Moments] = {}
     sizes: dict[str, tuple[int, int]] = {}

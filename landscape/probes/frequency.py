@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_generator
+from landscape._checks import check_generator, check_positive
 from landscape.objective import predict
 from landscape.probes.pixels import Channels, PixelScale, split_image
 from landscape.probes.scores import PairedResult, PairedScores, Truths, increasing, tracked_batches
@@ -32,6 +32,8 @@ from landscape.results import Provenance
 
 FREQUENCIES = tuple(i / 10 for i in range(1, 10))
 """Centres of the rings in units of π, as in Fig. 2b."""
+WIDEST = 3.0
+"""Width in units of π of a ring that holds all frequencies from any centre: above 2 √2."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,10 @@ def frequency_robustness(
             are not in 0 … 1, or targets are not those of a classifier.
     """
     centres = increasing("frequencies", frequencies)
-    for name, value in (("width", width), ("norm", norm)):
-        if not 0 < value < np.inf:
-            raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+    check_positive("width", width)
+    if width > WIDEST:
+        raise ValueError(f"`width` must be at most {WIDEST}, all frequencies, got {width}.")
+    check_positive("norm", norm)
     scale = PixelScale(data, mean, std)
     noise = _RingNoise(centres, width, norm, check_generator(generator).initial_seed())
     start = time.perf_counter()

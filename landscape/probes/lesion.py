@@ -25,6 +25,7 @@ from landscape.blocks import Blocks, blocks_of
 from landscape.blocks.block import Traced
 from landscape.blocks.lesions import Irremovable, Part, num_heads, removal
 from landscape.blocks.passes import PartialPasses
+from landscape.probes.feature_maps import check_blocks
 from landscape.probes.scores import PairedResult, PairedScores, Truths, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import eagerly, untouched
@@ -101,6 +102,7 @@ def lesion_study(
             classifier.
     """
     check_choice("units", units, ("paper", "branch", "conv", "head"))
+    check_blocks(blocks)
     began = time.perf_counter()
     batches = tracked_batches(model, data, "Lesion study", progress)
     truths, shares = Truths(), True

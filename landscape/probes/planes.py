@@ -181,7 +181,7 @@ def between(model: nn.Module, *states: Source, parameters: Choice = None) -> Dir
     values = space.values
     vectors: list[dict[str, np.ndarray]] = []
     for index, source in enumerate(states):
-        state: State = read_state(source)[0]
+        state: State = read_state(source, "states")[0]
         vector = {}
         for name, value in values.items():
             if name not in state or state[name].shape != value.shape:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from landscape._checks import check_type
 from landscape.objective import FrozenObjective
 from landscape.results import write_atomically
 
@@ -65,11 +66,13 @@ class PointRecord:
 
 
 def check_record(path: str | os.PathLike[str]) -> None:
-    """Refuse a folder.
+    """Refuse a folder, and what is no path.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If it is a folder.
+        TypeError: If it is no path.
     """
+    check_type("resume", path, str | os.PathLike, "a path")
     if Path(path).is_dir():
         raise ValueError(f"`resume` must be a file, got the folder {str(path)!r}.")
 

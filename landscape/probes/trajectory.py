@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape.probes.checkpoints import Checkpoints, Source, read_state, read_trail, shape_in
-from landscape.probes.directions import Directions
+from landscape.probes.directions import Directions, check_directions
 from landscape.provenance import weights_provenance
 from landscape.results import Provenance, Result
 
@@ -137,8 +137,9 @@ def project_trajectory(
             directions are not independent.
     """
     started = time.perf_counter()
+    check_directions(directions)
     trail = read_trail(checkpoints, model=model, at_least=1)
-    state = trail.states[-1] if origin is None else read_state(origin)[0]
+    state = trail.states[-1] if origin is None else read_state(origin, "origin")[0]
     for name in trail.names:
         got, wanted = shape_in(state, name), shape_in(trail.states[-1], name)
         if got != wanted:
