@@ -155,24 +155,24 @@ def as_texts(name: str, values: Any, remedy: str) -> tuple[str, ...]:
     return texts
 
 
-def check_data(data: object) -> None:
+def check_data(data: object, name: str = "data") -> None:
     """Refuse what cannot be iterated over twice.
 
     Raises:
         TypeError: If `data` is no iterable of batches, or a one-shot iterator.
     """
     if isinstance(data, torch.Tensor):
-        raise TypeError("`data` must be an iterable of batches, got a tensor; pass `[(x, y)]`.")
+        raise TypeError(f"`{name}` must be an iterable of batches, got a tensor; pass `[(x, y)]`.")
     if not isinstance(data, Iterable):
         raise TypeError(
-            f"`data` must be an iterable of batches such as a DataLoader or a list of (x, y), "
+            f"`{name}` must be an iterable of batches such as a DataLoader or a list of (x, y), "
             f"got {type(data).__name__}."
         )
     # Only an iterator is asked for one: a loader would start its workers.
     if isinstance(data, Iterator) and iter(data) is data:
         raise TypeError(
-            f"`data` must be re-iterable because a probe passes over it several times, got the "
-            f"one-shot {type(data).__name__}; pass a DataLoader, or `list(data)`."
+            f"`{name}` must be re-iterable because a probe passes over it several times, got the "
+            f"one-shot {type(data).__name__}; pass a DataLoader, or `list({name})`."
         )
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from landscape._checks import check_count
+from landscape._checks import check_count, is_number
 from landscape.batches import Transform
 from landscape.training.data import denormalize, normalize
 
@@ -235,8 +235,8 @@ def check_probability(name: str, value: float) -> None:
     Raises:
         ValueError: If `value` is outside [0, 1].
     """
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must lie in [0, 1], got {value!r}.")
 
 
 def check_floats(transform: str, x: Tensor) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landscape._checks import check_count
+from landscape._checks import check_at_least, check_count
 from landscape.batches import Transform
 from landscape.training.augment import (
     Compose,
@@ -196,7 +196,14 @@ def recipe(
 
     Returns:
         `Compose` of the parts in use.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
+    for name, share in (("flip", flip), ("erasing", erasing), ("probability", probability)):
+        check_probability(name, share)
+    for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        check_at_least(name, alpha, 0)
     if randaugment is None:
         randaugment = RandAugment(fill=tuple(round(255 * value) for value in mean))
     mixing: list[Transform] = [Mixup(mixup)] if mixup else []
