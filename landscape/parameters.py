@@ -118,7 +118,12 @@ def aliases(model: nn.Module) -> dict[str, str]:
         name: first.setdefault(id(p), name)
         for name, p in model.named_parameters(remove_duplicate=False)
     }
-    return {name.replace("_orig_mod.", ""): known for name, known in names.items()} | names
+    return {plain_name(name): known for name, known in names.items()} | names
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter of a compiled model had before."""
+    return name.replace("_orig_mod.", "")
 
 
 def call_with(model: nn.Module, state: Mapping[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ from landscape._checks import (
     check_type,
     nearest,
 )
-from landscape.parameters import Choice, ParameterSpace, aliases
+from landscape.parameters import Choice, ParameterSpace, aliases, plain_name
 from landscape.provenance import weights_provenance
 from landscape.results import Provenance, Result
 
@@ -133,6 +133,8 @@ class Directions(Result):
     def tensors(self, model: nn.Module) -> list[dict[str, Tensor]]:
         """Return the directions as tensors on the model's device, by first parameter name.
 
+        Those of a compiled model suit the model as it was before, and the other way round.
+
         Args:
             model: A model with the parameters for which the directions were made.
 
@@ -144,8 +146,9 @@ class Directions(Result):
         """
         parameters = dict(model.named_parameters())
         first = aliases(model)
-        known = set(self.names) | set(self.ignored)
-        for name, array in self.vectors[0].items():
+        known = {plain_name(name) for name in (*self.names, *self.ignored)}
+        vectors = [{plain_name(n): a for n, a in vector.items()} for vector in self.vectors]
+        for name, array in vectors[0].items():
             if name not in first:
                 raise ValueError(
                     f"`directions` must be made for this model, got {name!r}, which it lacks; the "
@@ -170,7 +173,7 @@ class Directions(Result):
                 )
                 for name, array in vector.items()
             }
-            for vector in self.vectors
+            for vector in vectors
         ]
 
 
