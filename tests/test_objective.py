@@ -103,6 +103,26 @@ def test_an_ignored_label_may_lie_beyond_the_classes():
         Objective(loss=loss).freeze(model, batches)
 
 
+def borders_left_out(outputs, targets):
+    return F.cross_entropy(outputs, targets, ignore_index=255)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (F.cross_entropy, r"got labels from 0 to 255; .*`nn.CrossEntropyLoss\(ignore_index=…\)`"),
+        (borders_left_out, r"must be a mean .*`nn.CrossEntropyLoss\(weight=…, ignore_index=…\)`"),
+    ],
+    ids=["unnamed", "hidden"],
+)
+def test_the_remedy_of_an_ignored_label_is_named(loss, message):
+    (x, y), *others = make_batches((8, 3))
+    y = y.clone()
+    y[[0, 1, 4]] = 255
+    with pytest.raises(ValueError, match=message):
+        Objective(loss=loss).freeze(make_model("conv"), [(x, y), *others])
+
+
 def test_hidden_class_weights_and_sums_are_refused():
     model, batches = make_model("conv"), make_batches((8, 3))
     weight = torch.tensor([0.2, 1.0, 5.0]).double()
