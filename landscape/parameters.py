@@ -5,8 +5,8 @@ in the order of `model.named_parameters()`. A tied parameter is one parameter, u
 """
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class ParameterSpace:
         """The shapes of the chosen parameters, in the order of the flat vector."""
         return {name: tuple(value.shape) for name, value in self.values.items()}
 
-    @cached_property
+    @functools.cached_property
     def awake(self) -> dict[str, Tensor]:
         """The values, with small numbers in the place of tensors that are zero throughout.
 
@@ -80,7 +80,8 @@ class ParameterSpace:
         if not asleep:
             return self.values
         generator = torch.Generator().manual_seed(0)
-        noise = {n: torch.randn(v.shape, generator=generator) for n, v in asleep.items()}
+        draw = functools.partial(torch.randn, generator=generator, device="cpu")
+        noise = {n: draw(v.shape) for n, v in asleep.items()}
         return self.values | {n: (_SMALL * noise[n]).to(v) for n, v in asleep.items()}
 
     def state(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -388,7 +388,7 @@ def start_vector(start: torch.Tensor | np.ndarray, dim: int) -> torch.Tensor:
         TypeError: If it is no tensor or array.
     """
     check_type("start", start, torch.Tensor | np.ndarray, "vectors in a tensor or an array")
-    start = torch.as_tensor(start)
+    start = start if isinstance(start, torch.Tensor) else torch.from_numpy(start)
     if start.dim() not in (1, 2) or start.shape[-1] != dim or not len(start):
         raise ValueError(
             f"`start` must have shape ({dim},) or (m, {dim}), got {tuple(start.shape)}."

@@ -177,7 +177,8 @@ class _RingNoise:
     def draw(self, x: Tensor) -> "Iterable[Tensor]":
         """Yield noise like `x` in pixel units for each ring, from one draw; at least float32."""
         # A draw a sample: numbers drawn together would depend on how many they are.
-        one = partial(torch.randn, generator=self._generator, dtype=torch.float32)
+        made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        one = partial(torch.randn, generator=self._generator, **made)
         delta = torch.stack([one(x.shape[1:]) for _ in x])
         dtype = torch.promote_types(x.dtype, torch.float32)
         spectrum = torch.fft.rfft2(delta.to(x.device, dtype))

@@ -234,6 +234,8 @@ def _pyhessian(frozen: FrozenObjective, generator: torch.Generator) -> Iterator[
         stack.enter_context(torch.enable_grad())
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
+        if torch.get_default_device().type not in ("cpu", device.type):
+            stack.enter_context(torch.device("cpu"))  # it makes its vectors without a device
         cuda = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         torch.default_generator.manual_seed(seed)

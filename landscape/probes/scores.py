@@ -158,7 +158,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._total = self._squares = torch.empty(0)
+        self._total = self._squares = torch.empty(0, device="cpu")
 
     def add(self, values: Tensor) -> None:
         """Add the values `(n, k)` of one batch."""

@@ -84,7 +84,7 @@ def polar_trajectory(
     """
     started = time.perf_counter()
     trail = read_trail(checkpoints, model=model)
-    squares = torch.zeros(len(trail.states), dtype=torch.float64)
+    squares = torch.zeros(len(trail.states), dtype=torch.float64, device="cpu")
     along = torch.zeros_like(squares)
     for _, _, piece in trail.displacements(trail.states[-1]):
         squares += piece.square().sum(1).cpu()
@@ -152,8 +152,8 @@ def project_trajectory(
     scale = gram.diag().sqrt()
     if not torch.linalg.matrix_rank(gram / torch.outer(scale, scale), hermitian=True) == len(gram):
         raise ValueError("`directions` must be independent, got cosines of ±1 or a zero direction.")
-    squares = torch.zeros(len(trail.states), dtype=torch.float64)
-    along = torch.zeros(len(trail.states), len(vectors), dtype=torch.float64)
+    squares = torch.zeros(len(trail.states), dtype=torch.float64, device="cpu")
+    along = torch.zeros(len(trail.states), len(vectors), dtype=torch.float64, device="cpu")
     for name, start, piece in trail.displacements(state):
         squares += piece.square().sum(1).cpu()
         if name in vectors[0]:

@@ -64,6 +64,7 @@ _INDEX = {op.name: index for index, op in enumerate(OPS)}
 _SETTINGS = torch.tensor(
     [(op.scale / 10, op.offset, op.whole, op.signed) for op in OPS] + [(0.0,) * 4],
     dtype=torch.float32,
+    device="cpu",
 )
 # Pillow rounds down; this keeps 200 from becoming 199.99998 and then 199.
 _NUDGE = 1e-3
@@ -267,7 +268,7 @@ def _matrices(ops: Tensor, strength: Tensor, h: int, w: int) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     x, y = w / 2, h / 2
     turn = torch.stack((cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y), 1)
-    moved = torch.zeros(NONE + 1, 6, dtype=strength.dtype)
+    moved = torch.zeros(NONE + 1, 6, dtype=strength.dtype, device="cpu")
     moved[_INDEX["shear_x"], 1] = moved[_INDEX["shear_y"], 3] = 1
     moved[_INDEX["translate_x"], 2], moved[_INDEX["translate_y"], 5] = w, h
     return turn + moved.to(ops.device)[ops] * strength.unsqueeze(1)
@@ -292,6 +293,8 @@ def _warp(images: Tensor, matrices: Tensor, fill: int | Sequence[int]) -> Tensor
     across, down = points.abs_().unbind(1)
     outside = torch.maximum(across, down).floor_().clamp_(max=1).unsqueeze(1)  # 0 inside, 1 out
     # Made on the host and sent without waiting; made on a GPU, it would be waited for.
-    colour = torch.tensor(fill, dtype=torch.float32).to(images.device, non_blocking=True)
+    colour = torch.tensor(fill, dtype=torch.float32, device="cpu").to(
+        images.device, non_blocking=True
+    )
     colour = colour.view(-1, 1, 1)
     return seen.add_(_NUDGE).lerp_(colour.expand_as(seen), outside).to(torch.int16)
