@@ -111,7 +111,7 @@ def check_device(name: str, device: Any) -> None:
     """
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"`{name}` must be a device that PyTorch finds here, such as 'cpu', got {device!r}."
         ) from error

@@ -47,7 +47,7 @@ from landscape.losses import (
     takes_float32,
 )
 from landscape.memory import free_memory
-from landscape.parameters import Choice, ParameterSpace, call_with
+from landscape.parameters import Choice, ParameterSpace, call_with, check_parameters
 from landscape.restore import (
     Cache,
     caches_of,
@@ -97,11 +97,7 @@ class Objective:
         check_reduction(self.loss)
         if self.transform is not None:
             check_transform(self.transform)
-        if not (callable(self.parameters) or isinstance(self.parameters, Iterable | None)):
-            raise TypeError(
-                "`parameters` must be patterns of names, a predicate `(name, parameter)` or None, "
-                f"got {type(self.parameters).__name__}."
-            )
+        check_parameters(self.parameters)
         check_count("seed", self.seed)
 
     def describe(self) -> str:

@@ -6,7 +6,7 @@ in the order of `model.named_parameters()`. A tied parameter is one parameter, u
 
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -154,6 +154,19 @@ def call_with(model: nn.Module, state: Mapping[str, Tensor], /, *args: Any, **kw
     return functional_call(model, placed, args, kwargs, tie_weights=False)
 
 
+def check_parameters(choice: object) -> None:
+    """Refuse what chooses no parameters.
+
+    Raises:
+        TypeError: If it is neither patterns nor a predicate, nor `None`.
+    """
+    if not callable(choice) and not isinstance(choice, Iterable | None):
+        raise TypeError(
+            "`parameters` must be patterns of names, a predicate `(name, parameter)` or None, got "
+            f"{type(choice).__name__}."
+        )
+
+
 def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:
     if isinstance(model, torch.jit.ScriptModule | nn.DataParallel):
         inner = "`model.module`" if isinstance(model, nn.DataParallel) else "what it was made of"
@@ -167,6 +180,7 @@ def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:
             "`model` must have a parameter with `requires_grad`, got none; "
             "call `model.requires_grad_(True)`."
         )
+    check_parameters(choice)
     if choice is None:
         return trainable
     if callable(choice):

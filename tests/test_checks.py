@@ -71,6 +71,7 @@ def test_a_probe_names_what_is_of_another_type(probe, arguments, message):
         ("architecture", {"model": Untouched(), "blocks": "*"}, "`blocks` must be Blocks or None"),
         ("random_directions", {"model": Untouched(), "exclude": None}, "`exclude` must be a str"),
         ("random_directions", {"model": Untouched(), "exclude": [3]}, "`exclude` .* got int; pass"),
+        ("random_directions", {"model": Untouched(), "parameters": 3}, "`parameters` must be pat"),
         ("polar_trajectory", {"checkpoints": STATES, "model": 3}, "`model` must be a torch.nn.M"),
         ("polar_trajectory", {"checkpoints": 3}, "`checkpoints` must be a folder or a sequence"),
         ("pca_directions", {"checkpoints": STATES, "model": 3}, "`model` must be a torch.nn.Mod"),

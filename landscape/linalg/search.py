@@ -78,13 +78,13 @@ class EigenSearch:
         Raises:
             ValueError: If an argument is out of range.
         """
-        total = sum(k for k, _ in wanted.values())
         for k, _ in wanted.values():
             check_count("k", k, 1)
             if k > vectors.dim:
                 raise ValueError(
                     f"`k` must be at most the dimension {vectors.dim}, got {k}; lower `k`."
                 )
+        total = sum(k for k, _ in wanted.values())
         check_count("max_iter", max_iter, min(total, vectors.dim))
         check_positive("tol", tol)
         check_basis(max_basis, basis_dtype, basis_device)

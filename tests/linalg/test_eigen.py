@@ -390,6 +390,7 @@ def test_a_product_that_is_not_finite_is_refused_at_any_step(step):
         ({"tol": "x"}, ValueError, "`tol` must be positive and finite, got 'x'"),
         ({"certify": None}, ValueError, "`certify` must be a bool or a probability .* got None"),
         ({"k": True}, ValueError, "`k` must be a whole number, got True"),
+        ({"k": None}, ValueError, "`k` must be a whole number, got None"),
         ({"max_basis": "x"}, ValueError, "`max_basis` must be a whole number, got 'x'"),
         ({"basis_device": "gpu"}, ValueError, "`basis_device` must be a device .* got 'gpu'"),
         ({"start": 3}, TypeError, "`start` must be vectors in a tensor or an array, got int"),
