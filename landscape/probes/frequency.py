@@ -100,7 +100,7 @@ def frequency_robustness(
         data: Re-iterable of batches of normalised images `(n, c, h, w)` with labels or target
             probabilities; in one order for all models.
         frequencies: Centres of the rings in units of π, increasing.
-        width: Width of a ring in units of π.
+        width: Width of a ring in units of π, at most 3.
         norm: Root mean square of the noise over the pixels and channels of an image, in units of
             full scale (0 to 1). The default is a heuristic: the paper states none.
         clip: Whether to clip noisy pixels to 0 … 1, which spreads the noise over other frequencies
