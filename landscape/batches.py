@@ -206,7 +206,14 @@ class FrozenBatches:
         if self._transform is not None:
             generator = torch.Generator().manual_seed(_mix(self._seed, index))
             with OwnStreams(_mix(self._seed, index)).entered():  # some draw from the global ones
-                inputs, targets = self._transform(copied(inputs), copied(targets), generator)
+                drawn = self._transform(copied(inputs), copied(targets), generator)
+            if not isinstance(drawn, tuple | list) or len(drawn) != 2:
+                many = f" of {len(drawn)}" if isinstance(drawn, tuple | list) else ""
+                raise TypeError(
+                    "`transform` must return (x, y) when called as `transform(x, y, generator)`, "
+                    f"got a {type(drawn).__name__}{many}."
+                )
+            inputs, targets = drawn
             inputs, targets = placement.place(inputs), self._place_targets(targets)
             if _size(inputs, targets) != size:
                 raise ValueError(

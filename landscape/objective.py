@@ -10,6 +10,7 @@ of L (or two products with its Hessian) would belong to two different functions.
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +27,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointFunction
 
 from landscape import trial
-from landscape._checks import check_at_least
+from landscape._checks import check_at_least, check_count
 from landscape._names import name_of
 from landscape.batches import (
     LABEL_KEYS,
@@ -51,7 +52,7 @@ from landscape.losses import (
     takes_float32,
 )
 from landscape.memory import free_memory
-from landscape.parameters import Choice, ParameterSpace, call_with
+from landscape.parameters import Choice, ParameterSpace, call_with, check_parameters
 from landscape.restore import (
     Cache,
     caches_of,
@@ -99,6 +100,10 @@ class Objective:
                 "make a module of a class, as in `nn.CrossEntropyLoss()`."
             )
         check_reduction(self.loss)
+        if self.transform is not None:
+            check_transform(self.transform)
+        check_parameters(self.parameters)
+        check_count("seed", self.seed)
 
     def describe(self) -> str:
         """Return the objective in one line, for `Provenance`."""
@@ -134,6 +139,26 @@ class Objective:
             up to 16 samples of a second batch; with `loss=None`, two of 32 samples of both.
         """
         return FrozenObjective(self, model, data, keep_bytes, check_mean)
+
+
+def check_transform(transform: Transform) -> None:
+    """Refuse what cannot be called as `transform(x, y, generator)`.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    wanted = "a function of (x, y, generator) that returns (x, y)"
+    if not callable(transform):
+        raise TypeError(f"`transform` must be {wanted}, got {type(transform).__name__}.")
+    with suppress(ValueError):  # a function in C may not tell what it takes
+        signature = inspect.signature(transform)
+        try:
+            signature.bind(None, None, None)
+        except TypeError:
+            raise TypeError(
+                f"`transform` must be {wanted}, got {name_of(transform)}{signature}; pass "
+                "`lambda x, y, generator: transform(x, y)` for one of two arguments."
+            ) from None
 
 
 def check_objective(objective: object) -> None:

@@ -5,8 +5,8 @@ in the order of `model.named_parameters()`. A tied parameter is one parameter, u
 """
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class ParameterSpace:
         """The shapes of the chosen parameters, in the order of the flat vector."""
         return {name: tuple(value.shape) for name, value in self.values.items()}
 
-    @cached_property
+    @functools.cached_property
     def awake(self) -> dict[str, Tensor]:
         """The values, with small numbers in the place of tensors that are zero throughout.
 
@@ -80,7 +80,8 @@ class ParameterSpace:
         if not asleep:
             return self.values
         generator = torch.Generator().manual_seed(0)
-        noise = {n: torch.randn(v.shape, generator=generator) for n, v in asleep.items()}
+        draw = functools.partial(torch.randn, generator=generator, device="cpu")
+        noise = {n: draw(v.shape) for n, v in asleep.items()}
         return self.values | {n: (_SMALL * noise[n]).to(v) for n, v in asleep.items()}
 
     def state(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +119,12 @@ def aliases(model: nn.Module) -> dict[str, str]:
         name: first.setdefault(id(p), name)
         for name, p in model.named_parameters(remove_duplicate=False)
     }
-    return {name.replace("_orig_mod.", ""): known for name, known in names.items()} | names
+    return {plain_name(name): known for name, known in names.items()} | names
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter of a compiled model had before."""
+    return name.replace("_orig_mod.", "")
 
 
 def call_with(model: nn.Module, state: Mapping[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
@@ -148,6 +154,19 @@ def call_with(model: nn.Module, state: Mapping[str, Tensor], /, *args: Any, **kw
     return functional_call(model, placed, args, kwargs, tie_weights=False)
 
 
+def check_parameters(choice: object) -> None:
+    """Refuse what chooses no parameters.
+
+    Raises:
+        TypeError: If it is neither patterns nor a predicate, nor `None`.
+    """
+    if not callable(choice) and not isinstance(choice, Iterable | None):
+        raise TypeError(
+            "`parameters` must be patterns of names, a predicate `(name, parameter)` or None, got "
+            f"{type(choice).__name__}."
+        )
+
+
 def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:
     if isinstance(model, torch.jit.ScriptModule | nn.DataParallel):
         inner = "`model.module`" if isinstance(model, nn.DataParallel) else "what it was made of"
@@ -161,6 +180,7 @@ def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:
             "`model` must have a parameter with `requires_grad`, got none; "
             "call `model.requires_grad_(True)`."
         )
+    check_parameters(choice)
     if choice is None:
         return trainable
     if callable(choice):

@@ -133,7 +133,8 @@ def check_labels(loss: Loss | None, logits: Tensor, label_range: tuple[int, int]
         got = f"label {low}" if low == high else f"labels from {low} to {high}"
         raise ValueError(
             f"`data` must have labels in 0 … {classes - 1} for the {classes} outputs of "
-            f"`model`, got {got}."
+            f"`model`, got {got}; name a label that does not count, as in "
+            "`nn.CrossEntropyLoss(ignore_index=…)`."
         )
 
 
@@ -277,8 +278,8 @@ def _compare_mean(
     if math.isfinite(loss) and not abs(mean - loss) <= 1e-2 * max(abs(mean), abs(loss)):
         raise ValueError(
             f"`loss` must be a mean over samples, got {loss:.6g} for a batch whose parts "
-            f"average to {mean:.6g}; pass class weights as `nn.CrossEntropyLoss(weight=…)`, "
-            "or all samples as one batch."
+            f"average to {mean:.6g}; pass class weights and an ignored label as "
+            "`nn.CrossEntropyLoss(weight=…, ignore_index=…)`, or all samples as one batch."
         )
 
 

@@ -107,6 +107,26 @@ def test_an_ignored_label_may_lie_beyond_the_classes():
         Objective(loss=loss).freeze(model, batches)
 
 
+def borders_left_out(outputs, targets):
+    return F.cross_entropy(outputs, targets, ignore_index=255)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (F.cross_entropy, r"got labels from 0 to 255; .*`nn.CrossEntropyLoss\(ignore_index=…\)`"),
+        (borders_left_out, r"must be a mean .*`nn.CrossEntropyLoss\(weight=…, ignore_index=…\)`"),
+    ],
+    ids=["unnamed", "hidden"],
+)
+def test_the_remedy_of_an_ignored_label_is_named(loss, message):
+    (x, y), *others = make_batches((8, 3))
+    y = y.clone()
+    y[[0, 1, 4]] = 255
+    with pytest.raises(ValueError, match=message):
+        Objective(loss=loss).freeze(make_model("conv"), [(x, y), *others])
+
+
 def test_hidden_class_weights_and_sums_are_refused():
     model, batches = make_model("conv"), make_batches((8, 3))
     weight = torch.tensor([0.2, 1.0, 5.0]).double()
@@ -825,6 +845,49 @@ def test_bad_models_and_settings_are_refused():
         Objective(transform=lambda x, y, g: (x[:2], y[:2])).freeze(make_model("conv"), batches)
     with pytest.raises(ValueError, match="only ignored labels"):
         Objective().freeze(make_model("conv"), [(X, torch.full_like(Y, -100))])
+
+
+class Pairs(nn.Module):
+    """Takes any number of arguments and returns them all, as torchvision's `v2.MixUp` does."""
+
+    def forward(self, *arguments):
+        return arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"transform": "x"}, TypeError, r"`transform` must be a function of \(x, y, gen.* got str"),
+        (
+            {"transform": lambda x, y: (x, y)},
+            TypeError,
+            r"`transform` must .* got <lambda>\(x, y\)",
+        ),
+        ({"seed": "x"}, ValueError, "`seed` must be a whole number, got 'x'"),
+        ({"seed": 1.5}, ValueError, "`seed` must be a whole number, got 1.5"),
+        ({"parameters": 3}, TypeError, "`parameters` must be patterns of names, .* got int"),
+        ({"weight_decay": float("inf")}, ValueError, "`weight_decay` must be finite, got inf"),
+        ({"weight_decay": "x"}, ValueError, "`weight_decay` must be a number, got 'x'"),
+    ],
+)
+def test_an_objective_is_refused_when_it_is_made(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Objective(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("transform", "got"),
+    [
+        (lambda x, y, generator: x, "Tensor"),
+        (lambda x, y, generator: None, "NoneType"),
+        (Pairs(), "tuple of 3"),
+    ],
+    ids=["x", "nothing", "all"],
+)
+def test_a_transform_returns_inputs_and_targets(transform, got):
+    message = rf"`transform` must return \(x, y\) when called as `transform\(.*`, got a {got}\."
+    with pytest.raises(TypeError, match=message):
+        Objective(transform=transform).freeze(make_model("conv"), [(X, Y)])
 
 
 # --- one function at every pass ------------------------------------------------------------------

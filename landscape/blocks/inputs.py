@@ -38,7 +38,7 @@ def likely_images(model: nn.Module) -> Iterator[Tensor]:
     channels = _num_channels(model)
     stated = [size for size in map(_pair, _stated_sizes(model)) if size is not None]
     for height, width in dict.fromkeys([*stated, *((side, side) for side in _SIDES)]):
-        yield torch.randn(2, channels, height, width, generator=generator)
+        yield torch.randn(2, channels, height, width, generator=generator, device="cpu")
 
 
 def _num_channels(model: nn.Module) -> int:
@@ -81,4 +81,4 @@ def shape_key(inputs: Any) -> tuple[Any, ...]:
 def resized(model: nn.Module, inputs: Any, count: int) -> Any:
     """Return `count` samples of a batch, repeated where it has fewer."""
     size = num_samples(model, inputs)
-    return rows_of(inputs, size, torch.arange(count) % size)
+    return rows_of(inputs, size, torch.arange(count, device="cpu") % size)

@@ -44,10 +44,10 @@ def disk_kernel(radius: float, alias_blur: float) -> Tensor:
         Kernel `(k, k)`, k odd, float64, without its empty margin.
     """
     extent, taps = (8, 3) if radius <= 8 else (math.floor(radius), 5)
-    line = torch.arange(-extent, extent + 1, dtype=torch.float64)
+    line = torch.arange(-extent, extent + 1, dtype=torch.float64, device="cpu")
     disk = ((line[:, None] ** 2 + line**2) <= radius**2).double()
     disk /= disk.sum()
-    around = torch.arange(taps, dtype=torch.float64) - taps // 2
+    around = torch.arange(taps, dtype=torch.float64, device="cpu") - taps // 2
     weight = (-(around**2) / (2 * alias_blur**2)).exp()
     weight /= weight.sum()
     padded = F.pad(disk[None, None], [taps // 2] * 4, mode="reflect")

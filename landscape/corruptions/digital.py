@@ -128,7 +128,7 @@ def nearest(size: int, new: int) -> Tensor:
     """
     step = size / new  # added up, as there: it decides where a centre falls between two values
     centres = itertools.accumulate(itertools.repeat(step, new - 1), initial=step / 2)
-    return torch.tensor([int(centre) for centre in centres])
+    return torch.tensor([int(centre) for centre in centres], device="cpu")
 
 
 def _box(x: Tensor, height: int, width: int) -> Tensor:

@@ -26,6 +26,7 @@ _PHOTOGRAPHS = torch.tensor(
         [71, 95, 105, 35.2, 42.7, 47.4, 2.6, 0.45, 1.3, 0.13],  # CIFAR-C leaves it out
     ],
     dtype=torch.float32,
+    device="cpu",
 )
 
 

@@ -58,7 +58,8 @@ def jpeg_compression(x: Tensor, quality: int, streams: Streams) -> Tensor:
 def quantisation(table: tuple[int, ...], quality: int) -> Tensor:
     """Return the quantisation steps `(64,)` of a table of annex K at a quality from 1 to 100."""
     percent = 5000 // quality if quality < 50 else 200 - 2 * quality
-    return torch.tensor([min(max((step * percent + 50) // 100, 1), 255) for step in table])
+    steps = [min(max((step * percent + 50) // 100, 1), 255) for step in table]
+    return torch.tensor(steps, device="cpu")
 
 
 def to_ycc(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,18 +58,18 @@ def gaussian_matrix(size: int, sigma: float, truncate: float, boundary: Boundary
         Matrix `(size, size)`, float64.
     """
     if sigma <= 0:
-        return torch.eye(size, dtype=torch.float64)
+        return torch.eye(size, dtype=torch.float64, device="cpu")
     radius = int(truncate * sigma + 0.5)
-    offset = torch.arange(-radius, radius + 1)
+    offset = torch.arange(-radius, radius + 1, device="cpu")
     weight = (-0.5 * (offset.double() / sigma) ** 2).exp()
     weight /= weight.sum()
-    source = torch.arange(size)[:, None] + offset
+    source = torch.arange(size, device="cpu")[:, None] + offset
     if boundary == "nearest":
         source = source.clamp(0, size - 1)
     else:
         source = source.remainder(2 * size)
         source = torch.minimum(source, 2 * size - 1 - source)
-    matrix = torch.zeros(size, size, dtype=torch.float64)
+    matrix = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     return matrix.scatter_add_(1, source, weight.expand(size, -1))
 
 
@@ -89,8 +89,8 @@ def box_matrix(size: int, new: int) -> Tensor:
     """
     scale = size / new
     wide = max(scale, 1.0)
-    centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * scale
-    at = torch.arange(size, dtype=torch.float64)
+    centre = (torch.arange(new, dtype=torch.float64, device="cpu")[:, None] + 0.5) * scale
+    at = torch.arange(size, dtype=torch.float64, device="cpu")
     # Evaluated in Pillow's order, because rounding decides where a centre lies on the edge.
     first, last = ((centre + edge * wide + 0.5).floor() for edge in (-0.5, 0.5))
     away = (at - centre + 0.5) * (1 / wide)
@@ -117,11 +117,11 @@ def zoom_matrix(size: int, factor: float, centred: bool) -> Tensor:
     """
     number = zoom_source(size, factor)[1]
     new = round(number * factor)
-    at = torch.arange(new, dtype=torch.float64) * ((number - 1) / (new - 1))
+    at = torch.arange(new, dtype=torch.float64, device="cpu") * ((number - 1) / (new - 1))
     if centred:
         trim = (new - size) // 2
         at = at[trim : trim + size]
-    tent = 1 - (at[:, None] - torch.arange(number)).abs()
+    tent = 1 - (at[:, None] - torch.arange(number, device="cpu")).abs()
     return tent.clamp_(min=0) * (at[:, None] <= number - 1)
 
 

@@ -28,7 +28,7 @@ def shot_noise(x: Tensor, photons: float, streams: Streams) -> Tensor:
 
 def shot_values(counts: Tensor, photons: float) -> Tensor:
     """Return the grey levels of photon counts, rounded down in float64 as in the original."""
-    most = torch.arange(math.ceil(photons) + 1, dtype=torch.float64)
+    most = torch.arange(math.ceil(photons) + 1, dtype=torch.float64, device="cpu")
     table = ((most / photons).clamp(max=1) * 255).floor().float().to(counts.device)
     return _looked_up(table, counts.clamp(max=len(table) - 1))
 
@@ -76,13 +76,13 @@ def alias_tables(photons: float) -> tuple[Tensor, Tensor, Tensor]:
         smallest on miss less than 1e-12 of the probability.
     """
     columns = 1 << math.ceil(math.log2(16 * math.sqrt(photons) + 16))
-    mean = photons * torch.arange(256, dtype=torch.float64)[:, None] / 255
+    mean = photons * torch.arange(256, dtype=torch.float64, device="cpu")[:, None] / 255
     lowest = (mean.floor() - columns // 2).clamp(min=0)
-    count = lowest + torch.arange(columns, dtype=torch.float64)
+    count = lowest + torch.arange(columns, dtype=torch.float64, device="cpu")
     rest = (torch.xlogy(count, mean) - mean - torch.lgamma(count + 1)).exp()
     rest *= columns / rest.sum(1, keepdim=True)
     threshold = torch.ones_like(rest)
-    alias = torch.arange(columns).expand_as(rest).clone()
+    alias = torch.arange(columns, device="cpu").expand_as(rest).clone()
     # What a column lacks is taken from the fullest one; a column that is done holds exactly 1.
     for _ in range(columns):
         least, poor = rest.min(1, keepdim=True)

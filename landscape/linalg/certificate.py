@@ -26,6 +26,7 @@ from math import erf, sqrt
 
 import numpy as np
 
+from landscape._checks import is_number
 from landscape.linalg.krylov import BEYOND_DOUBT
 
 MISS = 0.01
@@ -42,8 +43,8 @@ def check_certify(certify: bool | float) -> float:
     """
     if isinstance(certify, bool):
         return MISS if certify else 0.0
-    if not 0 < certify < 1:
-        raise ValueError(f"`certify` must be a bool or a probability in (0, 1), got {certify}.")
+    if not is_number(certify) or not 0 < certify < 1:
+        raise ValueError(f"`certify` must be a bool or a probability in (0, 1), got {certify!r}.")
     return certify
 
 

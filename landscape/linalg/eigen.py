@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from landscape._checks import check_choice, check_generator
+from landscape._checks import check_choice, check_generator, check_type
 from landscape._progress import progress_bar
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.operators import SymmetricOperator
@@ -71,7 +71,10 @@ def top_eigenpairs(
 
     Raises:
         ValueError: If an argument is out of range or a product is not finite.
+        TypeError: If `operator` is no SymmetricOperator.
     """
+    remedy = "wrap a matrix as `MatrixOperator(matrix)`"
+    check_type("operator", operator, SymmetricOperator, "a SymmetricOperator", remedy)
     check_choice("which", which, ("LM", "LA", "SA"))
     search = EigenSearch(
         operator,

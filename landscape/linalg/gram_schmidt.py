@@ -45,7 +45,7 @@ def _orthogonalise_in_parts(w: Tensor, basis: Tensor, rest: Tensor) -> tuple[Ten
     """
     columns = torch.split(basis, CHUNK, dim=1)
     parts = list(zip(columns, torch.split(w, CHUNK), torch.split(rest, CHUNK), strict=True))
-    total = torch.zeros(len(basis), dtype=torch.float64)
+    total = torch.zeros(len(basis), dtype=torch.float64, device=basis.device)
     for rows, piece, _ in parts:
         total += (rows @ piece).double()
     left = torch.zeros_like(total)

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_at_least
+from landscape._checks import check_at_least, is_number
 from landscape.batches import PreparedBatch
 from landscape.linalg.gradient import (
     GradientGraph,
@@ -117,7 +117,8 @@ class HessianOperator(CurvatureOperator):
             ValueError: If the loss is not finite on some batch, an argument is out of range, or the
                 model has gradient checkpointing on.
         """
-        self.memory = _memory_budget(memory)
+        check_memory(memory)
+        self.memory = memory
         super().__init__(model, data, objective)
 
     @classmethod
@@ -142,9 +143,10 @@ class HessianOperator(CurvatureOperator):
                 GPU to run on.
         """
         check_precision(precision, frozen.space)
+        check_memory(memory)
         self = cls.__new__(cls)
         self.precision, self.bytes_per_sample = precision, bytes_per_sample
-        self.memory = _memory_budget(memory)
+        self.memory = memory
         self._set_frozen(frozen)
         return self
 
@@ -319,12 +321,17 @@ def _copies(frozen: FrozenObjective) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in frozen.space.values.items()}
 
 
-def _memory_budget(memory: Memory) -> Memory:
-    if memory != "auto":
-        if isinstance(memory, str):
-            raise ValueError(f"`memory` must be 'auto', bytes or a fraction, got {memory!r}.")
-        check_at_least("memory", memory, 0)
-    return memory
+def check_memory(memory: Memory) -> None:
+    """Refuse what is no amount of memory.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(memory, str) and memory == "auto":
+        return
+    if not is_number(memory):
+        raise ValueError(f"`memory` must be 'auto', bytes or a fraction, got {memory!r}.")
+    check_at_least("memory", memory, 0)  # type: ignore[arg-type]  # no text is a number
 
 
 def _bytes(memory: Memory, device: torch.device) -> int:

@@ -398,7 +398,7 @@ class _Step:
     chain: int
     row: int
     shares: Tensor
-    coefficients: Tensor = field(default_factory=lambda: torch.empty(0))
+    coefficients: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
 
 _TINY = 1e-200

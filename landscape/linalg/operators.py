@@ -96,7 +96,7 @@ class SymmetricOperator(ABC):
             vectors = torch.from_numpy(np.ascontiguousarray(array).reshape(self.dim, -1))
             return self.matmat(vectors).cpu().numpy().reshape(array.shape)
 
-        dtype = torch.empty((), dtype=self.dtype).numpy().dtype
+        dtype = torch.empty((), dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(
             (self.dim, self.dim), matvec=product, rmatvec=product, matmat=product, dtype=dtype
         )

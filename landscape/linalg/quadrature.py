@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from landscape._checks import check_count
+from landscape._checks import check_count, check_positive
 from landscape.linalg.gram_schmidt import are_long, inner, length, orthogonalise
 from landscape.linalg.operators import SymmetricOperator
 from landscape.linalg.search import BASIS_BYTES, random_unit_vector
@@ -96,7 +96,7 @@ def spectral_density(
         The density; each row of weights is scaled to 1 − c/dim.
 
     Raises:
-        ValueError: If `sigma` is not positive.
+        ValueError: If `sigma` is not positive and finite.
     """
     outliers = np.zeros(0) if outliers is None else outliers
     if len(outliers) < dim:
@@ -226,13 +226,13 @@ def check_density(num_steps: int, num_probes: int, sigma: float | None) -> None:
 
 
 def _check_sigma(sigma: float | None) -> None:
-    """Refuse a width that is not positive.
+    """Refuse a width that is not positive and finite.
 
     Raises:
         ValueError: If it is not.
     """
-    if sigma is not None and not sigma > 0:
-        raise ValueError(f"`sigma` must be positive, got {sigma}.")
+    if sigma is not None:
+        check_positive("sigma", sigma)
 
 
 def _expectation(

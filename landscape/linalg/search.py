@@ -6,7 +6,13 @@ from math import sqrt
 import numpy as np
 import torch
 
-from landscape._checks import check_choice, check_count
+from landscape._checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_positive,
+    check_type,
+)
 from landscape.linalg.certificate import OWN, chances, check_certify, watched
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, rank, select
 from landscape.linalg.gram_schmidt import are_long
@@ -72,14 +78,16 @@ class EigenSearch:
         Raises:
             ValueError: If an argument is out of range.
         """
-        total = sum(k for k, _ in wanted.values())
         for k, _ in wanted.values():
             check_count("k", k, 1)
             if k > vectors.dim:
-                raise ValueError(f"`k` must be at most the dimension {vectors.dim}, got {k}.")
+                raise ValueError(
+                    f"`k` must be at most the dimension {vectors.dim}, got {k}; lower `k`."
+                )
+        total = sum(k for k, _ in wanted.values())
         check_count("max_iter", max_iter, min(total, vectors.dim))
-        check_tol(tol)
-        check_choice("basis_dtype", basis_dtype, (None, torch.float64, torch.float32))
+        check_positive("tol", tol)
+        check_basis(max_basis, basis_dtype, basis_device)
         long = are_long(vectors.dim, vectors.dtype, vectors.device)
         if basis_dtype is None and long and tol >= SINGLE_TOL:
             basis_dtype = torch.float32
@@ -351,14 +359,21 @@ class EigenSearch:
         return values
 
 
-def check_tol(tol: float) -> None:
-    """Refuse a tolerance that is not positive.
+def check_basis(
+    max_basis: int | None,
+    basis_dtype: torch.dtype | None,
+    basis_device: torch.device | str | None,
+) -> None:
+    """Refuse a basis of vectors that cannot be made, whatever the operator.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If an argument is out of range.
     """
-    if not tol > 0:
-        raise ValueError(f"`tol` must be positive, got {tol}.")
+    if max_basis is not None:
+        check_count("max_basis", max_basis, 1)
+    check_choice("basis_dtype", basis_dtype, (None, torch.float64, torch.float32))
+    if basis_device is not None:
+        check_device("basis_device", basis_device)
 
 
 def start_vector(start: torch.Tensor | np.ndarray, dim: int) -> torch.Tensor:
@@ -370,8 +385,10 @@ def start_vector(start: torch.Tensor | np.ndarray, dim: int) -> torch.Tensor:
 
     Raises:
         ValueError: If it has another shape, or its sum is zero or not finite.
+        TypeError: If it is no tensor or array.
     """
-    start = torch.as_tensor(start)
+    check_type("start", start, torch.Tensor | np.ndarray, "vectors in a tensor or an array")
+    start = start if isinstance(start, torch.Tensor) else torch.from_numpy(start)
     if start.dim() not in (1, 2) or start.shape[-1] != dim or not len(start):
         raise ValueError(
             f"`start` must have shape ({dim},) or (m, {dim}), got {tuple(start.shape)}."

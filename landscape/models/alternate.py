@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from landscape._checks import check_at_least
+from landscape._checks import check_count
 from landscape.models.alternet import AlterNet, MSABlock, image_multiple, msa_positions
 from landscape.models.layers import WindowAttention, check_sizes, init_with_attention
 from landscape.models.residual_stages import (
@@ -133,12 +133,13 @@ def _windows(
             f"which leaves {sides[-1]}x{sides[-1]}; pass the size of your images, or a `window`."
         )
     chosen = sides[-1] if window is None else window
-    windows = list(chosen) if isinstance(chosen, Iterable) else [int(chosen)] * len(parts)
+    windows = list(chosen) if isinstance(chosen, Iterable) else [chosen] * len(parts)
     if len(windows) != len(parts):
         raise ValueError(
             f"`window` must be one number or one per stage ({len(parts)}), got {len(windows)}."
         )
-    check_at_least("window", min(windows), 1)
+    for size in windows:
+        check_count("window", size, 1)
     for i, (side, size, count) in enumerate(zip(sides, windows, stages, strict=True), start=1):
         if count and side % size:
             fits = [k for k in range(2, side + 1) if side % k == 0]

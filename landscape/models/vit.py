@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from landscape._checks import check_choice
+from landscape._checks import check_at_least, check_choice, check_count
 from landscape.models.layers import (
     Residual,
     chain,
@@ -110,7 +110,7 @@ class VisionTransformer(nn.Module):
 
     Raises:
         ValueError: If a size is below 1 or does not divide its whole, `window` is even, `pool` is
-            unknown, or `drop_path` is outside [0, 1).
+            unknown, `norm_eps` is negative, or `drop_path` is outside [0, 1).
     """
 
     def __init__(
@@ -136,6 +136,7 @@ class VisionTransformer(nn.Module):
         if dim % heads:
             raise ValueError(f"`dim` must be a multiple of `heads` = {heads}, got {dim}.")
         check_choice("pool", pool, get_args(Pool))
+        check_at_least("norm_eps", norm_eps, 0)
         grid = check_side("`image_size`", image_size, patch_size)
         super().__init__()
         self.image_size = image_size
@@ -191,8 +192,9 @@ def neighbourhood_mask(grid: int, window: int, class_token: bool) -> Tensor:
         Boolean `(tokens, tokens)`, with `tokens = grid² + class_token`; rows attend to columns.
 
     Raises:
-        ValueError: If `window` is even or below 1.
+        ValueError: If `window` is not a whole number, even, or below 1.
     """
+    check_count("window", window)
     if window < 1 or window % 2 == 0:
         raise ValueError(f"`window` must be odd and at least 1, got {window}.")
     place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))  # (patches, 2)

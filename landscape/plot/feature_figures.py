@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d import Axes3D
 
 from landscape.plot import style, texts
 from landscape.plot.features import (
@@ -189,10 +190,15 @@ def panels(results: "Mapping[str, Result]") -> Figure:
         ValueError: If `results` is empty.
     """
     with mpl.rc_context(style.rc()):
-        figure, axes = _panels(2.3, results)
+        figure = _figure(2.3, results)
         notes = [0.0]
-        for ax, (name, result) in zip(axes[0], results.items(), strict=True):
+        for place, (name, result) in enumerate(results.items(), start=1):
+            projection = style.PROJECTIONS.get(result._plot or "")
+            ax = figure.add_subplot(1, len(results), place, projection=projection)
             result.plot(ax=ax)
+            if isinstance(ax, Axes3D):  # no layout keeps room for the labels of a box
+                ax.set_box_aspect(None, zoom=0.8)
+                ax.set(title=ax.get_zlabel(), xlabel="$a$", ylabel="$b$", zlabel="")
             notes.append(_head(ax, name, len(results)))
             ax.set_xlabel(texts.wrapped_title(ax.get_xlabel(), len(results)))
         figure.set_figheight(2.3 + max(notes))
@@ -209,7 +215,8 @@ def _head(ax: Axes, name: str, panels: int) -> float:
         note.remove()
     text = "\n".join(lines)
     look: dict[str, Any] = {"size": style.NOTE_SIZE, "color": style.MUTED, "gid": "note"}
-    ax.text(0, 1.01, text, transform=ax.transAxes, va="bottom", **look)
+    # That of flat axes: the method of 3D axes wants a third coordinate.
+    Axes.text(ax, 0, 1.01, text, transform=ax.transAxes, va="bottom", **look)
     ax.set_title("")
     room = 1.45 * style.NOTE_SIZE * (text.count("\n") + 1) if text else 0.0
     pad = mpl.rcParams["axes.titlepad"] + room
@@ -262,11 +269,16 @@ def _against_depth(results: Mapping[str, Any], draw: Callable[..., Axes], **look
 
 def _panels(height: float, results: Mapping[str, Any], rows: int = 1) -> tuple[Figure, Any]:
     """Return a figure with a column a result, and its axes `(rows, columns)`."""
+    figure = _figure(height, results)
+    return figure, figure.subplots(rows, len(results), squeeze=False)
+
+
+def _figure(height: float, results: Mapping[str, Any]) -> Figure:
+    """Return a figure with room for a column a result."""
     if not results:
         raise ValueError("`results` must hold at least one result, got an empty mapping.")
     width = style.TEXT_WIDTH if len(results) > 1 else style.COLUMN_WIDTH
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, len(results), squeeze=False)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _share(axes: Sequence[Axes]) -> None:

@@ -124,6 +124,10 @@ def letter_panel(panel: FigureBase, letter: str) -> None:
     panel.text(0.005, 0.995, letter, va="top", weight="bold", size=10)
 
 
+PROJECTIONS = {"loss_surface": "3d", "polar_trajectory": "polar"}
+"""Axes that a drawing needs by default, where these are not flat ones."""
+
+
 def fresh_axes(projection: str | None = None) -> Axes:
     """Return the axes of a new figure, whose layout leaves no text off the page."""
     axes: Axes = plt.subplots(subplot_kw={"projection": projection}, layout="constrained")[1]

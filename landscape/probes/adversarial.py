@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_choice, check_count, check_generator
+from landscape._checks import check_choice, check_count, check_generator, check_positive
 from landscape.objective import predict
 from landscape.probes.attacks import Target
 from landscape.probes.pixels import Channels, PixelScale, split_image
@@ -138,8 +138,8 @@ def adversarial_robustness(
     balls = increasing("radii", radii)
     check_count("steps", steps, 1)
     check_count("restarts", restarts, 1)
-    if step_size is not None and not 0 < step_size < np.inf:
-        raise ValueError(f"`step_size` must be positive and finite, got {step_size}.")
+    if step_size is not None:
+        check_positive("step_size", step_size)
     if attack == "fgsm":
         steps, step_size, random_start, restarts = 1, None, False, 1
     elif restarts > 1 and not random_start:

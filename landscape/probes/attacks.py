@@ -13,6 +13,8 @@ Only the direction of g counts. For a label y that of −log p_y = log(1 + e^a) 
 not safe for being certain.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -110,10 +112,11 @@ class Target:
 
     def _point(self, generator: torch.Generator) -> Tensor:
         shape = self._x.shape[1:]
+        made: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         if self._norm == "linf":
-            return 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
-        point = torch.randn(shape, generator=generator, dtype=torch.float32)
-        length = torch.rand((), generator=generator, dtype=torch.float32) ** (1 / point.numel())
+            return 2 * torch.rand(shape, **made) - 1
+        point = torch.randn(shape, **made)
+        length = torch.rand((), **made) ** (1 / point.numel())
         point *= length / torch.linalg.vector_norm(point)
         return point
 

@@ -25,8 +25,8 @@ class CalibrationBins:
 
     def __init__(self, num_bins: int = NUM_BINS) -> None:
         self._num_bins = num_bins
-        self._count = torch.zeros((), dtype=torch.float64)
-        self._sums = torch.zeros((), dtype=torch.float64)
+        self._count = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._sums = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, confidence: Tensor, right: Tensor, counted: Tensor | None = None) -> None:
         """Add one batch.

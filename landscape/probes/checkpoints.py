@@ -13,13 +13,15 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from landscape._checks import check_module, check_type
 
 State = Mapping[str, Tensor]
 Source = State | str | os.PathLike[str] | nn.Module
@@ -97,6 +99,8 @@ def read_trail(
     Raises:
         ValueError: If there are too few, or they are not of one model.
     """
+    if model is not None:
+        check_module(model)
     sources = _sources(checkpoints)
     if len(sources) < at_least:
         raise ValueError(
@@ -133,11 +137,12 @@ def read_trail(
     )
 
 
-def read_state(source: Source) -> tuple[State, float | None]:
+def read_state(source: Source, name: str = "checkpoints") -> tuple[State, float | None]:
     """Return a state dict, and the epoch or step that it or its file's name tells.
 
     Args:
         source: State dict, module, or path of a file that `torch.save` wrote.
+        name: Name of the argument that it came with.
 
     Raises:
         TypeError: If it is none of these.
@@ -152,11 +157,9 @@ def read_state(source: Source) -> tuple[State, float | None]:
         named = re.findall(r"(?:epoch|step|iter)[^\d]*(\d+)", stem, re.IGNORECASE)
         number = named[:1] or re.findall(r"\d+", stem)[-1:]
         step = float(number[0]) if number else None
-        content = _load(Path(source))
-    elif not isinstance(source, Mapping):
-        raise TypeError(
-            f"`checkpoints` must be state dicts, paths or modules, got {type(source).__name__}."
-        )
+        content = _load(Path(source), name)
+    else:
+        check_type(name, source, Mapping, "state dicts, paths or modules")
     if isinstance(content, Mapping):
         for key in ("step", "epoch"):
             if isinstance(content.get(key), int | float):
@@ -166,7 +169,7 @@ def read_state(source: Source) -> tuple[State, float | None]:
     tensors = _tensors(content) if isinstance(content, Mapping) else {}
     if not tensors:
         raise ValueError(
-            f"`checkpoints` must hold tensors by name, alone or under one of {_WRAPPERS}, got "
+            f"`{name}` must hold tensors by name, alone or under one of {_WRAPPERS}, got "
             f"{_describe(source)}."
         )
     return tensors, step
@@ -176,6 +179,7 @@ def _sources(checkpoints: Checkpoints) -> list[Source]:
     if isinstance(checkpoints, Mapping | nn.Module):
         raise TypeError("`checkpoints` must be a sequence, got a single one.")
     if not isinstance(checkpoints, str | os.PathLike):
+        check_type("checkpoints", checkpoints, Iterable, "a folder or a sequence")
         return list(checkpoints)
     folder = Path(checkpoints)
     if not folder.is_dir():
@@ -194,7 +198,7 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
     return [(1, int(p), "") if p.isdigit() else (0, 0, p) for p in pieces]
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, name: str) -> Any:
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -205,7 +209,7 @@ def _load(path: Path) -> Any:
     except _DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"`checkpoints` must be files that `torch.load(…, weights_only=True)` reads, got "
+            f"`{name}` must be files that `torch.load(…, weights_only=True)` reads, got "
             f"{str(path)!r} ({reason}); save the state dict alone."
         ) from error
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from landscape._checks import check_module
 from landscape.batches import Placement
 from landscape.blocks import Block, Blocks, check_blocks
 from landscape.probes.feature_maps import BlockTable, at_least_single, table_fields
@@ -110,6 +111,9 @@ def cka(
             not one feature a sample, blocks are those of another model, or `blocks_b` is given
             without `model_b`.
     """
+    check_module(model_a, "model_a")
+    if model_b is not None:
+        check_module(model_b, "model_b")
     if blocks_b is not None and model_b is None:
         raise ValueError("`blocks_b` must be None without `model_b`, got blocks; pass `model_b`.")
     started = time.perf_counter()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_choice, check_count, check_generator
+from landscape._checks import check_choice, check_count, check_generator, check_type
 from landscape.corruptions.apply import check_images, corrupt
 from landscape.corruptions.severities import CORRUPTIONS, PROFILES, SEVERITIES, Profile
 from landscape.objective import predict
@@ -184,6 +184,9 @@ def corruption_robustness(
             de-normalisation, targets are not those of a classifier, `baseline` was measured
             otherwise, or the images are not those of `source`.
     """
+    kinds = PublishedCorruptions | None
+    check_type("source", source, kinds, "PublishedCorruptions", "see `load_published_corruptions`")
+    check_type("baseline", baseline, CorruptionRobustness | None, "a CorruptionRobustness or None")
     maker = _Maker(profile, check_generator(generator).initial_seed()) if source is None else source
     names = _distinct("corruptions", corruptions, maker.corruptions)
     levels = _distinct("severities", severities, maker.severities)
@@ -274,8 +277,9 @@ def _distinct(name: str, values: Iterable[Any], choices: Sequence[object]) -> tu
     Raises:
         ValueError: If there is none, one comes twice, or one is unknown.
     """
-    chosen = (values,) if isinstance(values, str) else tuple(values)
-    if isinstance(values, str) or not chosen or len(set(chosen)) != len(chosen):
+    several = isinstance(values, Iterable) and not isinstance(values, str)
+    chosen = tuple(values) if several else ()
+    if not chosen or len(set(chosen)) != len(chosen):
         raise ValueError(
             f"`{name}` must be a sequence of one or more different values, got {values!r}."
         )

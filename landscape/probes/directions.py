@@ -26,8 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_choice, check_count, check_generator, nearest
-from landscape.parameters import Choice, ParameterSpace, aliases
+from landscape._checks import (
+    as_texts,
+    check_choice,
+    check_count,
+    check_generator,
+    check_type,
+    nearest,
+)
+from landscape.parameters import Choice, ParameterSpace, aliases, plain_name
 from landscape.provenance import weights_provenance
 from landscape.results import Provenance, Result
 
@@ -126,6 +133,8 @@ class Directions(Result):
     def tensors(self, model: nn.Module) -> list[dict[str, Tensor]]:
         """Return the directions as tensors on the model's device, by first parameter name.
 
+        Those of a compiled model suit the model as it was before, and the other way round.
+
         Args:
             model: A model with the parameters for which the directions were made.
 
@@ -137,8 +146,9 @@ class Directions(Result):
         """
         parameters = dict(model.named_parameters())
         first = aliases(model)
-        known = set(self.names) | set(self.ignored)
-        for name, array in self.vectors[0].items():
+        known = {plain_name(name) for name in (*self.names, *self.ignored)}
+        vectors = [{plain_name(n): a for n, a in vector.items()} for vector in self.vectors]
+        for name, array in vectors[0].items():
             if name not in first:
                 raise ValueError(
                     f"`directions` must be made for this model, got {name!r}, which it lacks; the "
@@ -163,7 +173,7 @@ class Directions(Result):
                 )
                 for name, array in vector.items()
             }
-            for vector in self.vectors
+            for vector in vectors
         ]
 
 
@@ -202,8 +212,7 @@ def random_directions(
     check_choice("normalization", normalization, ("filter", "layer", "input", None))
     generator = check_generator(generator)
     started = time.perf_counter()
-    if isinstance(exclude, str):
-        exclude = (exclude,)
+    exclude = as_texts("exclude", exclude, "pass `()` to leave out none")
     values = ParameterSpace(model, parameters).values
     moved = {n: v for n, v in values.items() if not _stays(n, v, ignore_1d, exclude)}
     if not moved:
@@ -232,9 +241,19 @@ def random_directions(
             num_parameters=sum(v.numel() for v in moved.values()),
             seed=generator.initial_seed(),
             seconds=time.perf_counter() - started,
-            settings={"ignore_1d": ignore_1d, "exclude": tuple(exclude)},
+            settings={"ignore_1d": ignore_1d, "exclude": exclude},
         ),
     )
+
+
+def check_directions(directions: object) -> None:
+    """Refuse what are no directions.
+
+    Raises:
+        TypeError: If they are something else.
+    """
+    makers = "`random_directions`, `eigen_directions`, `pca_directions` or `between`"
+    check_type("directions", directions, Directions, "Directions", f"make them with {makers}")
 
 
 def other_parameters(model: nn.Module, moved: Iterable[str]) -> tuple[str, ...]:

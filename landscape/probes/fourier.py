@@ -191,15 +191,17 @@ def _rings(height: int, width: int) -> Tensor:
     A column stands for its mirror image too, but for those of frequency 0 and π.
     """
     m = min(height, width)
-    down = 2 * torch.fft.fftfreq(height, dtype=torch.float64)
-    across = 2 * torch.fft.rfftfreq(width, dtype=torch.float64)
+    made: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    down = 2 * torch.fft.fftfreq(height, **made)
+    across = 2 * torch.fft.rfftfreq(width, **made)
     radius = (down[:, None].square() + across.square()).sqrt()
     ring = (radius * m / 2 - 1e-9).round().clamp_min(1)  # the lower of two equally near
     ring[0, 0] = 0
-    count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
+    count = torch.full((width // 2 + 1,), 2.0, **made)
     count[0] = 1
     if width % 2 == 0:
         count[-1] = 1
-    members = (ring.reshape(-1, 1) == torch.arange(m // 2 + 1)) * count.repeat(height)[:, None]
+    of_ring = ring.reshape(-1, 1) == torch.arange(m // 2 + 1, **made)
+    members = of_ring * count.repeat(height)[:, None]
     weights: Tensor = members / members.sum(0)
     return weights

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_generator
+from landscape._checks import check_generator, check_positive
 from landscape.objective import predict
 from landscape.probes.pixels import Channels, PixelScale, split_image
 from landscape.probes.scores import PairedResult, PairedScores, Truths, increasing, tracked_batches
@@ -32,6 +32,8 @@ from landscape.results import Provenance
 
 FREQUENCIES = tuple(i / 10 for i in range(1, 10))
 """Centres of the rings in units of π, as in Fig. 2b."""
+WIDEST = 3.0
+"""Width in units of π of a ring that holds all frequencies from any centre: above 2 √2."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def frequency_robustness(
         data: Re-iterable of batches of normalised images `(n, c, h, w)` with labels or target
             probabilities; in one order for all models.
         frequencies: Centres of the rings in units of π, increasing.
-        width: Width of a ring in units of π.
+        width: Width of a ring in units of π, at most 3.
         norm: Root mean square of the noise over the pixels and channels of an image, in units of
             full scale (0 to 1). The default is a heuristic: the paper states none.
         clip: Whether to clip noisy pixels to 0 … 1, which spreads the noise over other frequencies
@@ -119,9 +121,10 @@ def frequency_robustness(
             are not in 0 … 1, or targets are not those of a classifier.
     """
     centres = increasing("frequencies", frequencies)
-    for name, value in (("width", width), ("norm", norm)):
-        if not 0 < value < np.inf:
-            raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+    check_positive("width", width)
+    if width > WIDEST:
+        raise ValueError(f"`width` must be at most {WIDEST}, all frequencies, got {width}.")
+    check_positive("norm", norm)
     scale = PixelScale(data, mean, std)
     noise = _RingNoise(centres, width, norm, check_generator(generator).initial_seed())
     start = time.perf_counter()
@@ -174,7 +177,8 @@ class _RingNoise:
     def draw(self, x: Tensor) -> "Iterable[Tensor]":
         """Yield noise like `x` in pixel units for each ring, from one draw; at least float32."""
         # A draw a sample: numbers drawn together would depend on how many they are.
-        one = partial(torch.randn, generator=self._generator, dtype=torch.float32)
+        made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        one = partial(torch.randn, generator=self._generator, **made)
         delta = torch.stack([one(x.shape[1:]) for _ in x])
         dtype = torch.promote_types(x.dtype, torch.float32)
         spectrum = torch.fft.rfft2(delta.to(x.device, dtype))

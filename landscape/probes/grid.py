@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from landscape._checks import as_numbers
+
 Points = int | list[float] | np.ndarray
 
 
@@ -21,14 +23,14 @@ def spans(
     Raises:
         ValueError: If `span` is none of these.
     """
-    if isinstance(span, int | float | np.number):
-        ends = [-float(span), float(span)] * 2
-    else:
-        ends = [float(end) for end in span]
-        if len(ends) == 2:
-            ends = ends * 2
     kinds = "a number, (low, high)" + (" or (x_low, x_high, y_low, y_high)" * (num_axes == 2))
-    if len(ends) != 4 or (num_axes == 1 and ends[:2] != ends[2:]):
+    given = as_numbers("span", span, kinds)
+    ends = given.ravel().tolist()
+    if given.ndim == 0:
+        ends = [-ends[0], ends[0]] * 2
+    elif len(ends) == 2:
+        ends = ends * 2
+    if given.ndim > 1 or len(ends) != 4 or (num_axes == 1 and ends[:2] != ends[2:]):
         raise ValueError(f"`span` must be {kinds}, got {span!r}.")
     if not np.isfinite(ends).all() or not (ends[0] < ends[1] and ends[2] < ends[3]):
         raise ValueError(f"`span` must be finite and increasing, got {span!r}.")
@@ -55,9 +57,10 @@ def axis(span: tuple[float, float], points: Points) -> np.ndarray:
         # Written so that the middle of -s … s is 0 and not a rounding error.
         even: np.ndarray = (span[0] * (count - 1 - steps) + span[1] * steps) / (count - 1)
         return even
-    coordinates = np.array(points, dtype=np.float64)
+    kinds = "a number or finite coordinates"
+    coordinates = as_numbers("points", points, kinds)
     if coordinates.ndim != 1 or not len(coordinates) or not np.isfinite(coordinates).all():
-        raise ValueError(f"`points` must be a number or finite coordinates, got {points!r}.")
+        raise ValueError(f"`points` must be {kinds}, got {points!r}.")
     if not (np.diff(coordinates) > 0).all():
         raise ValueError(f"`points` must increase, got {points!r}; sort them.")
     return coordinates

@@ -6,21 +6,27 @@ The Hessian is that of the objective on frozen data, loss and weight decay, in e
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from landscape._checks import check_choice, check_count, check_generator
+from landscape._checks import (
+    check_choice,
+    check_count,
+    check_generator,
+    check_positive,
+    check_type,
+)
 from landscape._progress import progress_bar
 from landscape.linalg.certificate import check_certify
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.gradient import Precision
-from landscape.linalg.hessian import HessianOperator, Memory
+from landscape.linalg.hessian import HessianOperator, Memory, check_memory
 from landscape.linalg.krylov import RitzPairs
 from landscape.linalg.quadrature import SpectralDensity, check_density, density_of, spectral_density
-from landscape.linalg.search import EigenSearch, check_tol, multiply, start_vector
+from landscape.linalg.search import EigenSearch, check_basis, multiply, start_vector
 from landscape.linalg.trace import FEWEST, TraceEstimate, hutch_plus_plus
 from landscape.objective import Objective, check_objective
 from landscape.provenance import provenance
@@ -132,9 +138,11 @@ def hessian_spectrum(
     """
     began = time.perf_counter()
     check_count("num_probes", num_probes, 1)
-    generator = check_arguments(k, engine, tol, certify, start, precision, generator)
+    generator = check_arguments(k, engine, tol, certify, start, memory, precision, generator)
     if max_iter is None:
         max_iter = max(200, 80 * num_probes)
+    check_count("max_iter", max_iter, 1)
+    check_basis(max_basis, basis_dtype, basis_device)
     check_native(engine, max_basis=max_basis, basis_dtype=basis_dtype, basis_device=basis_device)
     first = start_vectors(start)
     if first is not None and density:
@@ -328,11 +336,14 @@ def start_vectors(
 
     Raises:
         ValueError: If a result was computed without vectors.
+        TypeError: If it is neither.
     """
     if start is None or isinstance(start, torch.Tensor):
         return start
     if isinstance(start, np.ndarray):
         return torch.from_numpy(start)
+    kind = HessianSpectrum | Eigenpairs
+    check_type("start", start, kind, "vectors, a HessianSpectrum, Eigenpairs or None")
     parts = [start.largest, start.smallest] if isinstance(start, HessianSpectrum) else [start]
     vectors = [part.vectors for part in parts if part.vectors is not None]
     if not vectors:
@@ -353,14 +364,17 @@ def check_arguments(
     tol: float,
     certify: bool | float,
     start: object,
+    memory: Memory,
     precision: str,
     generator: torch.Generator | None,
 ) -> torch.Generator:
     """Refuse bad arguments of a spectrum, and return the generator to use."""
     check_count("k", k, 1)
-    check_tol(tol)
+    check_positive("tol", tol)
     check_certify(certify)
-    check_choice("engine", engine, ("native", "pyhessian"))
+    check_memory(memory)
+    check_choice("precision", precision, get_args(Precision))
+    check_choice("engine", engine, get_args(Engine))
     check_native(engine, start=start, precision=None if precision == "full" else precision)
     return check_generator(generator)
 

@@ -128,7 +128,7 @@ def hessian_max_spectrum(
         TypeError: If `data` is not a re-iterable of batches.
     """
     began = time.perf_counter()
-    generator = check_arguments(k, engine, tol, certify, start, precision, generator)
+    generator = check_arguments(k, engine, tol, certify, start, memory, precision, generator)
     check_count("max_iter", max_iter, k if engine == "native" else 1)
     check_count("num_bootstrap", num_bootstrap, 1)
     if group is not None:
@@ -141,7 +141,9 @@ def hessian_max_spectrum(
     check_precision(precision, frozen.space)
     first = first if first is None else start_vector(first, frozen.space.dim)
     if k > frozen.space.dim:
-        raise ValueError(f"`k` must be at most the dimension {frozen.space.dim}, got {k}.")
+        raise ValueError(
+            f"`k` must be at most the dimension {frozen.space.dim}, got {k}; lower `k`."
+        )
     check_keeps(frozen)
     check_finite(frozen)
     total = frozen.num_batches

@@ -61,7 +61,7 @@ class Accuracy:
 
     def __init__(self, loss: Any) -> None:
         self._ignore = loss_settings(loss)[1]
-        self._sums = torch.zeros((), dtype=torch.float64)
+        self._sums = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, logits: Tensor, batch: PreparedBatch) -> None:
         """Add one batch."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landscape._checks import as_numbers
 from landscape.batches import Inputs
 from landscape.probes.scores import LargestSoFar
 
@@ -38,8 +39,9 @@ class PixelScale:
             found = [getattr(data, name, None) for name in ("mean", "std")]
             known = all(value is not None and not callable(value) for value in found)
             mean, std = found if known else (0.0, 1.0)
-        self.mean = torch.as_tensor(mean, dtype=torch.float64).cpu().reshape(-1)
-        self.std = torch.as_tensor(std, dtype=torch.float64).cpu().reshape(-1)
+        wanted = "a number or one number per channel"
+        self.mean = torch.from_numpy(as_numbers("mean", mean, wanted).reshape(-1))
+        self.std = torch.from_numpy(as_numbers("std", std, wanted).reshape(-1))
         if not (self.std > 0).all() or not torch.cat([self.mean, self.std]).isfinite().all():
             raise ValueError(
                 "`mean` and `std` must be finite and `std` positive, got "

@@ -57,7 +57,8 @@ def eigen_directions(
         shapes, others = space.shapes_by_name, other_parameters(model, space.names)
         name, dtypes = type(model).__name__, {n: v.dtype for n, v in space.values.items()}
     sizes = [math.prod(shape) for shape in shapes.values()]
-    table = torch.as_tensor(vectors).detach().cpu()
+    table = vectors if isinstance(vectors, torch.Tensor) else torch.from_numpy(vectors)
+    table = table.detach().cpu()
     if table.dim() != 2 or table.shape[1] != sum(sizes):
         raise ValueError(
             f"`spectrum` must have vectors of shape (k, {sum(sizes)}) for this model, got "
@@ -112,7 +113,7 @@ def pca_directions(
     trail = read_trail(checkpoints, model=model, at_least=num + 1)
     origin = trail.states[-1]
     count = len(trail.states)
-    gram = torch.zeros(count, count, dtype=torch.float64)
+    gram = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     for _, _, piece in trail.displacements(origin):
         piece = piece - piece.mean(0)
         gram += (piece @ piece.T).cpu()
@@ -129,7 +130,7 @@ def pca_directions(
         )
     mixes = mixes[:, :num] * torch.where(mixes[0, :num] < 0, -1.0, 1.0) / values[:num].sqrt()
     flat = [
-        {n: torch.empty(origin[n].numel(), dtype=torch.float64) for n in trail.names}
+        {n: torch.empty(origin[n].numel(), dtype=torch.float64, device="cpu") for n in trail.names}
         for _ in range(num)
     ]
     for name, start, piece in trail.displacements(origin):
@@ -181,7 +182,7 @@ def between(model: nn.Module, *states: Source, parameters: Choice = None) -> Dir
     values = space.values
     vectors: list[dict[str, np.ndarray]] = []
     for index, source in enumerate(states):
-        state: State = read_state(source)[0]
+        state: State = read_state(source, "states")[0]
         vector = {}
         for name, value in values.items():
             if name not in state or state[name].shape != value.shape:

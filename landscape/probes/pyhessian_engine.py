@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_count
+from landscape._checks import check_count, check_positive
 from landscape.batches import PreparedBatch
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, warn_unconverged
 from landscape.linalg.gradient import twice_differentiable
@@ -234,6 +234,8 @@ def _pyhessian(frozen: FrozenObjective, generator: torch.Generator) -> Iterator[
         stack.enter_context(torch.enable_grad())
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
+        if torch.get_default_device().type not in ("cpu", device.type):
+            stack.enter_context(torch.device("cpu"))  # it makes its vectors without a device
         cuda = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         torch.default_generator.manual_seed(seed)
@@ -245,10 +247,9 @@ def _pyhessian(frozen: FrozenObjective, generator: torch.Generator) -> Iterator[
 def _check(operator: HessianOperator, k: int, tol: float, max_iter: int) -> None:
     check_count("k", k, 1)
     if k > operator.dim:
-        raise ValueError(f"`k` must be at most the dimension {operator.dim}, got {k}.")
+        raise ValueError(f"`k` must be at most the dimension {operator.dim}, got {k}; lower `k`.")
     check_count("max_iter", max_iter, 1)
-    if not tol > 0:
-        raise ValueError(f"`tol` must be positive, got {tol}.")
+    check_positive("tol", tol)
     if operator.device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"`model` must be on the CPU or a CUDA device for engine='pyhessian', got "

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from landscape._checks import check_type
 from landscape._digest import bytes_of
 from landscape.objective import FrozenObjective
 from landscape.results import write_atomically
@@ -64,11 +65,13 @@ class PointRecord:
 
 
 def check_record(path: str | os.PathLike[str]) -> None:
-    """Refuse a folder.
+    """Refuse a folder, and what is no path.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If it is a folder.
+        TypeError: If it is no path.
     """
+    check_type("resume", path, str | os.PathLike, "a path")
     if Path(path).is_dir():
         raise ValueError(f"`resume` must be a file, got the folder {str(path)!r}.")
 

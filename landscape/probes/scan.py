@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from landscape._checks import check_at_least, check_choice, check_generator
+from landscape._checks import as_texts, check_at_least, check_choice, check_generator, check_module
 from landscape._progress import track
 from landscape.objective import Objective, check_objective
 from landscape.probes.adaptive import interpolate
-from landscape.probes.directions import Directions, random_directions
+from landscape.probes.directions import Directions, check_directions, random_directions
 from landscape.probes.measure import L2, BatchNorm, PointMeter
 from landscape.probes.record import PointRecord, check_record, fingerprint, open_record
 from landscape.provenance import provenance
@@ -59,6 +59,7 @@ def scan(
         The fields that the results of lines and surfaces share, arrays in the order of the grid.
     """
     started = time.perf_counter()
+    check_module(model)
     check_objective(objective)
     extra = _extra_metrics(metrics)
     check_choice("l2", l2, ("squared", "norms"))
@@ -221,18 +222,14 @@ class _Points:
 
 def _extra_metrics(metrics: Metric | Sequence[Metric]) -> tuple[str, ...]:
     """Return the metrics besides the loss, each once and in a fixed order."""
-    names: tuple[str, ...] = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    names = as_texts("metrics", metrics, "pass 'loss' for the loss alone")
     for name in names:
         check_choice("metrics", name, get_args(Metric))
     return tuple(name for name in ("accuracy", "ece") if name in names)
 
 
 def _check_directions(directions: Directions, num: int) -> None:
-    if not isinstance(directions, Directions):
-        raise TypeError(
-            f"`directions` must be Directions, got {type(directions).__name__}; make them with "
-            "`random_directions`, `eigen_directions`, `pca_directions` or `between`."
-        )
+    check_directions(directions)
     if len(directions) != num:
         raise ValueError(
             f"`directions` must hold {num}, got {len(directions)}; choose with "

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from landscape._checks import as_numbers
 from landscape._progress import track
 from landscape.batches import LABEL_KEYS, stream_batches
 from landscape.probes.metrics import hits
@@ -157,7 +158,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self._total = self._squares = torch.empty(0)
+        self._total = self._squares = torch.empty(0, device="cpu")
 
     def add(self, values: Tensor) -> None:
         """Add the values `(n, k)` of one batch."""
@@ -250,8 +251,9 @@ def increasing(name: str, values: Sequence[float]) -> np.ndarray:
     Raises:
         ValueError: If they are none, not finite, negative, or do not increase.
     """
-    array = np.array(values, dtype=np.float64)
+    wanted = "numbers from 0 upwards that increase"
+    array = as_numbers(name, values, wanted)
     good = array.ndim == 1 and array.size > 0 and bool(np.isfinite(array).all())
     if not good or array[0] < 0 or not (np.diff(array) > 0).all():
-        raise ValueError(f"`{name}` must be numbers from 0 upwards that increase, got {values!r}.")
+        raise ValueError(f"`{name}` must be {wanted}, got {values!r}.")
     return array

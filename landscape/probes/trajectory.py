@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape.probes.checkpoints import Checkpoints, Source, read_state, read_trail, shape_in
-from landscape.probes.directions import Directions
+from landscape.probes.directions import Directions, check_directions
 from landscape.provenance import weights_provenance
 from landscape.results import Provenance, Result
 
@@ -84,7 +84,7 @@ def polar_trajectory(
     """
     started = time.perf_counter()
     trail = read_trail(checkpoints, model=model)
-    squares = torch.zeros(len(trail.states), dtype=torch.float64)
+    squares = torch.zeros(len(trail.states), dtype=torch.float64, device="cpu")
     along = torch.zeros_like(squares)
     for _, _, piece in trail.displacements(trail.states[-1]):
         squares += piece.square().sum(1).cpu()
@@ -137,8 +137,9 @@ def project_trajectory(
             directions are not independent.
     """
     started = time.perf_counter()
+    check_directions(directions)
     trail = read_trail(checkpoints, model=model, at_least=1)
-    state = trail.states[-1] if origin is None else read_state(origin)[0]
+    state = trail.states[-1] if origin is None else read_state(origin, "origin")[0]
     for name in trail.names:
         got, wanted = shape_in(state, name), shape_in(trail.states[-1], name)
         if got != wanted:
@@ -151,8 +152,8 @@ def project_trajectory(
     scale = gram.diag().sqrt()
     if not torch.linalg.matrix_rank(gram / torch.outer(scale, scale), hermitian=True) == len(gram):
         raise ValueError("`directions` must be independent, got cosines of ±1 or a zero direction.")
-    squares = torch.zeros(len(trail.states), dtype=torch.float64)
-    along = torch.zeros(len(trail.states), len(vectors), dtype=torch.float64)
+    squares = torch.zeros(len(trail.states), dtype=torch.float64, device="cpu")
+    along = torch.zeros(len(trail.states), len(vectors), dtype=torch.float64, device="cpu")
     for name, start, piece in trail.displacements(state):
         squares += piece.square().sum(1).cpu()
         if name in vectors[0]:

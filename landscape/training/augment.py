@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from landscape._checks import check_count
+from landscape._checks import check_count, check_finite, check_within
 from landscape.batches import Transform
 from landscape.training.data import check_mean_and_std, denormalize, normalize
 
@@ -143,7 +143,7 @@ class HorizontalFlip:
     probability: float = 0.5
 
     def __post_init__(self) -> None:
-        check_probability("probability", self.probability)
+        check_within("probability", self.probability, 0, 1)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the images, some of them mirrored, and the labels as they are."""
@@ -177,7 +177,7 @@ class RandomErasing:
     value: float | None = None
 
     def __post_init__(self) -> None:
-        check_probability("probability", self.probability)
+        check_within("probability", self.probability, 0, 1)
         for name, (low, high) in (("area", self.area), ("ratio", self.ratio)):
             if not 0 < low <= high < math.inf:
                 raise ValueError(f"`{name}` must be positive and increasing, got {(low, high)}.")
@@ -234,51 +234,6 @@ def uniform(generator: torch.Generator, *shape: int) -> Tensor:
         *shape: Shape of the result.
     """
     return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
-
-
-def check_probability(name: str, value: float) -> None:
-    """Refuse what is no probability.
-
-    Args:
-        name: Name of the argument.
-        value: Its value.
-    """
-    check_within(name, value, 0, 1)
-
-
-def check_within(name: str, value: float, low: float, high: float) -> None:
-    """Refuse a number outside an interval.
-
-    Args:
-        name: Name of the argument.
-        value: Its value.
-        low: Lower end of the interval, which belongs to it.
-        high: Upper end, which does so too.
-
-    Raises:
-        ValueError: If `value` is outside, or no finite number.
-    """
-    check_finite(name, value)
-    if not low <= value <= high:
-        raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value}.")
-
-
-def check_finite(name: str, value: float) -> None:
-    """Refuse what is no finite number.
-
-    Args:
-        name: Name of the argument.
-        value: Its value.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    try:
-        finite = math.isfinite(value)
-    except TypeError:
-        finite = False
-    if not finite:
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
 
 
 def check_floats(transform: str, x: Tensor) -> None:

@@ -96,7 +96,7 @@ def build_up(
             another build-up.
     """
     check_data(data)
-    check_data(validation)
+    check_data(validation, "validation")
     check_choice("criterion", criterion, get_args(Criterion))
     if isinstance(train, Mapping) and (taken := sorted(_OURS & train.keys())):
         raise ValueError(

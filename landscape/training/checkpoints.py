@@ -90,7 +90,8 @@ def plan(
                 f"where `schedule` has whole `warmup_epochs`, got {name!r}."
             )
         named[name] = int(epoch)
-    check_count("trajectory", trajectory, 0)
+    if not isinstance(trajectory, bool):
+        check_count("trajectory", trajectory, 0)
     every = range(0, epochs, int(trajectory)) if trajectory else ()
     kept = (*every, epochs) if trajectory else ()
     return Saves(None if folder is None else Path(folder), named, kept)

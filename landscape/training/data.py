@@ -99,8 +99,8 @@ def _shift_and_scale(
     mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return `a` and `b`, each `(c, 1, 1)`, of the map `a + b · bytes`."""
-    deviations = torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
-    shift = -torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1) / deviations
+    deviations = torch.tensor(std, dtype=torch.float64, device="cpu").view(-1, 1, 1)
+    shift = -torch.tensor(mean, dtype=torch.float64, device="cpu").view(-1, 1, 1) / deviations
     both = torch.stack((shift, 1 / (255 * deviations))).float().to(device, non_blocking=True)
     return both[0], both[1]
 
@@ -200,7 +200,7 @@ class DeviceImages:
         order = None
         if self.shuffle:
             permutation = torch.randperm(
-                self.num_samples, generator=stream(self.seed, epoch, _ORDER)
+                self.num_samples, generator=stream(self.seed, epoch, _ORDER), device="cpu"
             )
             order = permutation.to(self.device, non_blocking=True)
         generator = stream(self.seed, epoch, _AUGMENT)
@@ -276,7 +276,7 @@ class DeviceImages:
         if not 1 <= which <= self.num_samples:
             raise ValueError(f"`which` must be between 1 and {self.num_samples}, got {which}.")
         generator = generator or torch.Generator().manual_seed(0)
-        order = torch.randperm(self.num_samples, generator=generator)
+        order = torch.randperm(self.num_samples, generator=generator, device="cpu")
         if stratified:
             order = _interleave_classes(order, self.labels.cpu())
         index = order[:which].sort().values.to(self.device)
@@ -342,10 +342,10 @@ class DeviceImages:
 def _interleave_classes(order: Tensor, labels: Tensor) -> Tensor:
     """Return `order` rearranged so that every beginning of it has the classes' proportions."""
     labels = labels[order]
-    position = torch.empty(len(order), dtype=torch.float64)
+    position = torch.empty(len(order), dtype=torch.float64, device="cpu")
     for label in range(int(labels.max()) + 1):
         members = (labels == label).nonzero().squeeze(1)
-        ranks = torch.arange(len(members), dtype=torch.float64)
+        ranks = torch.arange(len(members), dtype=torch.float64, device="cpu")
         position[members] = (ranks + 0.5) / max(len(members), 1)
     return order[position.argsort(stable=True)]
 

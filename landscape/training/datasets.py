@@ -185,8 +185,8 @@ def load_images(
         ]
     images, labels = _read(paths, source, split)
     return DeviceImages(
-        torch.tensor(images).to(device),
-        torch.tensor(labels).to(device),
+        torch.tensor(images, device="cpu").to(device),
+        torch.tensor(labels, device="cpu").to(device),
         mean=source.mean,
         std=source.std,
         classes=source.classes,

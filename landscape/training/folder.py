@@ -94,7 +94,10 @@ class FolderImages:
         for start in range(0, len(self._files), self._batch_size):
             part = self._files[start : start + self._batch_size]
             images = torch.stack([self._decode(file) for file, _ in part])
-            yield normalize(images, self.mean, self.std), torch.tensor([y for _, y in part])
+            yield (
+                normalize(images, self.mean, self.std),
+                torch.tensor([y for _, y in part], device="cpu"),
+            )
 
     def _decode(self, file: Path) -> Tensor:
         """Return one image as bytes `(3, size, size)`."""

@@ -145,7 +145,7 @@ class Means:
 
     def _columns(self) -> Tensor:
         """Return the four numbers of all batches, `(4, batches)`."""
-        return torch.stack(self._tallies, 1) if self._tallies else torch.zeros(4, 0)
+        return torch.stack(self._tallies, 1) if self._tallies else torch.zeros(4, 0, device="cpu")
 
 
 def train_epoch(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from landscape._checks import check_count
+from landscape._checks import check_at_least, check_count, check_finite, check_within
 from landscape.batches import Transform
 from landscape.training.augment import (
     Compose,
@@ -18,9 +18,7 @@ from landscape.training.augment import (
     RandomCrop,
     RandomErasing,
     box_mask,
-    check_finite,
     check_floats,
-    check_probability,
     uniform,
 )
 from landscape.training.randaugment import RandAugment
@@ -42,7 +40,7 @@ class LabelSmoothing:
 
     def __post_init__(self) -> None:
         check_count("num_classes", self.num_classes, 1)
-        check_probability("smoothing", self.smoothing)
+        check_within("smoothing", self.smoothing, 0, 1)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the images as they are and targets `(n, num_classes)` of their dtype."""
@@ -146,7 +144,7 @@ class OneOf:
     probability: float = 1.0
 
     def __post_init__(self) -> None:
-        check_probability("probability", self.probability)
+        check_within("probability", self.probability, 0, 1)
         if not self.transforms:
             raise ValueError("`transforms` must hold at least one transform, got none.")
 
@@ -197,7 +195,14 @@ def recipe(
 
     Returns:
         `Compose` of the parts in use.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
+    for name, share in (("flip", flip), ("erasing", erasing), ("probability", probability)):
+        check_within(name, share, 0, 1)
+    for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        check_at_least(name, alpha, 0)
     chain: list[Transform] = [Denormalize(mean, std)]
     if randaugment is None:
         colour = (min(max(float(value), 0.0), 1.0) for value in mean)

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from landscape._checks import check_at_least, check_count
-from landscape.training.augment import check_probability, check_within, uniform
+from landscape._checks import check_at_least, check_count, check_within
+from landscape.training.augment import uniform
 
 
 class _Op(NamedTuple):
@@ -64,6 +64,7 @@ _INDEX = {op.name: index for index, op in enumerate(OPS)}
 _SETTINGS = torch.tensor(
     [(op.scale / 10, op.offset, op.whole, op.signed) for op in OPS] + [(0.0,) * 4],
     dtype=torch.float32,
+    device="cpu",
 )
 # Pillow rounds down; this keeps 200 from becoming 199.99998 and then 199.
 _NUDGE = 1e-3
@@ -92,7 +93,7 @@ class RandAugment:
         check_count("num_ops", self.num_ops, 0)
         check_within("magnitude", self.magnitude, 0, 10)
         check_at_least("magnitude_std", self.magnitude_std, 0)
-        check_probability("probability", self.probability)
+        check_within("probability", self.probability, 0, 1)
         for value in self._fill:
             check_within("fill", value, 0, 255)
         if len(self._fill) not in (1, 3):
@@ -286,7 +287,7 @@ def _matrices(ops: Tensor, strength: Tensor, h: int, w: int) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     x, y = w / 2, h / 2
     turn = torch.stack((cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y), 1)
-    moved = torch.zeros(NONE + 1, 6, dtype=strength.dtype)
+    moved = torch.zeros(NONE + 1, 6, dtype=strength.dtype, device="cpu")
     moved[_INDEX["shear_x"], 1] = moved[_INDEX["shear_y"], 3] = 1
     moved[_INDEX["translate_x"], 2], moved[_INDEX["translate_y"], 5] = w, h
     return turn + moved.to(ops.device)[ops] * strength.unsqueeze(1)
@@ -311,6 +312,8 @@ def _warp(images: Tensor, matrices: Tensor, fill: int | Sequence[int]) -> Tensor
     across, down = points.abs_().unbind(1)
     outside = torch.maximum(across, down).floor_().clamp_(max=1).unsqueeze(1)  # 0 inside, 1 out
     # Made on the host and sent without waiting; made on a GPU, it would be waited for.
-    colour = torch.tensor(fill, dtype=torch.float32).to(images.device, non_blocking=True)
+    colour = torch.tensor(fill, dtype=torch.float32, device="cpu").to(
+        images.device, non_blocking=True
+    )
     colour = colour.view(-1, 1, 1)
     return seen.add_(_NUDGE).lerp_(colour.expand_as(seen), outside).to(torch.int16)

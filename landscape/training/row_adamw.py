@@ -39,15 +39,15 @@ class RowAdamW:
         """
         self._optimizers, self._parameters, self._rows = optimizers, parameters, rows
         self._moments = {key: torch.zeros_like(rows) for key in ("exp_avg", "exp_avg_sq")}
-        self._counts = torch.zeros(len(parameters), len(parameters[0]))
+        self._counts = torch.zeros(len(parameters), len(parameters[0]), device="cpu")
         sizes = [p.numel() for p in parameters[0]]
         group_of = {
             p: index
             for index, group in enumerate(optimizers[0].param_groups)
             for p in group["params"]
         }
-        groups = torch.tensor([group_of[p] for p in parameters[0]])
-        self._group = groups.repeat_interleave(torch.tensor(sizes)).to(rows.device)
+        groups = torch.tensor([group_of[p] for p in parameters[0]], device="cpu")
+        self._group = groups.repeat_interleave(torch.tensor(sizes, device="cpu")).to(rows.device)
         for row, (optimizer, own) in enumerate(zip(optimizers, parameters, strict=True)):
             pieces = {key: torch.split(m[row], sizes) for key, m in self._moments.items()}
             for index, parameter in enumerate(own):
@@ -111,5 +111,6 @@ class RowAdamW:
         values = torch.tensor(
             [[float(group[name]) for group in each.param_groups] for each in self._optimizers],
             dtype=self._rows.dtype,
+            device="cpu",
         ).to(self._rows.device, non_blocking=True)
         return values if values.shape[1] == 1 else values[:, self._group]

@@ -172,7 +172,7 @@ def make_run(
     """
     check_data(data)
     if validation is not None:
-        check_data(validation)
+        check_data(validation, "validation")
     check_count("epochs", epochs, 1)
     check_count("seed", seed, 0)
     if step.clip is not None and not step.clip > 0:

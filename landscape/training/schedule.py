@@ -82,7 +82,7 @@ def adamw(
         AdamW over all trainable parameters.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or a rate is negative.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
@@ -90,6 +90,8 @@ def adamw(
             "`model` must have a parameter that requires a gradient, got none; call "
             "`requires_grad_()` on the parts to train."
         )
+    check_at_least("lr", lr, 0)
+    check_at_least("weight_decay", weight_decay, 0)
     if decay_1d:
         return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay)
     groups = [

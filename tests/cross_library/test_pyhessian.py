@@ -397,7 +397,7 @@ def test_no_gradient_with_its_graph_stays_alive(sizes, interruption):
     ("arguments", "message"),
     [
         ({"k": 0}, "`k` must be at least 1, got 0"),
-        ({"tol": 0.0}, "`tol` must be positive, got 0.0"),
+        ({"tol": 0.0}, "`tol` must be positive and finite, got 0.0"),
         ({"max_iter": 0}, "`max_iter` must be at least 1, got 0"),
     ],
     ids=str,

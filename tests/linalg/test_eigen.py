@@ -392,11 +392,31 @@ def test_a_product_that_is_not_finite_is_refused_at_any_step(step):
         top_eigenpairs(Diagonal(torch.linspace(-1, 1, 203).double(), broken=step), 3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"operator": None}, TypeError, "`operator` must be a SymmetricOperator, got NoneType; wr"),
+        ({"operator": torch.eye(3)}, TypeError, r"got Tensor; .* `MatrixOperator\(matrix\)`"),
+        ({"tol": float("inf")}, ValueError, "`tol` must be positive and finite, got inf"),
+        ({"tol": "x"}, ValueError, "`tol` must be positive and finite, got 'x'"),
+        ({"certify": None}, ValueError, "`certify` must be a bool or a probability .* got None"),
+        ({"k": True}, ValueError, "`k` must be a whole number, got True"),
+        ({"k": None}, ValueError, "`k` must be a whole number, got None"),
+        ({"max_basis": "x"}, ValueError, "`max_basis` must be a whole number, got 'x'"),
+        ({"basis_device": "gpu"}, ValueError, "`basis_device` must be a device .* got 'gpu'"),
+        ({"start": 3}, TypeError, "`start` must be vectors in a tensor or an array, got int"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        top_eigenpairs(**{"operator": planted([1.0, 2.0, 3.0]), "k": 1} | arguments)
+
+
 def test_bad_input_is_refused():
     operator = planted([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
         top_eigenpairs(operator, 0)
-    with pytest.raises(ValueError, match="`k` must be at most the dimension 3, got 4"):
+    with pytest.raises(ValueError, match="`k` must be at most the dimension 3, got 4; lower `k`"):
         top_eigenpairs(operator, 4)
     with pytest.raises(ValueError, match="`which` must be one of 'LM', 'LA', 'SA', got 'BE'"):
         top_eigenpairs(operator, 1, "BE")

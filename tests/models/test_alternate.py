@@ -174,6 +174,7 @@ def test_positions_leave_a_convolution_block_before_each_msa(depth):
         ({"stages": (0, 0, 1), "heads": (1, 2, 0)}, "`heads` must be at least 1, got 0"),
         ({"stages": (0, 0, 1), "head_dim": 0}, "`head_dim` must be at least 1, got 0"),
         ({"stages": (0, 0, 1), "window": 0}, "`window` must be at least 1, got 0"),
+        ({"stages": (0, 0, 1), "window": 1.5}, "`window` must be a whole number, got 1.5"),
         ({"stages": (0, 0, 1), "window": (1, 2)}, "`window` must be one number or one per stage"),
         (
             {"stages": (0, 1, 0), "window": 7},

@@ -130,6 +130,9 @@ def test_dropout_acts_in_training_only():
         ({"num_classes": 0}, "`num_classes` must be at least 1, got 0"),
         ({"pool": "max"}, "`pool` must be one of 'cls', 'gap', got 'max'"),
         ({"window": 4}, "`window` must be odd and at least 1, got 4"),
+        ({"window": 1.5}, "`window` must be a whole number, got 1.5"),
+        ({"norm_eps": -1}, "`norm_eps` must be at least 0, got -1"),
+        ({"norm_eps": "x"}, "`norm_eps` must be a number, got 'x'"),
         ({"drop_path": 1.0}, "`drop_path` must be at least 0 and below 1, got 1.0"),
     ],
 )

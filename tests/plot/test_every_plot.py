@@ -88,6 +88,23 @@ def test_titles_and_notes_of_different_results_side_by_side_stay_apart():
         assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, text
 
 
+@pytest.mark.parametrize("kinds", ["s", "p", "w", "sl", "spw", "slpw"])
+def test_surfaces_and_paths_stand_side_by_side_with_flat_drawings(kinds):
+    known = {
+        "s": ("loss_surface", surface(), "3d"),
+        "l": ("loss_line", line([3, 1, 2]), "rectilinear"),
+        "p": ("polar_trajectory", polar(), "polar"),
+        "w": ("polar_trajectory", polar(angle=(0, 1, 2.6, np.nan)), "polar"),
+    }
+    figure = plot.panels({known[kind][0] + kind: known[kind][1] for kind in kinds})
+    assert [ax.name for ax in figure.axes] == [known[kind][2] for kind in kinds]
+    drawn = boxes(figure)
+    for text, box in drawn:
+        assert figure.bbox.padded(1).contains(box.x0, box.y0), text
+        assert figure.bbox.padded(1).contains(box.x1, box.y1), text
+    assert any("nats" in text for text, _ in drawn) == any(kind in "sl" for kind in kinds)
+
+
 LONG = [
     f"vit_base_patch16_clip_224.openai_ft_in12k_in1k, {i} epochs of mixup and cutmix on every image"
     for i in range(6)

@@ -184,6 +184,20 @@ def test_directions_are_refused_by_another_model():
         directions.tensors(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(2, 2)))
 
 
+@pytest.mark.parametrize("made", ["compiled", "plain"])
+@pytest.mark.parametrize("used", ["compiled", "plain"])
+def test_directions_suit_a_model_before_and_after_it_is_compiled(made, used):
+    plain = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    models = {"plain": plain, "compiled": torch.compile(plain, backend="eager")}
+    directions = random_directions(models[made])
+    vectors = directions.tensors(models[used])
+    names = [name for name, p in models[used].named_parameters() if p.dim() > 1]
+    for vector, array in zip(vectors, directions.vectors, strict=True):
+        assert list(vector) == names
+        for tensor, entries in zip(vector.values(), array.values(), strict=True):
+            np.testing.assert_array_equal(tensor.numpy(), entries)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

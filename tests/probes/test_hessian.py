@@ -536,29 +536,60 @@ class NeverCalled(nn.Module):
         raise AssertionError("work has begun")
 
 
+class NeverRead:
+    def __iter__(self):
+        raise AssertionError("work has begun")
+
+
 @pytest.mark.parametrize(
     ("probe", "arguments", "match"),
     [
-        ("hessian_spectrum", {"tol": 0}, "`tol` must be positive, got 0"),
+        ("hessian_spectrum", {"tol": 0}, "`tol` must be positive and finite, got 0"),
+        ("hessian_spectrum", {"tol": np.inf}, "`tol` must be positive and finite, got inf"),
+        ("hessian_spectrum", {"tol": None}, "`tol` must be positive and finite, got None"),
+        ("hessian_spectrum", {"tol": "x"}, "`tol` must be positive and finite, got 'x'"),
+        ("hessian_spectrum", {"tol": torch.ones(2)}, "`tol` must be positive and finite"),
         ("hessian_spectrum", {"certify": 1.5}, "`certify` must be a bool or a probability"),
+        ("hessian_spectrum", {"certify": None}, "`certify` must be a bool or .*, got None"),
+        ("hessian_spectrum", {"precision": "fp16"}, "`precision` must be one of 'full'"),
+        ("hessian_spectrum", {"engine": np.ones(2)}, "`engine` must be one of 'native'"),
+        ("hessian_spectrum", {"k": True}, "`k` must be a whole number, got True"),
+        ("hessian_spectrum", {"max_iter": -1}, "`max_iter` must be at least 1, got -1"),
+        ("hessian_spectrum", {"max_basis": "x"}, "`max_basis` must be a whole number, got 'x'"),
+        ("hessian_spectrum", {"basis_dtype": "x"}, "`basis_dtype` must be one of None"),
+        ("hessian_spectrum", {"basis_device": "gpu"}, "`basis_device` must be a device .* 'gpu'"),
+        ("hessian_spectrum", {"memory": -1}, "`memory` must be at least 0, got -1"),
+        ("hessian_spectrum", {"memory": np.inf}, "`memory` must be finite, got inf"),
+        ("hessian_spectrum", {"memory": "all"}, "`memory` must be 'auto', bytes or a fraction"),
         ("hessian_spectrum", {"num_probes": 0}, "`num_probes` must be at least 1"),
         (
             "hessian_spectrum",
             {"engine": "pyhessian", "max_basis": 9},
             "`max_basis` needs engine='native', got 'pyhessian'",
         ),
-        ("hessian_max_spectrum", {"tol": -1}, "`tol` must be positive, got -1"),
+        ("hessian_max_spectrum", {"tol": -1}, "`tol` must be positive and finite, got -1"),
+        ("hessian_max_spectrum", {"precision": "fp16"}, "`precision` must be one of 'full'"),
+        ("hessian_max_spectrum", {"memory": -1}, "`memory` must be at least 0, got -1"),
+        ("hessian_max_spectrum", {"num_bootstrap": True}, "`num_bootstrap` must be a whole number"),
         ("hessian_max_spectrum", {"certify": 2.0}, "`certify` must be a bool or a probability"),
         ("hessian_max_spectrum", {"num_bootstrap": 0}, "`num_bootstrap` must be at least 1"),
         ("hessian_max_spectrum", {"max_iter": 4}, "`max_iter` must be at least 5"),
         ("hessian_density", {"num_steps": 1}, "`num_steps` must be at least 2"),
-        ("hessian_density", {"sigma": -1}, "`sigma` must be positive, got -1"),
+        ("hessian_density", {"sigma": -1}, "`sigma` must be positive and finite, got -1"),
+        ("hessian_density", {"sigma": np.inf}, "`sigma` must be positive and finite, got inf"),
         ("hessian_trace", {"num_matvecs": 5}, "`num_matvecs` must be at least 6"),
     ],
 )
 def test_arguments_are_checked_before_the_model_is_called(probe, arguments, match):
     with pytest.raises(ValueError, match=match):
-        getattr(landscape, probe)(NeverCalled(), make_batches((7,)), **arguments)
+        getattr(landscape, probe)(NeverCalled(), NeverRead(), **arguments)
+
+
+@pytest.mark.parametrize("probe", [landscape.hessian_spectrum, landscape.hessian_max_spectrum])
+def test_what_is_no_start_is_refused(probe):
+    arguments = {"density": False} if probe is landscape.hessian_spectrum else {}
+    with pytest.raises(TypeError, match="`start` must be vectors, .* or None, got int"):
+        probe(NeverCalled(), NeverRead(), start=3, **arguments)
 
 
 def test_many_probes_have_their_products_each():

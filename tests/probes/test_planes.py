@@ -167,6 +167,10 @@ def test_between_refuses_itself_and_strangers():
         between(model, copy.deepcopy(model))
     with pytest.raises(ValueError, match="`states` must be of this model, got shape none"):
         between(model, make_model("conv"))
+    with pytest.raises(TypeError, match="`states` must be state dicts, .* got NoneType"):
+        between(model, None)
+    with pytest.raises(ValueError, match="`states` must hold tensors by name"):
+        between(model, {"epoch": 3})
     with pytest.raises(ValueError, match="`states` must be at least 1"):
         between(model)
 

@@ -271,6 +271,8 @@ def test_checkpoints_of_another_model_or_without_a_parameter_are_refused():
             polar_trajectory(states, model=known)
     with pytest.raises(ValueError, match="`origin` must be of the model .* got none for 'layer"):
         project_trajectory([spiral(0.0)], plane([1, 0, 0, 0]), origin=less)
+    with pytest.raises(TypeError, match="`origin` must be state dicts, .* got int"):
+        project_trajectory([spiral(0.0)], plane([1, 0, 0, 0]), origin=3)
     with pytest.raises(ValueError, match="`checkpoints` must be finite"):
         pca_directions([full, less | {"bias": torch.tensor([math.nan])}], num=1)
 

@@ -575,6 +575,10 @@ def test_bad_data_are_refused(data):
         fit(make_model(), DataLoader(Endless(), batch_size=None), epochs=1)
     with pytest.raises(TypeError, match="one-shot"):
         fit(make_model(), iter(data), epochs=1)
+    with pytest.raises(TypeError, match="`validation` must be an iterable of batches .* got int"):
+        fit(make_model(), data, epochs=1, validation=3)
+    with pytest.raises(TypeError, match=r"`validation` must be re-iterable .*list\(validation\)"):
+        fit(make_model(), data, epochs=1, validation=iter(data))
     with pytest.raises(ValueError, match="`data` must hold targets, got none in batch 0"):
         fit(make_model(), [{"input": torch.zeros(2, 1, 6, 6)}], epochs=1)
     with pytest.raises(ValueError, match="`data` must yield at least one batch"):

@@ -250,6 +250,21 @@ def test_other_shapes_are_refused(transform, generator):
             transform(x, y, generator)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"flip": -1}, r"`flip` must lie in \[0, 1\], got -1"),
+        ({"erasing": "x"}, r"`erasing` must lie in \[0, 1\], got 'x'"),
+        ({"probability": 2}, r"`probability` must lie in \[0, 1\], got 2"),
+        ({"mixup": -1}, "`mixup` must be at least 0, got -1"),
+        ({"cutmix": -1}, "`cutmix` must be at least 0, got -1"),
+    ],
+)
+def test_a_recipe_refuses_its_own_arguments(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        recipe((0.5,), (0.25,), 3, **arguments)
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="`alpha` must be positive, got 0"):
         Mixup(0.0)

@@ -60,6 +60,19 @@ def test_adamw_decays_what_it_says(decay_1d):
         torch.testing.assert_close(parameter.detach(), factor * before[name])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"lr": -1}, "`lr` must be at least 0, got -1"),
+        ({"lr": "x"}, "`lr` must be a number, got 'x'"),
+        ({"weight_decay": -1}, "`weight_decay` must be at least 0, got -1"),
+    ],
+)
+def test_adamw_refuses_rates_by_their_names(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        adamw(nn.Linear(2, 2), **arguments)
+
+
 def test_adamw_defaults_are_the_papers():
     defaults = adamw(nn.Linear(2, 2)).defaults
     assert (defaults["lr"], defaults["weight_decay"]) == (1.25e-4, 0.05)
