@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from landscape._checks import check_choice, check_generator, check_type
+from landscape._checks import check_choice, check_generator
 from landscape._progress import progress_bar
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.operators import SymmetricOperator
@@ -71,10 +71,13 @@ def top_eigenpairs(
 
     Raises:
         ValueError: If an argument is out of range or a product is not finite.
-        TypeError: If `operator` is no SymmetricOperator.
+        TypeError: If `operator` lacks what a SymmetricOperator says of itself.
     """
-    remedy = "wrap a matrix as `MatrixOperator(matrix)`"
-    check_type("operator", operator, SymmetricOperator, "a SymmetricOperator", remedy)
+    if not all(hasattr(operator, name) for name in ("dim", "dtype", "device", "matvec")):
+        raise TypeError(
+            "`operator` must have `dim`, `dtype`, `device` and `matvec`, got "
+            f"{type(operator).__name__}; wrap a matrix as `MatrixOperator(matrix)`."
+        )
     check_choice("which", which, ("LM", "LA", "SA"))
     search = EigenSearch(
         operator,

@@ -395,7 +395,7 @@ def test_a_product_that_is_not_finite_is_refused_at_any_step(step):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"operator": None}, TypeError, "`operator` must be a SymmetricOperator, got NoneType; wr"),
+        ({"operator": None}, TypeError, "`operator` must have `dim`, .* got NoneType; wr"),
         ({"operator": torch.eye(3)}, TypeError, r"got Tensor; .* `MatrixOperator\(matrix\)`"),
         ({"tol": float("inf")}, ValueError, "`tol` must be positive and finite, got inf"),
         ({"tol": "x"}, ValueError, "`tol` must be positive and finite, got 'x'"),
