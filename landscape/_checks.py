@@ -240,8 +240,8 @@ def check_python(model: torch.nn.Module) -> None:
             )
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Return the `known` names most like `name`, quoted, for an error message."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return three `known` names most like `name`, quoted, for an error message."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=count, cutoff=0.3) or known[:count]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
     return ", ".join(repr(match) for match in close)

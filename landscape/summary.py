@@ -16,7 +16,8 @@ def summarize(result: Any) -> str:
     """Return a dataclass in words, fields that are `None` left out.
 
     A field is followed by its error where there is a field for that: `x_stderr`, `x_interval`, or
-    `errors` or `stderr` of `value` or `values`. Other text is cut at the end of a line, with "…".
+    `errors` or `stderr` of `value`, `values` or `variance`. Other text is cut at the end of a line,
+    with "…".
 
     Args:
         result: The dataclass; fields that are dataclasses themselves are set in below their name,
@@ -43,7 +44,7 @@ def summarize(result: Any) -> str:
 
 def _errors_of(name: str) -> list[str]:
     own = [f"{name}_stderr", f"{name}_interval"]
-    return [*own, "errors", "stderr"] if name in ("value", "values") else own
+    return [*own, "errors", "stderr"] if name in ("value", "values", "variance") else own
 
 
 def _fits(value: Any, error: Any) -> bool:

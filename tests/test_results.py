@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 
 import landscape
 from landscape import Eigenpairs, Provenance, Result
@@ -219,6 +220,10 @@ def test_a_result_prints_numbers_with_their_errors_and_long_arrays_in_short():
     assert "\n  objective\n" in repr(result.provenance)
     estimate = landscape.hessian_trace(make_model("conv"), make_batches((4,)), num_matvecs=9)
     assert f"  value        {estimate.value:.4g} ± {estimate.stderr:.2g}\n" in str(estimate)
+    model = landscape.models.vit_nano(depth=2)
+    variance = landscape.feature_variance(model, [(torch.randn(4, 3, 32, 32), torch.arange(4))])
+    first = f"{variance.variance[0]:.4g} ± {variance.stderr[0]:.2g}"
+    assert f"  variance    {first}, " in str(variance)
     settings = repr(result.provenance).splitlines()[-1]
     assert settings.startswith("  settings        k=5, directions=(a, b), long=xxx")
     assert settings.endswith("x…")
