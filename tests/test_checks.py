@@ -51,10 +51,18 @@ PROBES = [
     ("corruption_robustness", {"baseline": 3}, "`baseline` must be a CorruptionRobustness or"),
     ("corruption_robustness", {"severities": 3}, "`severities` must be a sequence .* got 3"),
     ("evaluate", {"num_bins": True}, "`num_bins` must be a whole number, got True"),
-    ("feature_variance", {"blocks": ["*"]}, r"`blocks` must be Blocks or None, got list; pass `B"),
-    ("fourier_amplitude", {"blocks": "*"}, "`blocks` must be Blocks or None, got str"),
-    ("lesion_study", {"blocks": "*"}, "`blocks` must be Blocks or None, got str"),
-    ("cka", {"blocks_a": "*"}, "`blocks_a` must be Blocks or None, got str"),
+    (
+        "feature_variance",
+        {"blocks": ["*"]},
+        r"`blocks` must be Blocks of the model, or None .*, got list; pass B",
+    ),
+    (
+        "fourier_amplitude",
+        {"blocks": "*"},
+        "`blocks` must be Blocks of the model, or None .*, got str",
+    ),
+    ("lesion_study", {"blocks": "*"}, "`blocks` must be Blocks of the model, or None .*, got str"),
+    ("cka", {"blocks_a": "*"}, "`blocks_a` must be Blocks of the model, or None .*, got str"),
     ("cka", {"model_b": "x"}, "`model_b` must be a torch.nn.Module, got str"),
 ]
 
@@ -68,7 +76,11 @@ def test_a_probe_names_what_is_of_another_type(probe, arguments, message):
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [
-        ("architecture", {"model": Untouched(), "blocks": "*"}, "`blocks` must be Blocks or None"),
+        (
+            "architecture",
+            {"model": Untouched(), "blocks": "*"},
+            "`blocks` must be Blocks of the model, or None",
+        ),
         ("random_directions", {"model": Untouched(), "exclude": None}, "`exclude` must be a str"),
         ("random_directions", {"model": Untouched(), "exclude": [3]}, "`exclude` .* got int; pass"),
         ("random_directions", {"model": Untouched(), "parameters": 3}, "`parameters` must be pat"),
