@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from landscape.probes.evaluate import Evaluation
     from landscape.probes.frequency import RobustnessCurve
 
-FREQUENCY_LABEL = "Frequency of the noise (units of π)"
+FREQUENCY_LABEL = "Noise frequency (units of π)"
 DELTA_LABEL = "Δ accuracy (percentage points)"
 RADIUS_LABELS = {
     "linf": "Radius of the L∞ ball (1/255 of full scale)",

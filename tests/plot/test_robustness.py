@@ -153,7 +153,7 @@ def test_curves_are_percentage_points_with_two_paired_errors():
         np.testing.assert_allclose((low + high) / 2, y)
         np.testing.assert_allclose((high - low) / 2, 200 * result.delta_accuracy_stderr)
         assert drawn.lines[0].get_color() == style.family_color(name)
-    assert ax.get_xlabel() == "Frequency of the noise (units of π)"
+    assert ax.get_xlabel() == "Noise frequency (units of π)"
     assert ax.get_ylabel() == "Δ accuracy (percentage points)"
     labels = ax.get_legend_handles_labels()[1]
     assert labels == ["ResNet: clean 81.0 %", "ViT: clean 78.0 %"]
@@ -400,7 +400,7 @@ def test_interactive_curves_have_the_same_values_and_the_nll():
         assert trace.line.color == style.family_color(name)
     assert figure.data[0].name == "ResNet: clean 81.0 %"
     assert figure.layout.title.text == "noise RMS 0.1 of full scale, rings 0.1π wide"
-    assert figure.layout.xaxis.title.text == "Frequency of the noise (units of π)"
+    assert figure.layout.xaxis.title.text == "Noise frequency (units of π)"
 
 
 def test_interactive_attacks_have_the_same_values():

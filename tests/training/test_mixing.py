@@ -254,7 +254,7 @@ def test_other_shapes_are_refused(transform, generator):
     ("arguments", "match"),
     [
         ({"flip": -1}, r"`flip` must lie in \[0, 1\], got -1"),
-        ({"erasing": "x"}, r"`erasing` must lie in \[0, 1\], got 'x'"),
+        ({"erasing": "x"}, r"`erasing` must be a finite number, got 'x'"),
         ({"probability": 2}, r"`probability` must lie in \[0, 1\], got 2"),
         ({"mixup": -1}, "`mixup` must be at least 0, got -1"),
         ({"cutmix": -1}, "`cutmix` must be at least 0, got -1"),
