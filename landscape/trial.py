@@ -254,8 +254,8 @@ def check_own_mean(whole: float, parts: Sequence[float], sizes: Sequence[int]) -
         raise ValueError(
             f"`model` must return a `.loss` that is a mean over samples, got {whole:.6g} for some "
             f"whose parts average to {mean:.6g}; pass `Objective(loss=…)` with a function of "
-            "outputs and targets (tokens that are ignored count there as in PyTorch's), or all "
-            "samples as one batch."
+            "outputs and targets (`nn.CrossEntropyLoss()` of logits (n, classes, tokens) weighs "
+            "batches by the labels that count), or all samples as one batch."
         )
 
 

@@ -1232,10 +1232,24 @@ def test_a_loss_that_the_model_brings_is_a_mean_over_samples(generator):
     tokens = torch.randn(8, 6, 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(3, (8, 6), generator=generator)
     padded = labels.where(torch.arange(8)[:, None] < 4, -100).index_fill(1, torch.tensor(0), 1)
-    for targets, is_mean in ((labels, True), (padded, False)):
+    model, told = Summing("mean"), pytest.raises(ValueError, match="by the labels that count")
+    for targets, context in ((labels, nullcontext()), (padded, told)):
         batches = [{"x": tokens[i::2], "labels": targets[i::2]} for i in range(2)]
-        with nullcontext() if is_mean else pytest.raises(ValueError, match="tokens that are ignor"):
-            Objective(loss=None).freeze(Summing("mean"), batches)
+        with context:
+            Objective(loss=None).freeze(model, batches)
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, labels=None):
+            return self.model.head(x).transpose(1, 2)
+
+    batches = [{"x": tokens[i::2], "labels": padded[i::2]} for i in range(2)]
+    remedy = Objective(loss=nn.CrossEntropyLoss()).freeze(Turned(), batches)
+    whole = Objective(loss=None).freeze(model, [{"x": tokens, "labels": padded}])
+    assert remedy.value() == pytest.approx(whole.value(), rel=1e-12)
 
 
 @pytest.mark.parametrize("outputs", ["nothing", "tensor", "tuple", "mapping"])
