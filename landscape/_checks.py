@@ -115,6 +115,16 @@ def check_type(
         raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__}{advice}.")
 
 
+def check_callable(name: str, value: object, wanted: str) -> None:
+    """Refuse what cannot be called, and a class, which is yet to be made an object of.
+
+    Raises:
+        TypeError: If it is either.
+    """
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"`{name}` must be {wanted}, got {value!r}.")
+
+
 def check_module(model: object, name: str = "model") -> None:
     """Refuse a model that is no module.
 

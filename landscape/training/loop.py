@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape import trial
+from landscape._checks import check_module, check_type
 from landscape._loaders import with_own_workers
 from landscape.batches import Inputs, Placement, Transform, call_on, copied, split_batch
 from landscape.losses import Loss, amount_averaged, is_classification, is_probability, loss_settings
@@ -83,8 +84,11 @@ def check_optimizer(
     Raises:
         ValueError: If it has other parameters instead of the model's, or none that requires a
             gradient, or needs a closure.
+        TypeError: If it is no optimizer, or the model no module.
     """
     its, own = names
+    check_module(model, own)
+    check_type(its, optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     parameters = optimized(optimizer)
     ours = set(model.parameters())
     foreign = sum(p not in ours for p in parameters)

@@ -18,10 +18,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from landscape._checks import check_count, check_data
+from landscape._checks import check_callable, check_count, check_data, is_number
 from landscape._names import lasting_name
 from landscape.batches import split_batch
 from landscape.losses import check_reduction
+from landscape.objective import check_transform
 from landscape.provenance import forward_provenance
 from landscape.results import Provenance, Result
 from landscape.training import loop, surroundings
@@ -169,15 +170,19 @@ def make_run(
 
     Raises:
         ValueError: If an argument is out of range.
+        TypeError: If one is of another type.
     """
     check_data(data)
     if validation is not None:
         check_data(validation, "validation")
     check_count("epochs", epochs, 1)
     check_count("seed", seed, 0)
-    if step.clip is not None and not step.clip > 0:
-        raise ValueError(f"`clip` must be positive or None, got {step.clip}.")
+    if step.clip is not None and not (is_number(step.clip) and step.clip > 0):
+        raise ValueError(f"`clip` must be positive or None, got {step.clip!r}.")
+    check_callable("loss", step.loss, "a function of outputs and targets")
     check_reduction(step.loss)
+    if step.transform is not None:
+        check_transform(step.transform)
     if (
         isinstance(schedule, LRScheduler)
         and getattr(schedule, "optimizer", None) is not step.optimizer
@@ -187,6 +192,8 @@ def make_run(
             "another; pass that optimizer too."
         )
     schedule = schedule or WarmupCosine(epochs, min(5, epochs - 1))
+    if not isinstance(schedule, LRScheduler):
+        check_callable("schedule", schedule, "a function of the epoch, or a PyTorch scheduler")
     run = Run(
         step=step,
         data=data,

@@ -550,6 +550,25 @@ def test_bad_arguments_are_refused_before_training(data, tmp_path, arguments, ma
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"loss": None}, "`loss` must be a function of outputs and targets, got None"),
+        ({"loss": nn.CrossEntropyLoss}, "`loss` must be a function .* got <class"),
+        ({"transform": "x"}, r"`transform` must be a function of \(x, y, generator\)"),
+        ({"schedule": 3}, "`schedule` must be a function of the epoch, or a PyTorch sch.*, got 3"),
+        ({"optimizer": 3}, "`optimizer` must be a torch.optim.Optimizer, got int"),
+        ({"clip": "x"}, "`clip` must be positive or None, got 'x'"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_arguments_of_another_type_are_named(data, arguments, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        fit(make_model(), data, epochs=1, **arguments)
+    with pytest.raises(TypeError, match="`model` must be a torch.nn.Module, got NoneType"):
+        fit(None, data, epochs=1)
+
+
 def test_what_cannot_train_is_refused(data):
     model = make_model()
     with pytest.raises(ValueError, match="must take its step from one gradient, got LBFGS"):
