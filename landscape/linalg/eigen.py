@@ -92,5 +92,5 @@ def top_eigenpairs(
     with progress_bar("Eigenpairs", progress, max_iter) as bar:
         search.run(operator.matvec, starts=1, certify=certify, first=start, tick=bar.update)
     found = search.pairs(which, vectors)
-    warn_unconverged([found.converged], search.num_matvecs, tol)
+    warn_unconverged([found.converged], search.num_matvecs, tol, search.remedy())
     return found

@@ -275,6 +275,16 @@ class EigenSearch:
             return self.basis_at_restart
         return self._ritz, self.space.start_weights(self._ritz, starts)
 
+    def remedy(self) -> str:
+        """Return what to do about pairs that have not converged."""
+        off = self.space.asymmetry
+        if off > self._tol * float(np.abs(self._ritz.values).max()) and not self._rough:
+            return (
+                "the products are not those of a symmetric matrix (uᵀAv and vᵀAu differ by "
+                f"{off:.2g}), as where a function of the model has a wrong second derivative"
+            )
+        return "raise `max_iter`"
+
     def _coordinates(self, name: str) -> np.ndarray:
         """Return a wanted set's vectors in the basis, one per column."""
         k, which = self._wanted[name]

@@ -193,9 +193,8 @@ def hessian_spectrum(
             for _ in multiply(search.check(), operator.exact().matvec):
                 pass
     largest, smallest = search.pairs("largest", vectors), search.pairs("smallest", vectors)
-    warn_unconverged(
-        [largest.converged, smallest.converged], search.num_matvecs, tol, remedy(precision)
-    )
+    advice = search.remedy() if precision == "full" else remedy(precision)
+    warn_unconverged([largest.converged, smallest.converged], search.num_matvecs, tol, advice)
     taken = search.snapshot(num_probes)
     measure = None if taken is None else _density(*taken, operator.dim, k if certify else 0)
     return HessianSpectrum(
