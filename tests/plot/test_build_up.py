@@ -12,7 +12,7 @@ from landscape.plot import interactive, style
 from landscape.plot.build_up import build_up
 from landscape.results import Provenance
 from landscape.training import BuildUp
-from tests.plot.test_features import boxes
+from tests.plot.page import boxes
 
 MSAS = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 2), (0, 0, 1, 1), (0, 0, 2, 1), (0, 1, 1, 1)]
 KEPT = [True, True, False, True, False, False]

@@ -15,7 +15,7 @@ from landscape.plot.features import KIND_COLORS
 from landscape.probes.architecture import Architecture
 from landscape.results import Provenance
 from tests.plot.feature_cases import fields, resnet, vit
-from tests.plot.test_features import boxes
+from tests.plot.page import boxes
 
 
 def table(blocks, names=None):

@@ -21,8 +21,8 @@ from tests.plot.cases import (
     trajectory,
 )
 from tests.plot.feature_cases import fourier, lesions, resnet, similarity, variance, vit
+from tests.plot.page import boxes
 from tests.plot.test_build_up import table as build_up
-from tests.plot.test_figures import boxes
 from tests.plot.test_robustness import attacked, curve, evaluation
 from tests.plot.test_robustness import table as corruptions
 

@@ -5,13 +5,13 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from landscape.plot import feature_figures, features, interactive, style
 from tests.plot.feature_cases import fourier, lesions, resnet, similarity, variance, vit
+from tests.plot.page import boxes
 from tests.plot.test_robustness import curve
 
 SIDES = [32, *[32] * 3, *[16] * 4, *[8] * 6, *[4] * 3]
@@ -41,22 +41,6 @@ def spans(ax):
             ends = (patch.get_x(), patch.get_x() + patch.get_width())
             found.setdefault(to_hex(patch.get_facecolor()), []).append(ends)
     return found
-
-
-def boxes(figure):
-    """Boxes of all texts that are drawn, in pixels."""
-    drawn = []
-    original = Text.draw
-
-    def record(self, renderer, *args, **kwargs):
-        if self.get_visible() and self.get_text().strip():
-            drawn.append(self)
-        original(self, renderer, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Text, "draw", record)
-        FigureCanvasAgg(figure).draw()
-    return [(text.get_text(), text.get_window_extent()) for text in dict.fromkeys(drawn)]
 
 
 def test_every_block_has_its_curve_its_band_and_the_colour_of_its_depth():

@@ -13,6 +13,7 @@ from matplotlib.text import Text
 
 import landscape.plot as plot
 from tests.plot.cases import max_spectrum, polar, random_spectrum, surface
+from tests.plot.page import boxes
 
 EPOCHS = ("warm-up", "epoch 10", "epoch 20", "epoch 30")
 
@@ -35,23 +36,6 @@ def spectra(epochs=EPOCHS, scale=1.0):
 
 def texts_of(figure):
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
-
-
-def boxes(figure):
-    """Boxes of all texts that are drawn, in pixels."""
-    canvas = FigureCanvasAgg(figure)
-    drawn = []
-    original = Text.draw
-
-    def record(self, renderer, *args, **kwargs):
-        if self.get_visible() and self.get_text().strip():
-            drawn.append(self)
-        original(self, renderer, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Text, "draw", record)
-        canvas.draw()
-    return [(text.get_text(), text.get_window_extent()) for text in dict.fromkeys(drawn)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

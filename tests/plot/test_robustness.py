@@ -19,7 +19,7 @@ from landscape.probes.corruption import CorruptionRobustness
 from landscape.probes.evaluate import Evaluation
 from landscape.probes.frequency import RobustnessCurve
 from landscape.results import Provenance
-from tests.plot.test_figures import boxes
+from tests.plot.page import boxes
 
 FREQUENCIES = np.arange(1, 10) / 10
 

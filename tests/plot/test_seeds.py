@@ -11,7 +11,7 @@ from landscape.plot import style
 from landscape.plot.seeds import pool_runs, run_columns, run_curves, spectra_over_runs
 from landscape.probes.hessian_max import HessianMaxSpectrum
 from landscape.results import Provenance
-from tests.plot.test_figures import boxes
+from tests.plot.page import boxes
 
 
 def spectrum(values, nep, ape):
