@@ -2,9 +2,11 @@
 
     python examples/any_model.py timm:convnext_atto
     python examples/any_model.py torchvision:resnet18 --weights resnet18.pth --images imagenet/val
+    python examples/any_model.py torchvision:vgg11 --blocks "features.*"
 
 Without `--weights` the model is a random one; without `--images` so are the images (so that lesions
-mean nothing), from seed 0: both run offline.
+mean nothing), from seed 0: both run offline. Where no residual blocks are found, or none with a
+map, `--blocks` names modules; there are no lesions then.
 """
 
 import argparse
@@ -20,7 +22,9 @@ from landscape.training import FolderImages
 
 def main() -> None:
     """Build the model, measure, draw."""
-    args = parser(__doc__.split("\n")[0], max_images=200, out="any_model.png").parse_args()
+    arguments = parser(__doc__.split("\n")[0], max_images=200, out="any_model.png")
+    arguments.add_argument("--blocks", nargs="+", help="names or patterns of modules")
+    args = arguments.parse_args()
     torch.manual_seed(0)
     model, images = load(args)
     size = images["size"]
@@ -28,13 +32,14 @@ def main() -> None:
         data = FolderImages(args.images, batch_size=25, max_images=args.max_images, **images)
     else:
         data = [(torch.randn(8, 3, size, size), torch.arange(8))]
-    blocks = landscape.Blocks(model)
+    blocks = landscape.Blocks(model, args.blocks)
     print(blocks)
     panels = {
         "Fourier": landscape.fourier_amplitude(model, data, blocks=blocks, progress=True),
         "Variance": landscape.feature_variance(model, data, blocks=blocks, progress=True),
-        "Lesion": landscape.lesion_study(model, data, blocks=blocks, progress=True),
     }
+    if not args.blocks:
+        panels["Lesion"] = landscape.lesion_study(model, data, blocks=blocks, progress=True)
     plot.panels(panels).savefig(args.out)
     print(f"wrote {args.out}")
 

@@ -229,11 +229,19 @@ def test_a_figure_of_a_timm_model_on_a_folder_of_images(tmp_path):
     assert "needs --weights" in refused.stderr
 
 
-def test_any_model_by_name(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "block"),
+    [
+        (["timm:convnext_atto"], "stages.3.downsample.1: pool"),
+        (["timm:nest_tiny", "--blocks", "levels.?"], "levels.1: msa, 192 x 28 x 28"),
+    ],
+    ids=["found", "named"],
+)
+def test_any_model_by_name(arguments, block, tmp_path):
     zoo("timm")
-    done = run(str(ROOT / "examples/any_model.py"), "timm:convnext_atto", cwd=tmp_path)
+    done = run(str(ROOT / "examples/any_model.py"), *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "stages.3.downsample.1: pool" in done.stdout
+    assert block in done.stdout
     assert (tmp_path / "any_model.png").stat().st_size > 10_000
 
 
