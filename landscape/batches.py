@@ -206,14 +206,7 @@ class FrozenBatches:
         if self._transform is not None:
             generator = torch.Generator().manual_seed(_mix(self._seed, index))
             with OwnStreams(_mix(self._seed, index)).entered():  # some draw from the global ones
-                drawn = self._transform(copied(inputs), copied(targets), generator)
-            if not isinstance(drawn, tuple | list) or len(drawn) != 2:
-                many = f" of {len(drawn)}" if isinstance(drawn, tuple | list) else ""
-                raise TypeError(
-                    "`transform` must return (x, y) when called as `transform(x, y, generator)`, "
-                    f"got a {type(drawn).__name__}{many}."
-                )
-            inputs, targets = drawn
+                inputs, targets = transformed(self._transform, inputs, targets, generator)
             inputs, targets = placement.place(inputs), self._place_targets(targets)
             if _size(inputs, targets) != size:
                 raise ValueError(
@@ -348,6 +341,24 @@ def names_of_rows(inputs: Inputs, size: int) -> frozenset[str]:
 
 def _has_rows(value: Any, size: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
+
+
+def transformed(
+    transform: Transform, inputs: Any, targets: Any, generator: torch.Generator
+) -> tuple[Any, Any]:
+    """Return what a transform makes of a batch, which it gets a copy of.
+
+    Raises:
+        TypeError: If it returns something else than (x, y).
+    """
+    drawn = transform(copied(inputs), copied(targets), generator)
+    if not isinstance(drawn, tuple | list) or len(drawn) != 2:
+        many = f" of {len(drawn)}" if isinstance(drawn, tuple | list) else ""
+        raise TypeError(
+            "`transform` must return (x, y) when called as `transform(x, y, generator)`, got a "
+            f"{type(drawn).__name__}{many}."
+        )
+    return drawn[0], drawn[1]
 
 
 def copied(values: Any) -> Any:

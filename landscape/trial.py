@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from landscape.losses import (
@@ -61,11 +62,8 @@ def check_reached(model: nn.Module, chosen: Collection[str], outputs: Tensor) ->
     Raises:
         ValueError: If the graph of its outputs holds one.
     """
-    if not outputs.requires_grad:  # nothing that stands in for a parameter does
-        return
     known = {id(p): name for name, p in model.named_parameters()}
-    nodes, seen = [outputs.grad_fn], {outputs.grad_fn}
-    for node in nodes:  # grows
+    for node in nodes_behind([outputs]):  # none where nothing that stands in requires a gradient
         name = known.get(id(getattr(node, "variable", None)))
         if name in chosen:
             raise ValueError(
@@ -74,7 +72,15 @@ def check_reached(model: nn.Module, chosen: Collection[str], outputs: Tensor) ->
                 "replaced; look it up in the forward pass, or exclude it with "
                 "`Objective(parameters=…)`."
             )
-        for below, _ in node.next_functions if node is not None else ():
+
+
+def nodes_behind(tensors: Iterable[Tensor]) -> Iterator[Node]:
+    """Yield the nodes of the graphs that end in some tensors, each once."""
+    nodes = list(dict.fromkeys(t.grad_fn for t in tensors if t.grad_fn is not None))
+    seen = set(nodes)
+    for node in nodes:  # grows
+        yield node
+        for below, _ in node.next_functions:
             if below is not None and below not in seen:
                 seen.add(below)
                 nodes.append(below)

@@ -15,6 +15,7 @@ from landscape._checks import check_choice
 from landscape.linalg.layers import cheap_second_derivatives
 from landscape.parameters import ParameterSpace
 from landscape.restore import eagerly, rounding
+from landscape.trial import nodes_behind
 
 Precision = Literal["full", "tf32", "bf16"]
 
@@ -118,18 +119,11 @@ def check_twice_differentiable(gradient: Sequence[Tensor]) -> None:
     Raises:
         ValueError: If one does.
     """
-    nodes = [part.grad_fn for part in gradient if part.grad_fn is not None]
-    seen = set(nodes)
-    for node in nodes:  # grows
-        if node.name() == "torch::autograd::Error":
-            raise ValueError(
-                "`model` must be twice differentiable, got a function marked with "
-                "`once_differentiable`; write its backward pass in differentiable operations."
-            )
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                nodes.append(below)
+    if any(node.name() == "torch::autograd::Error" for node in nodes_behind(gradient)):
+        raise ValueError(
+            "`model` must be twice differentiable, got a function marked with "
+            "`once_differentiable`; write its backward pass in differentiable operations."
+        )
 
 
 def hessian_product(

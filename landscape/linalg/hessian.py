@@ -73,7 +73,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _setup(self) -> None:
         """Prepare what is kept between products; refuse a loss that is not finite."""
-        check_finite(self.frozen)
+        check_losses(self.frozen)
 
 
 class HessianOperator(CurvatureOperator):
@@ -184,7 +184,7 @@ class HessianOperator(CurvatureOperator):
                 if self.bytes_per_sample * batch.size <= budget:
                     self._graphs.append(graph)
                     budget -= int(self.bytes_per_sample * batch.size)
-        _check_finite_losses(losses)
+        _check_finite(losses)
 
     def _repeated(self) -> Repeated:
         """Return what multiplies with the graphs that are kept, and holds no reference to this."""
@@ -292,7 +292,7 @@ def check_keeps(frozen: FrozenObjective) -> None:
         )
 
 
-def check_finite(frozen: FrozenObjective) -> None:
+def check_losses(frozen: FrozenObjective) -> None:
     """Refuse NaN and infinite batch losses; a forward pass over the data.
 
     Raises:
@@ -300,10 +300,10 @@ def check_finite(frozen: FrozenObjective) -> None:
     """
     with torch.no_grad():
         losses = [frozen.data_term(frozen.space.values, batch) for batch in frozen.batches]
-    _check_finite_losses(losses)
+    _check_finite(losses)
 
 
-def _check_finite_losses(losses: list[Tensor]) -> None:
+def _check_finite(losses: list[Tensor]) -> None:
     """Refuse NaN and infinite batch losses.
 
     Raises:

@@ -18,7 +18,7 @@ from landscape._checks import check_count
 from landscape._progress import progress_bar
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.gradient import Precision, check_precision
-from landscape.linalg.hessian import HessianOperator, Memory, check_finite, check_keeps
+from landscape.linalg.hessian import HessianOperator, Memory, check_keeps, check_losses
 from landscape.linalg.lock_step import MiniBatchSolver
 from landscape.linalg.search import start_vector
 from landscape.objective import Objective, check_objective
@@ -145,7 +145,7 @@ def hessian_max_spectrum(
             f"`k` must be at most the dimension {frozen.space.dim}, got {k}; lower `k`."
         )
     check_keeps(frozen)
-    check_finite(frozen)
+    check_losses(frozen)
     total = frozen.num_batches
     if frozen.num_left_out:
         warnings.warn(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from landscape import trial
 from landscape._checks import check_module, check_type
 from landscape._loaders import with_own_workers
-from landscape.batches import Inputs, Placement, Transform, call_on, copied, split_batch
+from landscape.batches import Inputs, Placement, Transform, call_on, split_batch, transformed
 from landscape.losses import Loss, amount_averaged, is_classification, is_probability, loss_settings
 from landscape.objective import as_logits
 from landscape.recording import apart
@@ -264,8 +264,8 @@ def prepare(
     if is_classification(step.loss) and not targets.is_floating_point():
         targets = targets.long()
     if step.transform is not None and generator is not None:
-        drawn = step.transform(copied(inputs), copied(targets), generator)
-        inputs, targets = placement.place(drawn[0]), placement.place(drawn[1])
+        inputs, targets = transformed(step.transform, inputs, targets, generator)
+        inputs, targets = placement.place(inputs), placement.place(targets)
     return inputs, targets
 
 

@@ -569,6 +569,11 @@ def test_arguments_of_another_type_are_named(data, arguments, match):
         fit(None, data, epochs=1)
 
 
+def test_a_transform_that_returns_the_images_alone_is_told_what_to_return(data):
+    with pytest.raises(TypeError, match=r"`transform` must return \(x, y\) .*, got a Tensor"):
+        fit(make_model(), data, epochs=1, transform=lambda x, y, generator: x)
+
+
 def test_what_cannot_train_is_refused(data):
     model = make_model()
     with pytest.raises(ValueError, match="must take its step from one gradient, got LBFGS"):
