@@ -123,18 +123,18 @@ def claims(results: Results) -> list[Claim]:
     quantity = "NLL, augmented training images"
     sides = [("ResNet", nll["ResNet"]), ("ViT", nll["ViT"])]
     found = [
-        Claim("(a) ViT does not overfit: it fits worse than ResNet", quantity, *sides, about=1)
+        Claim("(a) ViT does not overfit: it fits worse than ResNet", quantity, *sides, about=6)
     ]
     best = min(networks, key=lambda label: nll[label].value)
     worst = max(networks, key=lambda label: nll[label].value)
     text = "(a) the network that fits best errs less than the one that fits worst"
     sides = [(best, error[best]), (worst, error[worst])]
-    found.append(Claim(text, "test error [%]", *sides, about=1))
+    found.append(Claim(text, "test error [%]", *sides, about=6))
     for name in ("ResNet", "ViT"):
         few = f"{name}, {SHARES[0]:.0%}"
         text = f"(b) little data disturbs the training of {name} rather than being overfitted"
         sides = [(name, nll[name]), (few, nll[few])]
-        found.append(Claim(text, quantity, *sides, about=1))
+        found.append(Claim(text, quantity, *sides, about=6))
     return found
 
 

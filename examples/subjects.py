@@ -33,6 +33,7 @@ from comparisons import (
 )
 from matplotlib.figure import Figure
 from outputs import figures_of, preset_of, read_setting, save_figure
+from scipy import stats
 from torch import nn
 from trained import (
     ALTERNET,
@@ -110,14 +111,15 @@ def run(study: Study, description: str) -> None:
 
 
 def mean_over_runs(runs: Sequence[Result]) -> Result:
-    """Return the mean of several runs' results, with standard errors of the spread between them.
+    """Return the mean of several runs' results, to be drawn.
 
     Args:
         runs: Results of one probe, one per run; blocks are those of the same network.
 
     Returns:
-        The first of them with every quantity that has a standard error averaged. One alone is
-        returned as it is.
+        The first of them with every quantity that has a standard error averaged, and for its error
+        half of the 95 % interval of the mean (Student's t) to one side, as plots draw two errors
+        each side. One alone is returned as it is.
     """
     if len(runs) == 1:
         return runs[0]
@@ -139,9 +141,10 @@ def mean_over_runs(runs: Sequence[Result]) -> Result:
 
 
 def _mean_and_error(values: Sequence[Any]) -> tuple[Any, Any]:
-    """Return mean and standard error over runs, the first axis."""
+    """Return mean and half of its interval to one side over runs, the first axis."""
     stacked = np.stack(values)
-    return stacked.mean(axis=0), stacked.std(axis=0, ddof=1) / np.sqrt(len(values))
+    ends = stats.t.ppf(0.975, len(values) - 1) * stats.sem(stacked)
+    return stacked.mean(axis=0), ends / 2
 
 
 def _measure_once(kinds: Sequence[str], args: argparse.Namespace, folder: Path) -> None:

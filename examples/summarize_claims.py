@@ -22,6 +22,8 @@ PAPER = {
     4: "Multi-stage networks behave like small models in series; MSAs at the end of a stage matter "
     "most",
     5: "AlterNet, whose stages end in MSAs, beats CNNs in small-data regimes too",
+    6: "Beside these: a weak inductive bias disturbs the training of ViTs, it does not make them "
+    "overfit; global average pooling and local attention predict better",
 }
 HEAD = """# The paper's claims, and what was measured here
 

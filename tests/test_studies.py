@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 import landscape
@@ -179,11 +180,11 @@ def test_the_page_of_claims_lists_every_verdict_with_its_evidence(tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["summarize_claims.py", "--figures", str(tmp_path)])
     page.main()
     text = (tmp_path / "CLAIMS.md").read_text()
-    assert list(page.PAPER) == [1, 2, 3, 4, 5]
+    assert list(page.PAPER) == [1, 2, 3, 4, 5, 6]
     assert all(sentence in text for sentence in page.PAPER.values())
     assert "**1 comparisons: 1 agree.**" in text
     assert "**2 comparisons: 1 disagree, 1 undecided.**" in text
-    assert text.count("Not measured.") == 3
+    assert text.count("Not measured.") == 4
     assert "| [Figure 9](fig9_claims.md) | varies | ratio | Conv 3 [2, 4] | MSA 0 [-1, 1] |" in text
 
 
@@ -226,7 +227,8 @@ def test_a_study_in_little(name, in_little):
     assert f"]({stem}_claims.md)" in (in_little / "out/CLAIMS.md").read_text()
 
 
-def test_runs_of_a_probe_are_averaged_with_the_spread_between_them():
+def test_runs_of_a_probe_are_averaged_and_drawn_with_intervals_over_runs():
+    half = stats.t.ppf(0.975, 2) / 2 / 3**0.5  # of the standard deviation of three runs
     mean_over_runs = importlib.import_module("subjects").mean_over_runs
     data = [(torch.rand(6, 3, 32, 32), torch.arange(6) % 3) for _ in range(2)]
     runs = {kind: [] for kind in importlib.import_module("comparisons").PROBES}
@@ -246,12 +248,12 @@ def test_runs_of_a_probe_are_averaged_with_the_spread_between_them():
         mean = mean_over_runs(runs[kind])
         values = np.array([getattr(run, quantity) for run in runs[kind]])
         np.testing.assert_allclose(getattr(mean, quantity), values.mean(0))
-        np.testing.assert_allclose(getattr(mean, error), values.std(0, ddof=1) / 3**0.5)
+        np.testing.assert_allclose(getattr(mean, error), half * values.std(0, ddof=1))
     mean = mean_over_runs(runs["fourier"])
     for block, curve in enumerate(mean.delta_log_amplitude):
         values = np.array([run.delta_log_amplitude[block] for run in runs["fourier"]])
         np.testing.assert_allclose(curve, values.mean(0))
-        np.testing.assert_allclose(mean.stderr[block], values.std(0, ddof=1) / 3**0.5)
+        np.testing.assert_allclose(mean.stderr[block], half * values.std(0, ddof=1))
 
 
 def test_claims_over_runs_have_the_interval_of_their_spread():
