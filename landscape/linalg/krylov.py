@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from landscape.linalg.gram_schmidt import CHUNK, inner, length, orthogonalise
-from landscape.linalg.operators import VectorSpace
+from landscape.linalg.operators import VectorSpace, not_finite
 
 BEYOND_DOUBT = 1e60
 """Entry of M at which an eigenvector is seen whatever its g."""
@@ -89,7 +89,8 @@ class KrylovSpace:
         """
         self.dim = vectors.dim
         self.capacity = capacity = min(capacity, self.dim)
-        self._precision = torch.finfo(vectors.dtype).eps
+        self._dtype = vectors.dtype
+        self._rounding = 10 * torch.finfo(vectors.dtype).eps
         self._reads = reads
         self._basis = torch.empty(capacity, self.dim, dtype=dtype, device=device or vectors.device)
         self._projection = np.zeros((capacity, capacity))
@@ -202,7 +203,7 @@ class KrylovSpace:
         # Of a chain that has ended nothing is left but rounding: what lies along that is seen.
         ended = gram.diagonal() == 0
         scale = np.abs(self._projection[: self.size, : self.size]).max(initial=0.0)
-        inverse[ended, ended] = 1 / max((10 * self._precision * scale) ** 2, _TINY)
+        inverse[ended, ended] = 1 / max((self._rounding * scale) ** 2, _TINY)
         z = self._marked[:, : self.size].reshape(chains, len(self.marks), -1)
         w = self._marked_frontier.reshape(chains, len(self.marks), -1)
         squares: np.ndarray = np.einsum("cai,dai->acd", z, z)
@@ -265,7 +266,7 @@ class KrylovSpace:
             return
         numbers = torch.cat([step.coefficients for step in steps]).double().cpu().numpy()
         if not np.isfinite(numbers).all():
-            raise ValueError("`operator` must give finite products, got NaN or infinity.")
+            raise not_finite(self._dtype)
         for index, step in enumerate(steps):
             part, numbers = np.split(numbers, [len(step.coefficients)])
             self._note(step, *np.split(part, [len(step.shares), len(part) - 1]))
@@ -288,7 +289,7 @@ class KrylovSpace:
         self._follow(chain, m, share)
         self._coupling[m, chain] = 1.0
         scale = np.abs(self._projection[: m + 1, : m + 1]).max()
-        if not norm[0] > 10 * self._precision * max(scale, norm[0]) or m + 1 == self.dim:
+        if not norm[0] > self._rounding * max(scale, norm[0]) or m + 1 == self.dim:
             # The space is invariant under A: the chain has nothing more to find.
             self._frontier[chain] = torch.zeros_like(self._frontier[chain])
             self._alive[chain] = False

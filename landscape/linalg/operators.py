@@ -152,3 +152,11 @@ class MatrixOperator(SymmetricOperator):
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         return self.matrix @ vectors
+
+
+def not_finite(dtype: torch.dtype) -> ValueError:
+    """Return the error of products in this precision with NaN or infinity."""
+    message = "`operator` must give finite products, got NaN or infinity"
+    if dtype is torch.float16:
+        message += "; float16 overflows above 65,504: convert the model with `model.float()`"
+    return ValueError(f"{message}.")

@@ -20,7 +20,7 @@ import torch
 
 from landscape._checks import check_count, check_positive
 from landscape.linalg.gram_schmidt import are_long, inner, length, orthogonalise
-from landscape.linalg.operators import SymmetricOperator
+from landscape.linalg.operators import SymmetricOperator, not_finite
 from landscape.linalg.search import BASIS_BYTES, random_unit_vector
 from landscape.results import Provenance, Result
 
@@ -170,7 +170,7 @@ def lanczos_quadrature(
                 break
     size = int(ended[0]) + 1 if len(ended) else num_steps
     if not np.isfinite([alpha[:size], beta[:size]]).all():
-        raise ValueError("`operator` must give finite products, got NaN or infinity.")
+        raise not_finite(operator.dtype)
     off_diagonal = beta[: size - 1]
     values, vectors = np.linalg.eigh(
         np.diag(alpha[:size]) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from landscape._checks import check_count
-from landscape.linalg.operators import SymmetricOperator, generator_on
+from landscape.linalg.operators import SymmetricOperator, generator_on, not_finite
 from landscape.results import Provenance, Result
 
 FEWEST = 6
@@ -78,7 +78,7 @@ def hutch_plus_plus(
     rest = float(samples.mean()) if len(samples) else 0.0
     stderr = float(samples.std(ddof=1) / np.sqrt(len(samples))) if len(samples) else 0.0
     if not np.isfinite(captured + rest):
-        raise ValueError("`operator` must give finite products, got NaN or infinity.")
+        raise not_finite(operator.dtype)
     return TraceEstimate(captured + rest, stderr, captured, samples, spent)
 
 

@@ -112,7 +112,8 @@ def adversarial_robustness(
             `restarts` do not apply) or `"pgd"`.
         norm: `"linf"` for the largest change of a pixel of one channel, `"l2"` for the Euclidean
             norm of the change of the image.
-        radii: Radii of the ball in pixel units (0 to 1 over full scale), increasing.
+        radii: Radii of the ball in pixel units (0 to 1 over full scale), increasing; of `"linf"` at
+            most 1.
         steps: Steps of PGD.
         step_size: Length α of a step in pixel units; by default 2.5 · radius / steps, with which
             any point of the ball can be reached from any other (Madry et al. 2018).
@@ -136,6 +137,8 @@ def adversarial_robustness(
     check_choice("attack", attack, get_args(Attack))
     check_choice("norm", norm, get_args(Norm))
     balls = increasing("radii", radii)
+    if norm == "linf" and balls[-1] > 1:
+        raise ValueError(f"`radii` must be at most 1, full scale; is {balls[-1]:g} in 1/255 of it?")
     check_count("steps", steps, 1)
     check_count("restarts", restarts, 1)
     if step_size is not None:

@@ -1,3 +1,4 @@
+from functools import partial
 from math import erf, sqrt
 
 import numpy as np
@@ -10,7 +11,9 @@ from landscape.linalg import gram_schmidt
 from landscape.linalg.certificate import chances
 from landscape.linalg.eigenpairs import error_estimates
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
+from landscape.linalg.quadrature import density_of
 from landscape.linalg.search import EigenSearch
+from landscape.linalg.trace import hutch_plus_plus
 from tests.oracles import planted
 
 BULK = (0.1 * np.random.RandomState(0).randn(290)).tolist()
@@ -388,8 +391,16 @@ def test_a_basis_in_single_precision_neither_under_nor_overflows(dim, scale):
 
 @pytest.mark.parametrize("step", [1, 2, 5, 10])
 def test_a_product_that_is_not_finite_is_refused_at_any_step(step):
-    with pytest.raises(ValueError, match="finite products"):
+    with pytest.raises(ValueError, match="finite products, got NaN or infinity\\.$"):
         top_eigenpairs(Diagonal(torch.linspace(-1, 1, 203).double(), broken=step), 3)
+
+
+def test_an_overflow_of_float16_is_named(generator):
+    operator = Diagonal(torch.full((20,), torch.inf, dtype=torch.float16))
+    density = partial(density_of, generator=generator)
+    for solve in (top_eigenpairs, density, partial(hutch_plus_plus, generator=generator)):
+        with pytest.raises(ValueError, match=r"float16 overflows .* convert the model with `mod"):
+            solve(operator)
 
 
 @pytest.mark.parametrize(

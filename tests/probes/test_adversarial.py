@@ -387,6 +387,7 @@ class Forbidden(nn.Module):
         ({"radii": ()}, "`radii` must be numbers from 0 upwards that increase"),
         ({"radii": (0.2, 0.1)}, "`radii` must be numbers"),
         ({"radii": (-0.1, 0.1)}, "`radii` must be numbers"),
+        ({"radii": (1, 2, 4)}, "`radii` must be at most 1, full scale; is 4 in 1/255 of it"),
         ({"steps": 0}, "`steps` must be at least 1, got 0"),
         ({"restarts": 0}, "`restarts` must be at least 1, got 0"),
         ({"restarts": 2, "random_start": False}, "`restarts` must be 1 without `random_start`"),
