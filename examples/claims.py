@@ -37,7 +37,8 @@ ZERO = ("no change", Measured(0, 0, 0))
 
 
 def estimated(value: float, stderr: float) -> Measured:
-    """Return a number with its normal 95 % interval."""
+    """Return a number with its normal 95 % interval; without one where all samples agree."""
+    stderr = stderr or math.nan  # all of them right tell little of the share of others
     return Measured(float(value), float(value - 1.96 * stderr), float(value + 1.96 * stderr))
 
 

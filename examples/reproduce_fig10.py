@@ -19,9 +19,9 @@ from landscape import CKA, LesionStudy, plot
 
 NOTE = (
     "Intervals (95 %). With several runs they are those of the mean over runs (Student's t). With "
-    "one, CKA: by the jackknife over mini-batches of 100 test images, as if pairs of blocks were "
-    "independent; lesions: paired over test images; none covers the choice of seed. ViT has one "
-    "stage, so it has no stages to compare."
+    "one, CKA: by the jackknife over mini-batches of 100 test images; lesions: paired over test "
+    "images; the error of a mean is the mean of the errors, as they go together; none covers the "
+    "choice of seed. ViT has one stage, so it has no stages to compare."
 )
 
 
@@ -94,7 +94,7 @@ def ends_of_stages(result: LesionStudy, kind: str) -> dict[str, Measured] | None
         return None
     sides = {}
     for side, units in chosen.items():
-        stderr = np.sqrt(np.square(result.delta_accuracy_stderr[units]).sum()) / len(units)
+        stderr = result.delta_accuracy_stderr[units].mean()  # they go together, too
         sides[side] = estimated(result.delta_accuracy[units].mean(), stderr)
     return sides
 

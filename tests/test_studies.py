@@ -198,6 +198,7 @@ def test_intervals_that_touch_decide_nothing():
         (low, claims.estimated(4, 0.25)): "agrees",
         (claims.estimated(4, 0.25), low): "disagrees",
         (low, claims.averaged([9])): "undecided",
+        (low, claims.estimated(9, 0.0)): "undecided",
     }
     for (smaller, larger), verdict in verdicts.items():
         claim = claims.Claim("", "", ("a", smaller), ("b", larger), about=1)

@@ -125,7 +125,7 @@ def interpolate(
         measure: From a mask `(p, q)` of wanted points to values `(p, q, quantities)`, of which
             those at wanted points count. Each call wants more points than the one before.
         tol: `(quantities,)`: error allowed in each quantity over its range; infinite where it
-            does not matter.
+            does not matter: such a quantity stays within what is measured at the nodes of its cell.
         known: `(p, q, quantities)`: a part of the quantity that is not in `measure` because it is
             known everywhere; it counts in the range.
 
@@ -150,7 +150,9 @@ def interpolate(
     filled = np.full_like(values, np.nan)
     for cell in cells:
         if not asked[cell.window].all():
-            filled[cell.window] = cell.interpolate(x, y, values)
+            inside, nodes = cell.interpolate(x, y, values), values[cell.nodes]
+            within = np.clip(inside, nodes.min((0, 1)), nodes.max((0, 1)))
+            filled[cell.window] = np.where(np.isfinite(tol), inside, within)
     filled[asked] = values[asked]
     return Interpolated(filled, asked, errors[open_].max(0, initial=0.0))
 

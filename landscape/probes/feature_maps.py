@@ -110,7 +110,9 @@ def average_maps(
                 f"`data` must hold inputs of one size, got maps of {sizes[block.name]} and "
                 f"{(height, width)} in {block.name!r}; resize the images or crop them."
             )
-        moments.setdefault(block.name, Moments()).add(reduce(at_least_single(feature)))
+        values = reduce(at_least_single(feature))
+        values = values.view(size, -1, values.shape[1]).mean(1)  # over the windows of a sample
+        moments.setdefault(block.name, Moments()).add(values)
 
     batches, num_samples = tracked_batches(model, data, description, progress), 0
     check_blocks("blocks", model, blocks)

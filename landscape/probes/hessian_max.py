@@ -46,7 +46,9 @@ class HessianMaxSpectrum(Result):
             One within its error, or within rounding, of 0 counts as neither negative nor positive,
             here and in `ape`: those of a rank below `k`.
         nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high); for fewer
-            than ten it is a rough one, for a single one NaN.
+            than ten it is a rough one, for a single one NaN. Where none of n mini-batches has a
+            negative value it is (0, 1 − 0.025^(1/n)): a share of the others this large may have one
+            (Clopper & Pearson, 1934). Where all values are negative it is 1 less these.
         ape: Average of the positive max eigenvalues, ∫_0^∞ λp(λ)dλ / ∫_0^∞ p(λ)dλ; NaN if none.
         ape_interval: That of `ape`.
         num_hvps: Mini-batch Hessian-vector products in all.
@@ -254,4 +256,8 @@ def _bootstrap(
     with warnings.catch_warnings():  # no resample has a positive one: the interval is NaN
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
         low, high = np.nanpercentile(np.array(samples), [tail, 100 - tail], axis=0)
+    negative = eigenvalues < 0
+    if negative.all() or not negative.any():  # resamples tell nothing of other mini-batches
+        unseen = 1 - 0.025 ** (1 / batches)
+        low[0], high[0] = (1 - unseen, 1) if negative.all() else (0, unseen)
     return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))

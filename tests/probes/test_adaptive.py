@@ -102,6 +102,22 @@ def test_tolerance_is_relative_to_the_range_of_the_sum_with_the_known_part():
     assert counts[1] < counts[0] / 4
 
 
+def test_a_quantity_that_does_not_matter_stays_within_its_nodes():
+    """A polynomial through a peak at a node dips below 0 beside it, where an error cannot be."""
+    x = np.linspace(-1, 1, 33)
+    smooth, peak = np.ones((33, 1)), np.exp(-((x[:, None] / 0.1) ** 2))
+    found = adaptive.interpolate(
+        x,
+        np.zeros(1),
+        lambda wanted: np.where(wanted[..., None], np.stack([smooth, peak], -1), np.nan),
+        np.array([0.1, np.inf]),
+        np.zeros((33, 1, 2)),
+    )
+    assert not found.measured.all()
+    assert found.values[..., 1].min() >= 0
+    assert found.values[..., 1].max() == 1
+
+
 def test_every_quantity_is_within_its_own_tolerance_and_infinite_ones_do_not_matter():
     noise = np.random.default_rng(0).standard_normal((41, 41))
     noise[3, 3] = np.nan

@@ -628,6 +628,7 @@ def test_mini_batches_of_a_single_parameter_without_a_positive_eigenvalue():
     result = landscape.hessian_max_spectrum(Scale(), data, objective=objective, k=1)
     np.testing.assert_allclose(result.eigenvalues[:, 0], -2 * x.square().mean((1, 2)), rtol=1e-12)
     assert result.nep == 1
+    assert result.nep_interval == pytest.approx((0.025 ** (1 / 5), 1))
     assert np.isnan([result.ape, *result.ape_interval]).all()
 
 
@@ -640,7 +641,9 @@ def test_rounding_of_zero_eigenvalues_has_no_sign(dtype, generator):
     found = landscape.hessian_max_spectrum(model, batches)
     assert (np.abs(found.eigenvalues[:, 2:]) < 1e-5).all()
     assert found.nep == 0
-    assert found.nep_interval == (0, 0)
+    unseen = found.nep_interval[1]
+    assert found.nep_interval[0] == 0
+    assert (1 - unseen) ** 20 == pytest.approx(0.025)  # so many mini-batches would show it
     top = found.eigenvalues[:, :2]
     assert found.ape == pytest.approx(top.mean(), rel=1e-6)
     assert found.ape_interval[0] < found.ape < found.ape_interval[1]

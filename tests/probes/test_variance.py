@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from landscape.blocks import Blocks
 from landscape.probes.variance import FeatureVariance, feature_variance
@@ -40,6 +41,35 @@ def test_batching_does_not_matter(sizes):
     parts = feature_variance(model, images(sizes), blocks=blocks)
     np.testing.assert_allclose(whole.variance, parts.variance, rtol=1e-12)
     np.testing.assert_allclose(whole.stderr, parts.stderr, rtol=1e-9)
+
+
+class Windows(nn.Module):
+    """Cuts images into quarters, which are a sample each to its convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        windows = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5)
+        found = self.conv(windows.flatten(0, 2)).mean((2, 3))
+        return self.head(found.view(len(x), -1, 4).mean(1))
+
+
+def test_windows_of_an_image_are_one_sample(generator):
+    x = torch.randn(6, 3, 8, 8, generator=generator)
+    x *= torch.rand(6, 3, 1, 1, generator=generator)
+    model = Windows()
+    blocks = Blocks(model, ["conv"], example=x)
+    result = feature_variance(model, [(x[:4], x[:4]), (x[4:], x[4:])], blocks=blocks)
+    with torch.no_grad():
+        maps = model.conv(x).unfold(2, 4, 4).unfold(3, 4, 4)
+    samples = maps.flatten(4).var(-1).mean((1, 2, 3))
+    np.testing.assert_allclose(result.variance, samples.mean(), rtol=1e-5)
+    np.testing.assert_allclose(result.stderr, samples.std() / 6**0.5, rtol=1e-5)
+    alone = feature_variance(model, [(x[:1], x[:1])], blocks=blocks)
+    assert np.isnan(alone.stderr).all()
 
 
 def test_a_constant_offset_does_not_matter_and_a_factor_is_squared():
