@@ -9,6 +9,7 @@ and mCE and relative mCE are their means over the corruptions. Here all of them 
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ class RelativeCorruptionError(Result):
             clean error, summed likewise.
         mce: Mean of `ce`.
         relative_mce: Mean of `relative_ce`.
+        ce_stderr: `(corruptions,)`: standard error of `ce` over the model's samples, the
+            baseline's numbers taken as given, like the three below.
+        relative_ce_stderr: `(corruptions,)`: that of `relative_ce`.
+        mce_stderr: That of `mce`; errors under all corruptions are of the same samples.
+        relative_mce_stderr: That of `relative_mce`.
     """
 
     corruptions: tuple[str, ...]
@@ -49,6 +55,10 @@ class RelativeCorruptionError(Result):
     relative_ce: np.ndarray
     mce: float
     relative_mce: float
+    ce_stderr: np.ndarray | None = None
+    relative_ce_stderr: np.ndarray | None = None
+    mce_stderr: float = math.nan
+    relative_mce_stderr: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ class CorruptionRobustness(Result):
         seed: Seed of the corruptions, `None` for published files.
         relative: Errors in units of those of the baseline, where one was given.
         provenance: Where the result came from.
+        error_covariance: `(1 + corruptions, 1 + corruptions)`: covariance over samples of
+            `clean_error` and the means of `error` over severities.
     """
 
     _plot: ClassVar[str | None] = "corruption_robustness"
@@ -108,6 +120,7 @@ class CorruptionRobustness(Result):
     seed: int | None
     relative: RelativeCorruptionError | None
     provenance: Provenance
+    error_covariance: np.ndarray | None = None
 
     def relative_to(self, baseline: "CorruptionRobustness") -> RelativeCorruptionError:
         """Return CE, mCE and their relative forms; the formulas stand at the top of the module.
@@ -122,16 +135,27 @@ class CorruptionRobustness(Result):
             ValueError: If corruptions, severities or profile differ.
         """
         _check_alike(baseline, self.corruptions, self.severities, self.profile)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ce = self.error.sum(1) / baseline.error.sum(1)
-            relative = self.error_increase.sum(1) / baseline.error_increase.sum(1)
-        return RelativeCorruptionError(
-            corruptions=self.corruptions,
-            ce=ce,
-            relative_ce=relative,
-            mce=float(ce.mean()),
-            relative_mce=float(relative.mean()),
-        )
+        covariance = self.error_covariance
+        if covariance is None:  # saved before there was one
+            covariance = np.full((1 + len(self.error),) * 2, np.nan)
+        increase = np.eye(len(covariance))[1:] - np.eye(len(covariance))[0]
+        fields: dict[str, Any] = {}
+        for prefix, errors, units, spread in (
+            ("", self.error, baseline.error, covariance[1:, 1:]),
+            (
+                "relative_",
+                self.error_increase,
+                baseline.error_increase,
+                increase @ covariance @ increase.T,
+            ),
+        ):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                unit = units.mean(1)
+                ce, spread = errors.mean(1) / unit, spread / np.outer(unit, unit)
+                stderrs = np.sqrt(spread.diagonal().clip(0)), np.sqrt(spread.mean().clip(0))
+            fields |= {f"{prefix}ce": ce, f"{prefix}ce_stderr": stderrs[0]}
+            fields |= {f"{prefix}mce": float(ce.mean()), f"{prefix}mce_stderr": float(stderrs[1])}
+        return RelativeCorruptionError(corruptions=self.corruptions, **fields)
 
 
 def corruption_robustness(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,8 @@ class CorruptionScores:
         self._names, self._levels = corruptions, severities
         self._truths = Truths()
         self._clean, self._mean = Moments(), Moments()
+        self._sums: list[Tensor] = []  # of the errors clean and under each corruption ...
+        self._products: list[Tensor] = []  # ... and of their products, one of each per batch
         self._changed = [Moments() for _ in self.conditions]
         self._clean_bins = CalibrationBins()
         self._bins = [CalibrationBins() for _ in self.conditions]
@@ -46,8 +49,13 @@ class CorruptionScores:
 
     def close_batch(self) -> None:
         """End a batch, all conditions of which were added in turn."""
-        self._mean.add(torch.stack(self._scores[1:]).mean(0))
-        self.count += len(self._scores[0])
+        changed = torch.stack(self._scores[1:])
+        self._mean.add(changed.mean(0))
+        wrong = 1 - changed[..., 1].view(len(self._names), len(self._levels), -1).mean(1)
+        wrong = torch.cat([1 - self._scores[0][None, :, 1], wrong])
+        self._sums.append(wrong.sum(1))
+        self._products.append(wrong @ wrong.T)
+        self.count += wrong.shape[1]
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of the result; one transfer.
@@ -80,4 +88,13 @@ class CorruptionScores:
             "clean_ece": float(ece[-1]),
             "mean_corruption_error": float(1 - mean[0, 1]),
             "mean_corruption_error_stderr": float(mean[1, 1]),
+            "error_covariance": self._covariance(),
         }
+
+    def _covariance(self) -> np.ndarray:
+        """Return the covariance of the mean errors, clean and under each corruption."""
+        sums, products = (torch.stack(each).sum(0) for each in (self._sums, self._products))
+        spread = (products - sums.outer(sums) / self.count) / self.count
+        freedom = self.count - 1
+        covariance: np.ndarray = (spread / freedom if freedom else spread * torch.nan).cpu().numpy()
+        return covariance

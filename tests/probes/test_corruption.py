@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import pickle
 import types
@@ -239,6 +240,29 @@ def test_errors_relative_to_a_baseline_are_those_of_the_paper(tmp_path):
     np.testing.assert_array_equal(loaded.relative.ce, result.relative.ce)
     with pytest.raises(ValueError, match="`baseline` must have the same severities"):
         measure(severities=(1,)).relative_to(base)
+
+
+def test_relative_errors_have_those_of_their_samples():
+    """Of one severity, and relative to a baseline that is equally bad under all corruptions."""
+    result = measure(severities=(5,))
+    clean, *each = result.error_covariance.diagonal() ** 0.5
+    assert clean == pytest.approx(result.clean_error_stderr)
+    np.testing.assert_allclose(each, result.error_stderr[:, 0])
+    even = dataclasses.replace(
+        result, error=np.full((3, 1), 0.5), error_increase=np.full((3, 1), 0.25)
+    )
+    relative = result.relative_to(even)
+    np.testing.assert_allclose(relative.ce_stderr, result.error_stderr[:, 0] / 0.5)
+    np.testing.assert_allclose(
+        relative.relative_ce_stderr, result.error_increase_stderr[:, 0] / 0.25
+    )
+    assert relative.mce_stderr == pytest.approx(result.mean_corruption_error_stderr / 0.5)
+    steps = result.error_covariance
+    of_mean = steps[1:, 1:].mean() - 2 * steps[0, 1:].mean() + steps[0, 0]
+    assert relative.relative_mce_stderr == pytest.approx(of_mean**0.5 / 0.25)
+    older = dataclasses.replace(result, error_covariance=None).relative_to(even)
+    assert np.isnan([*older.ce_stderr, older.mce_stderr]).all()
+    np.testing.assert_array_equal(older.ce, relative.ce)
 
 
 def test_outputs_that_are_not_finite_are_kept():
