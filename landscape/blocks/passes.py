@@ -14,7 +14,6 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,26 +23,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """`handler(function, args, kwargs)` returns what the call returns."""
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """Shape, precision and device of a tensor that is not computed.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its precision.
-        device: Its device.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    def tensor(self) -> Tensor:
-        """Return one number, NaN where there is such, seen as a tensor of that shape."""
-        value = torch.nan if self.dtype.is_floating_point or self.dtype.is_complex else 0
-        return torch.full((), value, dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 class _State(threading.local):
@@ -69,33 +48,12 @@ def paused() -> Iterator[None]:
         _state.is_paused = before
 
 
-class _CountedPass(TorchFunctionMode):
-    """Counts the calls of a pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._ordinal = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Make one call, or what stands in for it."""
-        if is_paused():
-            return func(*args, **(kwargs or {}))
-        ordinal = self._ordinal
-        self._ordinal += 1
-        return self._call(ordinal, func, args, kwargs or {})
-
-    def _call(self, ordinal: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
-
-
-class ControlledPass(_CountedPass):
+class ControlledPass(TorchFunctionMode):
     """Hands chosen calls to handlers, and may make none of the calls before the first of them.
 
     Args:
         handlers: Handler by ordinal.
-        skipped: By ordinal, what the calls return that are not made; tensors as `StandIn`.
+        skipped: By ordinal, what the calls return that are not made.
         begin: Calls from this ordinal on are made.
     """
 
@@ -107,35 +65,22 @@ class ControlledPass(_CountedPass):
     ) -> None:
         super().__init__()
         self._handlers, self._skipped, self._begin = handlers, skipped or {}, begin
+        self._ordinal = 0
 
-    def _call(self, ordinal: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make one call, or what stands in for it."""
+        kwargs = kwargs or {}
+        if is_paused():
+            return func(*args, **kwargs)
+        ordinal = self._ordinal
+        self._ordinal += 1
         if ordinal in self._handlers:
             return _instead(self._handlers[ordinal], func, args, kwargs)
         if ordinal < self._begin and ordinal in self._skipped:
-            return tree_map(_unfold, self._skipped[ordinal])
+            return self._skipped[ordinal]
         return func(*args, **kwargs)
-
-
-class ShapesPass(_CountedPass):
-    """Makes every call and notes what some of them return.
-
-    Args:
-        noted: Ordinals of these calls.
-
-    Attributes:
-        outputs: By ordinal, what they returned; tensors as `StandIn`.
-    """
-
-    def __init__(self, noted: frozenset[int]) -> None:
-        super().__init__()
-        self.outputs: dict[int, Any] = {}
-        self._noted = noted
-
-    def _call(self, ordinal: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = func(*args, **kwargs)
-        if ordinal in self._noted:
-            self.outputs[ordinal] = tree_map(_fold, out)
-        return out
 
 
 def _instead(handler: Handler, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -168,9 +113,11 @@ class PartialPasses:
 
     def __init__(self, run: Callable[[], Tensor], follows: frozenset[int]) -> None:
         self._run = run
-        with ShapesPass(follows) as shapes:
+        self._skipped: dict[int, Any] = {}
+        with ControlledPass(
+            {ordinal: functools.partial(self._note, ordinal) for ordinal in follows}
+        ):
             self.logits = run()
-        self._skipped = shapes.outputs
 
     def logits_from(
         self, start: int | None, value: Tensor | None, changes: Mapping[int, Handler]
@@ -218,10 +165,16 @@ class PartialPasses:
 
         return ControlledPass({start: resume, **changes}, self._skipped, start)
 
+    def _note(self, ordinal: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call, and keep what stands in for its output: a handler."""
+        out = func(*args, **kwargs)
+        self._skipped[ordinal] = tree_map(_stand_in, out)
+        return out
 
-def _fold(value: Any) -> Any:
-    return StandIn(value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
 
-
-def _unfold(value: Any) -> Any:
-    return value.tensor() if isinstance(value, StandIn) else value
+def _stand_in(value: Any) -> Any:
+    """Return one number, NaN where there is such, seen as a tensor of the shape of `value`."""
+    if not isinstance(value, Tensor):
+        return value
+    number = torch.nan if value.is_floating_point() or value.is_complex() else 0
+    return torch.full((), number, dtype=value.dtype, device=value.device).expand(value.shape)
