@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -19,43 +19,22 @@ from landscape.training.formats import Bytes, read_cifar, read_idx
 Split = Literal["train", "test"]
 
 _EMBEDDED = Path(__file__).parent / "embedded"
-_FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 _TORONTO = "https://www.cs.toronto.edu/~kriz/"
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What is known of a data set.
-
-    `files` are in reading order, `hashes` the published files and their checksums by split.
-    """
+    """What is known of a data set: published `files`, in reading order, with their checksums."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    classes: tuple[str, ...]
+    classes: str  # words
     base_url: str | None
-    hashes: dict[Split, dict[str, str]]
-    members: dict[Split, tuple[str, ...]]
+    files: dict[Split, dict[str, str]]
+    members: dict[Split, tuple[str, ...]] = field(default_factory=dict)  # of a CIFAR archive
     label_bytes: int = 0  # of a CIFAR record; 0 marks idx files
 
 
-def _idx_files(split: str) -> tuple[str, str]:
-    """Return the names of an image file and its label file."""
-    return f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz"
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Return the words of a text."""
-    return tuple(text.split())
-
-
-_FASHION_CLASSES = _names(
-    "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot"
-)
-_FASHION_MEMBERS: dict[Split, tuple[str, ...]] = {
-    "train": _idx_files("train"),
-    "test": _idx_files("t10k"),
-}
 _CIFAR10 = {
     "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 }
@@ -63,47 +42,41 @@ _CIFAR100 = {
     "cifar-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"
 }
 
+_FASHION = _Source(
+    mean=(0.2860,),
+    std=(0.3530,),
+    classes="T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot",
+    base_url="https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+    files={
+        "train": {
+            "train-images-idx3-ubyte.gz": (
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
+            ),
+            "train-labels-idx1-ubyte.gz": (
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
+            ),
+        },
+        "test": {
+            "t10k-images-idx3-ubyte.gz": (
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
+            ),
+            "t10k-labels-idx1-ubyte.gz": (
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
+            ),
+        },
+    },
+)
+
 # Mean and standard deviation are those of the whole training set; the subset uses them too.
 _SOURCES = {
-    "fashion_mnist_mini": _Source(
-        mean=(0.2860,),
-        std=(0.3530,),
-        classes=_FASHION_CLASSES,
-        base_url=None,
-        hashes={},
-        members=_FASHION_MEMBERS,
-    ),
-    "fashion_mnist": _Source(
-        mean=(0.2860,),
-        std=(0.3530,),
-        classes=_FASHION_CLASSES,
-        base_url=_FASHION,
-        hashes={
-            "train": {
-                "train-images-idx3-ubyte.gz": (
-                    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
-                ),
-                "train-labels-idx1-ubyte.gz": (
-                    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
-                ),
-            },
-            "test": {
-                "t10k-images-idx3-ubyte.gz": (
-                    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
-                ),
-                "t10k-labels-idx1-ubyte.gz": (
-                    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
-                ),
-            },
-        },
-        members=_FASHION_MEMBERS,
-    ),
+    "fashion_mnist_mini": replace(_FASHION, base_url=None),
+    "fashion_mnist": _FASHION,
     "cifar10": _Source(
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
-        classes=_names("airplane automobile bird cat deer dog frog horse ship truck"),
+        classes="airplane automobile bird cat deer dog frog horse ship truck",
         base_url=_TORONTO,
-        hashes={"train": _CIFAR10, "test": _CIFAR10},
+        files={"train": _CIFAR10, "test": _CIFAR10},
         members={
             "train": tuple(f"data_batch_{part}.bin" for part in range(1, 6)),
             "test": ("test_batch.bin",),
@@ -113,8 +86,8 @@ _SOURCES = {
     "cifar100": _Source(
         mean=(0.5071, 0.4867, 0.4408),
         std=(0.2675, 0.2565, 0.2761),
-        classes=_names(
-            """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge
+        classes="""
+            apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge
             bus butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud
             cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl
             hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man
@@ -122,10 +95,9 @@ _SOURCES = {
             pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
             rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
             sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
-            turtle wardrobe whale willow_tree wolf woman worm"""
-        ),
+            turtle wardrobe whale willow_tree wolf woman worm""",
         base_url=_TORONTO,
-        hashes={"train": _CIFAR100, "test": _CIFAR100},
+        files={"train": _CIFAR100, "test": _CIFAR100},
         members={"train": ("train.bin",), "test": ("test.bin",)},
         label_bytes=2,
     ),
@@ -173,15 +145,15 @@ def load_images(
     """
     check_choice("name", name, tuple(_SOURCES))
     source = _SOURCES[name]
-    check_choice("split", split, tuple(source.members))
+    check_choice("split", split, tuple(source.files))
     if root is not None:
         paths = _local_paths(Path(root), source, split)
     elif source.base_url is None:
-        paths = [_EMBEDDED / name / file for file in source.members[split]]
+        paths = [_EMBEDDED / name / file for file in source.files[split]]
     else:
         paths = [
             _download(source.base_url + file, sha256, name, progress)
-            for file, sha256 in source.hashes[split].items()
+            for file, sha256 in source.files[split].items()
         ]
     images, labels = _read(paths, source, split)
     return DeviceImages(
@@ -189,7 +161,7 @@ def load_images(
         torch.tensor(labels, device="cpu").to(device),
         mean=source.mean,
         std=source.std,
-        classes=source.classes,
+        classes=tuple(source.classes.split()),
         batch_size=batch_size,
         shuffle=shuffle,
     ).resized(size, channels)
@@ -200,10 +172,10 @@ def _local_paths(root: Path, source: _Source, split: Split) -> list[Path]:
     if not root.is_dir():
         raise ValueError(f"`root` must be an existing folder, got {root}.")
     if source.label_bytes:
-        archives = [root / file for file in source.hashes[split] if (root / file).is_file()]
+        archives = [root / file for file in source.files[split] if (root / file).is_file()]
         return archives or [root]
     paths = []
-    for file in source.members[split]:
+    for file in source.files[split]:
         found = [path for path in (root / file, root / file.removesuffix(".gz")) if path.is_file()]
         if not found:
             raise ValueError(f"`root` must hold {file}, gzipped or not; {root} does not.")
