@@ -190,12 +190,8 @@ class _Recorder(TorchFunctionMode):
             known = [self.values[id(t)] for t in returned if id(t) in self.values]
             span.output = known[0] if known else None
 
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-        try:
+        with register_module_forward_pre_hook(enter), register_module_forward_hook(leave):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _add(
         self,

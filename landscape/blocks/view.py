@@ -217,16 +217,10 @@ class Blocks:
             if active and not is_paused():
                 active.pop().close()
 
-        handles = [
-            self.model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
-            self.model.register_forward_hook(end, always_call=True),
-        ]
-        try:
-            with eagerly():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        before = self.model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
+        after = self.model.register_forward_hook(end, always_call=True)
+        with before, after, eagerly():
+            yield
 
     def traced(self, inputs: Any) -> Traced:
         """Return the trace of passes with inputs of this shape, made at the first of them."""

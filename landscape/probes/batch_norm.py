@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -46,17 +47,13 @@ def recalibrated_buffers(
     if not norms:
         return {}
     sums: dict[str, Tensor] = {}
-    handles = [m.register_forward_pre_hook(_summer(sums, name)) for name, m in norms.items()]
-    try:
-        with torch.no_grad(), frozen.evaluating():
-            for module in norms.values():
-                module.training = True
-            for batch in frozen.batches:
-                state = space.state(parameters)
-                call_on(functools.partial(call_with, model, state), batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad(), frozen.evaluating():
+        for name, module in norms.items():
+            hooks.enter_context(module.register_forward_pre_hook(_summer(sums, name)))
+            module.training = True
+        for batch in frozen.batches:
+            state = space.state(parameters)
+            call_on(functools.partial(call_with, model, state), batch.inputs)
     buffers = {}
     for name, (count, total, squares) in sums.items():
         mean = total / count

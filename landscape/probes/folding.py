@@ -92,14 +92,11 @@ class Calls(TorchFunctionMode):
 def calls_of(model: nn.Module) -> Iterator[Calls]:
     """Yield what sees the calls of the model's plain convolutions and batch norms inside."""
     calls = Calls(model)
-    layers = [m for m in model.modules() if type(m) in (*_CONVOLUTIONS, *_NORMS)]
-    handles = [layer.register_forward_hook(calls.note) for layer in layers]
-    try:
-        with calls:
-            yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, calls:
+        for module in model.modules():
+            if type(module) in (*_CONVOLUTIONS, *_NORMS):
+                hooks.enter_context(module.register_forward_hook(calls.note))
+        yield calls
 
 
 @contextmanager

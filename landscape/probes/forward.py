@@ -11,7 +11,7 @@ A GPU takes the batch as it is, and the whole point as one recording (`PointMete
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -151,12 +151,10 @@ def _largest_output(model: nn.Module) -> Iterator[list[int]]:
         if isinstance(output, Tensor):
             sizes.append(output.numel() * output.element_size())
 
-    handles = [module.register_forward_hook(note) for module in model.modules()]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_hook(note))
         yield sizes
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _close(outputs: Tensor, expected: Tensor) -> bool:
