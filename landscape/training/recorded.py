@@ -8,8 +8,8 @@ tensors that are attributes) is kept as it was then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -88,11 +88,13 @@ class Recorded:
                 are_same = [stack.enter_context(same_tensors(each)) for each in self._modules]
                 stack.enter_context(same_random_state(self._modules[0]))
                 before = read_streams()
-                with _noted_rewinds() as rewinds:
+                # Checkpointing sets it for dropout to draw the same again: not to be recorded.
+                set_state = torch.cuda.set_rng_state
+                with patch.object(torch.cuda, "set_rng_state", wraps=set_state) as rewinds:
                     never_waits = trial(work)[1]
                 self._recordable = (
                     never_waits
-                    and not rewinds
+                    and not rewinds.called
                     and all(same() for same in are_same)
                     and same_streams(before, read_streams())
                 )
@@ -103,23 +105,6 @@ class Recorded:
                 self._held = [t for each in self._modules for t in tensors_of(each)]
                 self._recording = Recording(work, self.stream)
                 self._gradients = [parameter.grad for parameter in self._parameters]
-
-
-@contextmanager
-def _noted_rewinds() -> Iterator[list[None]]:
-    """Yield a list that grows where the random state of a device is set, as checkpointing does.
-
-    It makes dropout draw the same once more, and cannot be recorded.
-    """
-    rewinds: list[None] = []
-    set_state = torch.cuda.set_rng_state
-
-    def noted(*args: Any, **kwargs: Any) -> None:
-        rewinds.append(None)
-        set_state(*args, **kwargs)
-
-    with patch.object(torch.cuda, "set_rng_state", noted):
-        yield rewinds
 
 
 def _ends_a_graph(parameter: Tensor) -> bool:
