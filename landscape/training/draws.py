@@ -11,7 +11,8 @@ depth of `landscape.models`. Other random functions are left to `vmap`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from landscape.batches import Inputs
+from landscape.batches import Inputs, call_on
 from landscape.parameters import call_with
 from landscape.training.surroundings import GlobalStream
 
@@ -52,44 +53,34 @@ class Draws:
     def _record(self, inputs: Inputs) -> _Plan:
         device = next(self._model.parameters()).device
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else ((inputs,), {})
-        with torch.no_grad(), GlobalStream(device, 0).entered(), _Record() as record:
-            call_with(self._model, buffers, *args, **kwargs)
-            plan: _Plan = record.plan
+        plan: _Plan = []
+
+        def noted(x: Tensor, rate: float, inplace: bool) -> Tensor:
+            plan.append((torch.ones_like(x), rate))
+            return F.dropout(x, rate, inplace=inplace)
+
+        with torch.no_grad(), GlobalStream(device, 0).entered(), _Dropout(noted):
+            call_on(partial(call_with, self._model, buffers), inputs)
         return plan
 
 
-class Replay(TorchFunctionMode):
-    """Inside, dropout takes the masks given, one after another."""
+def replayed(masks: Iterable[Tensor]) -> TorchFunctionMode:
+    """Return a context in which dropout takes the masks of one forward pass, one after another."""
+    remaining = iter(masks)
 
-    def __init__(self, masks: Iterable[Tensor]) -> None:
-        """Take the masks of one forward pass."""
+    def multiplied(x: Tensor, rate: float, inplace: bool) -> Tensor:
+        mask = next(remaining)
+        return x.mul_(mask) if inplace else x * mask
+
+    return _Dropout(multiplied)
+
+
+class _Dropout(TorchFunctionMode):
+    """Inside, active dropout is a function of its input, its rate and whether it is in place."""
+
+    def __init__(self, function: Callable[[Tensor, float, bool], Tensor]) -> None:
         super().__init__()
-        self._masks = iter(masks)
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call the function, or multiply by the next mask where it is an active dropout."""
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            x, rate, inplace = _dropout(*args, **kwargs)
-            if rate:
-                mask = next(self._masks)
-                return x.mul_(mask) if inplace else x * mask
-        return func(*args, **kwargs)
-
-
-class _Record(TorchFunctionMode):
-    """Inside, dropout notes down which masks it draws."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plan: _Plan = []
+        self._function = function
 
     def __torch_function__(
         self,
@@ -100,13 +91,13 @@ class _Record(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.dropout:
-            x, rate, _ = _dropout(*args, **kwargs)
+            x, rate, inplace = _arguments(*args, **kwargs)
             if rate:
-                self.plan.append((torch.ones_like(x), rate))
+                return self._function(x, rate, inplace)
         return func(*args, **kwargs)
 
 
-def _dropout(
+def _arguments(
     input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> tuple[Tensor, float, bool]:
     """Return what a dropout acts on, its rate and whether in place; called as `F.dropout` is.

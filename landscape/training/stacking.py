@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape.batches import Inputs
 from landscape.parameters import call_with
-from landscape.training.draws import Replay
+from landscape.training.draws import replayed
 from landscape.training.loop import Step, Tally, forward, optimized
 from landscape.training.row_adamw import RowAdamW
 
@@ -81,7 +81,7 @@ class Stack:
             targets: Tensor,
         ) -> Tally:
             def call(*args: Any, **kwargs: Any) -> Any:
-                replay: AbstractContextManager[Any] = Replay(masks) if masks else nullcontext()
+                replay: AbstractContextManager[Any] = replayed(masks) if masks else nullcontext()
                 with replay:
                     return call_with(step.model, {**parameters, **state}, *args, **kwargs)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from landscape._loaders import OwnGenerators
 from landscape.restore import same_buffers
 from landscape.training import loop, run, surroundings
-from landscape.training.draws import Draws, Replay
+from landscape.training.draws import Draws, replayed
 from landscape.training.run import Callback, History, Run
 from landscape.training.run import call as call_back
 from landscape.training.stacking import Stack, stack_batches
@@ -122,7 +122,7 @@ def _alone(
 ) -> Tensor | None:
     """Return the gradient of a member, or `None` where its model has exchanged a buffer."""
     model = member.step.model
-    with same_buffers(model) as are_same, stream.entered(), Replay(batch[2]):
+    with same_buffers(model) as are_same, stream.entered(), replayed(batch[2]):
         gradient = stack.gradient_alone(index, loop.forward(member.step, model, *batch[:2])[0])
         kept = are_same()
     return gradient if kept else None
