@@ -1,8 +1,8 @@
-"""The global random streams of the CPU: PyTorch's, NumPy's and Python's, set and put back."""
+"""The global random streams: PyTorch's, NumPy's and Python's, set and put back."""
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-States = tuple[Tensor, Any, Any]
+States = tuple[Tensor, Any, Any, dict[torch.device, Tensor]]
+"""PyTorch's of the CPU, NumPy's, Python's, and PyTorch's of some CUDA devices."""
 
 
 class OwnStreams:
@@ -18,30 +19,36 @@ class OwnStreams:
 
     Contexts of several threads may overlap: what was there before the first is put back after the
     last. Nobody waits, so other threads that draw meanwhile draw from the streams as they are set.
+
+    Args:
+        seed: Where all streams begin.
+        devices: Streams of the CUDA devices among these are meant, besides those of the CPU.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, devices: Iterable[torch.device] = ()) -> None:
         self._seed = seed
+        self._devices = [device for device in devices if device.type == "cuda"]
         self._inside: States | None = None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Go on with the streams where they were left, and put back those found afterwards."""
         with _guard:
-            before = read_streams()
+            before = read_streams(self._devices)
             if not _open:
                 _outside[:] = [before]
             _open.append(self)
             if self._inside is None:
-                seed_streams(self._seed)
+                seed_streams(self._seed, self._devices)
             else:
                 write_streams(self._inside)
         try:
             yield
         finally:
             with _guard:
-                self._inside = read_streams()
                 _open.remove(self)
+                self._inside = read_streams(self._devices)
+                write_device_streams(before[3])  # the first to enter may not have had them
                 write_streams(before if _open else _outside[0])
 
 
@@ -50,32 +57,41 @@ _open: list[OwnStreams] = []
 _outside: list[States] = []
 
 
-def seed_streams(seed: int) -> None:
-    """Seed all three."""
+def seed_streams(seed: int, devices: Iterable[torch.device] = ()) -> None:
+    """Seed those of the CPU and of some CUDA devices."""
     # `torch.manual_seed` would also seed the devices.
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % (1 << 32))  # noqa: NPY002, the global stream is what data draw from
     random.seed(seed)
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
-def read_streams() -> States:
-    """Return the states of all three."""
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+def read_streams(devices: Iterable[torch.device] = ()) -> States:
+    """Return the states of those of the CPU and of some CUDA devices."""
+    on_devices = {device: torch.cuda.get_rng_state(device) for device in devices}
+    return torch.get_rng_state(), np.random.get_state(), random.getstate(), on_devices  # noqa: NPY002
 
 
 def write_streams(states: States) -> None:
-    """Set all three.
-
-    Args:
-        states: What `read_streams` returned.
-    """
+    """Set what `read_streams` returned."""
     torch.set_rng_state(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
     random.setstate(states[2])
+    write_device_streams(states[3])
+
+
+def write_device_streams(states: Mapping[torch.device, Tensor]) -> None:
+    """Set the streams of CUDA devices."""
+    for device, state in states.items():
+        torch.cuda.set_rng_state(state, device)
 
 
 def same_streams(states: States, others: States) -> bool:
-    """Whether nothing was drawn between two calls of `read_streams`."""
-    (torch_, numpy_, python), (other_torch, other_numpy, other_python) = states, others
-    numpy_alike = all(np.array_equal(a, b) for a, b in zip(numpy_, other_numpy, strict=True))
-    return torch.equal(torch_, other_torch) and numpy_alike and python == other_python
+    """Whether nothing was drawn between two calls of `read_streams` with the same devices."""
+    numpy_alike = all(np.array_equal(a, b) for a, b in zip(states[1], others[1], strict=True))
+    on_devices = all(torch.equal(state, others[3][device]) for device, state in states[3].items())
+    return (
+        torch.equal(states[0], others[0]) and numpy_alike and states[2] == others[2] and on_devices
+    )

@@ -4,7 +4,7 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from landscape._checks import check_materialised
 from landscape._locks import locked
-from landscape._streams import OwnStreams, read_streams, same_streams
+from landscape._streams import OwnStreams, read_streams, same_streams, write_device_streams
 
 Cache = tuple[nn.Module, str, Any]
 """A module, the name of an attribute of it, and what that is when empty: `None` (or a new
@@ -275,44 +275,33 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
-@contextmanager
-def own_randomness(model: nn.Module) -> Iterator[None]:
+def own_randomness(model: nn.Module) -> AbstractContextManager[None]:
     """Let a model that is random in evaluation mode draw from a fixed seed.
 
     Functional dropout is, for example. The global streams of the CPU and of the model's devices are
     put back afterwards.
     """
-    with device_streams(model) as devices:
-        for device in devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
-        with OwnStreams().entered():
-            yield
+    return OwnStreams(devices=cuda_devices_of(model)).entered()
 
 
 @contextmanager
 def watched_streams(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """Yield what tells, afterwards, whether something was drawn from a global random stream."""
-    with device_streams(model) as devices:
-        states = {device: torch.cuda.get_rng_state(device) for device in devices}
-        before, drawn = read_streams(), [False]
-        yield lambda: drawn[0]
-        drawn[0] = not same_streams(before, read_streams()) or any(
-            not torch.equal(state, torch.cuda.get_rng_state(device))
-            for device, state in states.items()
-        )
+    """Yield what tells, afterwards, whether something was drawn from a global random stream.
 
-
-@contextmanager
-def device_streams(model: nn.Module) -> Iterator[set[torch.device]]:
-    """Put back the random streams of the CUDA devices that a model is on, which are yielded."""
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    states = {device: torch.cuda.get_rng_state(device) for device in devices}
+    Those of the model's devices are put back.
+    """
+    devices = cuda_devices_of(model)
+    before, drawn = read_streams(devices), [False]
     try:
-        yield devices
+        yield lambda: drawn[0]
+        drawn[0] = not same_streams(before, read_streams(devices))
     finally:
-        for device, state in states.items():
-            torch.cuda.set_rng_state(state, device)
+        write_device_streams(before[3])
+
+
+def cuda_devices_of(model: nn.Module) -> set[torch.device]:
+    """Return the CUDA devices that a model is on."""
+    return {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
 
 
 def check_same_weights(

@@ -28,6 +28,7 @@ from landscape._checks import check_choice, check_data
 from landscape._digest import bytes_of
 from landscape._loaders import one_pass
 from landscape._progress import track
+from landscape._streams import OwnStreams
 from landscape.models.alternate import alternate
 from landscape.models.alternet import msa_positions
 from landscape.models.residual_stages import count_msas, resnet_stages
@@ -37,7 +38,6 @@ from landscape.training.build_up_table import BuildUp, Row, load_table, rows_of,
 from landscape.training.checkpoints import save
 from landscape.training.data import identity_of
 from landscape.training.fit import fit
-from landscape.training.surroundings import GlobalStream
 
 Criterion = Literal["accuracy", "nll"]
 Train = Callable[[nn.Module, Iterable[Any]], object]
@@ -117,7 +117,7 @@ def build_up(
     depths = tuple(len(stage) for stage in stages)
     start = tuple(count_msas(stage) for stage in stages)
     device = next(model.parameters()).device
-    with GlobalStream(device, seed).entered():
+    with OwnStreams(seed, [device]).entered():
         largest = grow(tuple(depth // 2 for depth in depths))  # what does not fit is refused here
     _check_validation(largest, validation)
     where = None if folder is None else Path(folder)
@@ -141,7 +141,7 @@ def build_up(
         bar.update(len(rows))
         while (step := next_step(depths, start, [(r.stage, r.kept) for r in rows])) is not None:
             began = time.perf_counter()
-            with GlobalStream(device, seed).entered():
+            with OwnStreams(seed, [device]).entered():
                 network = grow(step[1])
                 _train(network, data, train, where, len(rows), seed)
             scores = evaluate(network, validation)

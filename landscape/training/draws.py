@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from landscape._streams import OwnStreams
 from landscape.batches import Inputs, call_on
 from landscape.parameters import call_with
-from landscape.training.surroundings import GlobalStream
 
 _Plan = list[tuple[Tensor, float]]  # ones of the shape and layout of a mask, and the rate
 
@@ -59,7 +59,7 @@ class Draws:
             plan.append((torch.ones_like(x), rate))
             return F.dropout(x, rate, inplace=inplace)
 
-        with torch.no_grad(), GlobalStream(device, 0).entered(), _Dropout(noted):
+        with torch.no_grad(), OwnStreams(devices=[device]).entered(), _Dropout(noted):
             call_on(partial(call_with, self._model, buffers), inputs)
         return plan
 

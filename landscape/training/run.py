@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from landscape._checks import check_callable, check_count, check_data, is_number
 from landscape._names import lasting_name
+from landscape._streams import OwnStreams
 from landscape.batches import split_batch
 from landscape.losses import check_reduction
 from landscape.objective import check_transform
@@ -258,9 +259,9 @@ def call(callbacks: Iterable[Callback], run: Run, done: int) -> None:
             callback(run.step.model, done)
 
 
-def global_stream(run: Run, epoch: int) -> surroundings.GlobalStream:
+def global_stream(run: Run, epoch: int) -> OwnStreams:
     """Return the global streams of an epoch: of dropout, stochastic depth, the user's code."""
-    return surroundings.GlobalStream(run.step.device, stream_seed(run.seed, epoch, _GLOBAL))
+    return OwnStreams(stream_seed(run.seed, epoch, _GLOBAL), [run.step.device])
 
 
 def transform_stream(run: Run, epoch: int) -> torch.Generator:

@@ -6,47 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from landscape._streams import OwnStreams, read_streams, write_streams
-from landscape.restore import device_streams, same_modes
-
-
-class GlobalStream:
-    """The global random streams of PyTorch, NumPy and Python as one run sees them, from a seed on.
-
-    Attributes:
-        device: Device of the model: its stream and those of the CPU are meant.
-        seed: Where all streams begin.
-    """
-
-    def __init__(self, device: torch.device, seed: int) -> None:
-        self.device, self.seed = device, seed
-        self._of_cpu = OwnStreams(seed)
-        self._of_cuda: Tensor | None = None
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Go on with the streams where they were left, and put back those found afterwards."""
-        with self._of_cpu.entered(), self._entered_cuda():
-            yield
-
-    @contextmanager
-    def _entered_cuda(self) -> Iterator[None]:
-        if self.device.type != "cuda":
-            yield
-            return
-        before = torch.cuda.get_rng_state(self.device)
-        if self._of_cuda is None:
-            with torch.cuda.device(self.device):
-                torch.cuda.manual_seed(self.seed)
-        else:
-            torch.cuda.set_rng_state(self._of_cuda, self.device)
-        try:
-            yield
-        finally:
-            self._of_cuda = torch.cuda.get_rng_state(self.device)
-            torch.cuda.set_rng_state(before, self.device)
+from landscape._streams import read_streams, write_streams
+from landscape.restore import cuda_devices_of, same_modes
 
 
 @contextmanager
@@ -55,10 +18,9 @@ def same_random_state(model: nn.Module) -> Iterator[None]:
 
     Of PyTorch those of the CPU and of the CUDA devices that the model is on.
     """
-    states = read_streams()
+    states = read_streams(cuda_devices_of(model))
     try:
-        with device_streams(model):
-            yield
+        yield
     finally:
         write_streams(states)
 

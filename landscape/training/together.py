@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from landscape._loaders import OwnGenerators
+from landscape._streams import OwnStreams
 from landscape.restore import same_buffers
-from landscape.training import loop, run, surroundings
+from landscape.training import loop, run
 from landscape.training.draws import Draws, replayed
 from landscape.training.run import Callback, History, Run
 from landscape.training.run import call as call_back
@@ -117,7 +118,7 @@ def _alone(
     stack: Stack,
     index: int,
     member: Run,
-    stream: surroundings.GlobalStream,
+    stream: OwnStreams,
     batch: tuple[Any, Tensor, list[Tensor]],
 ) -> Tensor | None:
     """Return the gradient of a member, or `None` where its model has exchanged a buffer."""
@@ -153,7 +154,7 @@ def _train_epoch(
     draws: Draws,
     runs: Sequence[Run],
     epoch: int,
-    streams: Sequence[surroundings.GlobalStream],
+    streams: Sequence[OwnStreams],
     bar: tqdm[Any],
 ) -> loop.Means:
     """Take one step a batch with all members; return means of values `(members,)`."""
@@ -182,7 +183,7 @@ def _train_epoch(
 
 
 def _batches(
-    draws: Draws, member: Run, stream: surroundings.GlobalStream, epoch: int
+    draws: Draws, member: Run, stream: OwnStreams, epoch: int
 ) -> Iterator[tuple[Any, Tensor, list[Tensor]]]:
     """Yield inputs, targets and dropout masks of one member, drawn as its own run draws them."""
     generator = run.transform_stream(member, epoch)
