@@ -169,17 +169,15 @@ def pool_runs(spectra: "Sequence[HessianMaxSpectrum]") -> "HessianMaxSpectrum":
         raise ValueError("`spectra` must hold at least one spectrum, got none.")
     nep, *nep_ends = mean_interval([spectrum.nep for spectrum in spectra])
     ape, *ape_ends = mean_interval([spectrum.ape for spectrum in spectra])
+    names = ("eigenvalues", "residuals", "converged", "errors", "miss")
+    tables: dict[str, Any] = {n: _joined([getattr(each, n) for each in spectra]) for n in names}
     return replace(
         spectra[0],
-        eigenvalues=np.concatenate([spectrum.eigenvalues for spectrum in spectra]),
-        residuals=np.concatenate([spectrum.residuals for spectrum in spectra]),
-        converged=np.concatenate([spectrum.converged for spectrum in spectra]),
+        **tables,
         nep=nep,
         nep_interval=(nep_ends[0], nep_ends[1]),
         ape=ape,
         ape_interval=(ape_ends[0], ape_ends[1]),
-        errors=_joined([spectrum.errors for spectrum in spectra]),
-        miss=_joined([spectrum.miss for spectrum in spectra]),
         num_hvps=sum(spectrum.num_hvps for spectrum in spectra),
     )
 

@@ -1,6 +1,6 @@
 """Hessian spectra over all data: both edges and the density between them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from landscape.probes.hessian import HessianSpectrum
 
 _SIDES = ("largest", "smallest")
+_COLORS = {"^": "#D55E00", "v": "#0072B2"}  # of the marks of both sides
 LABEL = r"Hessian eigenvalue $\lambda$ (nats)"
 
 
@@ -133,14 +134,9 @@ def _draw_alone(ax: Axes, result: "HessianSpectrum", trace: str, line: dict[str,
     """Draw a spectrum whose edges have the colours of their sides and entries of their own."""
     if result.density is not None:
         spectral_density(result.density, ax=ax, **line)
-    for pairs, name, marker, color in (
-        (result.largest, "largest", "^", "#D55E00"),
-        (result.smallest, "smallest", "v", "#0072B2"),
-    ):
-        converged = np.asarray(pairs.converged, dtype=bool)
-        for chosen, note in ((converged, ""), (~converged, ", not converged")):
-            if chosen.any():
-                _draw_edge(ax, pairs, chosen, marker, color, label=f"{chosen.sum()} {name}{note}")
+    for pairs, chosen, name, marker in _edges(result):
+        color, label = _COLORS[marker], f"{chosen.sum()} {name}"
+        _draw_edge(ax, pairs, chosen, marker, color, label=label)
     ax.plot([], [], " ", label=trace)
 
 
@@ -155,19 +151,22 @@ def _draw_among_others(
     ax.plot([], [], label=entry, gid="spectrum", **look)
     known = set(ax.get_legend_handles_labels()[1])
     mark: dict[str, Any] = {"ls": "None", "color": style.MUTED, "ms": 4}
-    for pairs, name, marker in (
-        (result.largest, "largest", "^"),
-        (result.smallest, "smallest", "v"),
-    ):
+    for pairs, chosen, name, marker in _edges(result):
+        _draw_edge(ax, pairs, chosen, marker, look["color"], height=0.06 + 0.05 * row)
+        if name not in known:
+            fill = "full" if name in _SIDES else "none"
+            ax.plot([], [], marker=marker, fillstyle=fill, label=name, **mark)
+
+
+def _edges(
+    result: "HessianSpectrum",
+) -> "Iterator[tuple[Eigenpairs, NDArray[np.bool_], str, str]]":
+    """Yield the pairs of each side, which of them are meant, what these are called, and a mark."""
+    for pairs, name, marker in zip((result.largest, result.smallest), _SIDES, _COLORS, strict=True):
         converged = np.asarray(pairs.converged, dtype=bool)
-        for chosen, note, fill in (
-            (converged, "", "full"),
-            (~converged, ", not converged", "none"),
-        ):
+        for chosen, note in ((converged, ""), (~converged, ", not converged")):
             if chosen.any():
-                _draw_edge(ax, pairs, chosen, marker, look["color"], height=0.06 + 0.05 * row)
-                if name + note not in known:
-                    ax.plot([], [], marker=marker, fillstyle=fill, label=name + note, **mark)
+                yield pairs, chosen, name + note, marker
 
 
 def _draw_edge(

@@ -291,15 +291,10 @@ def _checked(
 
 def _part(pairs: Eigenpairs, chosen: np.ndarray, which: str) -> Eigenpairs:
     """Return some of the pairs, by magnitude: largest or smallest first."""
-    return dataclasses.replace(
-        pairs,
-        values=pairs.values[chosen],
-        residuals=pairs.residuals[chosen],
-        errors=pairs.errors[chosen],
-        converged=pairs.converged[chosen],
-        which=which,
-        vectors=None if pairs.vectors is None else pairs.vectors[chosen],
-    )
+    names = ["values", "residuals", "errors", "converged"]
+    names += [] if pairs.vectors is None else ["vectors"]
+    rows: dict[str, Any] = {name: getattr(pairs, name)[chosen] for name in names}
+    return dataclasses.replace(pairs, which=which, **rows)
 
 
 def _density(engine: Any, steps: int, num_probes: int, dim: int) -> SpectralDensity:
