@@ -24,7 +24,7 @@ from landscape._checks import check_choice, check_count, check_generator, check_
 from landscape.objective import predict
 from landscape.probes.attacks import Target
 from landscape.probes.pixels import Channels, PixelScale, split_image
-from landscape.probes.scores import PairedResult, PairedScores, Truths, increasing, tracked_batches
+from landscape.probes.scores import PairedResult, PairedScores, increasing, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
 from landscape.results import Provenance
@@ -152,21 +152,17 @@ def adversarial_robustness(
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
     batches = tracked_batches(model, data, "Adversarial robustness", progress)
-    truths, paired = Truths(), PairedScores(len(balls))
+    paired = PairedScores(len(balls))
     with untouched(model), torch.no_grad():
         for inputs, targets, _ in batches:
             scale.check(split_image(inputs)[0])
-            logits = predict(model, inputs)
-            truth = truths.read(logits, targets)
-            clean = truth.scores(logits)
-            paired.add_clean(clean)
+            truth = paired.add_clean(predict(model, inputs), targets)
             target = Target(model, inputs, truth, scale, norm)
             starts = target.starts(generator, restarts) if random_start else [None]
             for condition, radius in enumerate(balls.tolist()):
                 length = _step_length(attack, radius, steps, step_size)
                 scores = [target.attack(radius, steps, length, start) for start in starts]
-                paired.add(condition, _worst(scores), clean)
-    truths.finish()
+                paired.add(condition, _worst(scores))
     scale.finish()
     attacks = len(balls) * restarts
     settings = {"attack": attack, "norm": norm, "radii": balls.tolist(), "steps": steps}

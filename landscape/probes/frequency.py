@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from landscape._checks import check_generator, check_positive
 from landscape.objective import predict
 from landscape.probes.pixels import Channels, PixelScale, split_image
-from landscape.probes.scores import PairedResult, PairedScores, Truths, increasing, tracked_batches
+from landscape.probes.scores import PairedResult, PairedScores, increasing, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import untouched
 from landscape.results import Provenance
@@ -129,22 +129,18 @@ def frequency_robustness(
     noise = _RingNoise(centres, width, norm, check_generator(generator).initial_seed())
     start = time.perf_counter()
     batches = tracked_batches(model, data, "Frequency robustness", progress)
-    truths, paired = Truths(), PairedScores(len(centres))
+    paired = PairedScores(len(centres))
     with untouched(model), torch.no_grad():
         for inputs, targets, _ in batches:
             x, put = split_image(inputs)
             scale.check(x)
             noises = noise.draw(x)
-            logits = predict(model, inputs)
-            truth = truths.read(logits, targets)
-            clean = truth.scores(logits)
-            paired.add_clean(clean)
+            truth = paired.add_clean(predict(model, inputs), targets)
             low, high = scale.bounds(x)
             for condition, each in enumerate(noises):
                 noisy = (x + each * scale.unit(each)).to(x.dtype)
                 noisy = noisy.clamp(low, high) if clip else noisy
-                paired.add(condition, truth.scores(predict(model, put(noisy))), clean)
-    truths.finish()
+                paired.add(condition, truth.scores(predict(model, put(noisy))))
     scale.finish()
     settings = {"frequencies": centres.tolist(), "width": width, "norm": norm, "clip": clip}
     return RobustnessCurve(

@@ -25,7 +25,7 @@ from landscape.blocks import Blocks, check_blocks
 from landscape.blocks.block import Traced
 from landscape.blocks.lesions import Irremovable, Part, num_heads, removal
 from landscape.blocks.passes import PartialPasses
-from landscape.probes.scores import PairedResult, PairedScores, Truths, tracked_batches
+from landscape.probes.scores import PairedResult, PairedScores, tracked_batches
 from landscape.provenance import forward_provenance
 from landscape.restore import eagerly, untouched
 from landscape.results import Provenance
@@ -104,7 +104,7 @@ def lesion_study(
     began = time.perf_counter()
     batches = tracked_batches(model, data, "Lesion study", progress)
     check_blocks("blocks", model, blocks)
-    truths, shares = Truths(), True
+    shares = True
     lesions: list[tuple[int, Part]] = []
     with untouched(model), eagerly(), torch.no_grad():
         for inputs, targets, _ in batches:
@@ -115,12 +115,9 @@ def lesion_study(
                 lesions, skipped = _plan(blocks, traced, units)
                 paired = PairedScores(len(lesions))
                 shares = _resumes(lesions, traced, passes)
-            truth = truths.read(passes.logits, targets)
-            clean = truth.scores(passes.logits)
-            paired.add_clean(clean)
+            truth = paired.add_clean(passes.logits, targets)
             for unit, logits in enumerate(_lesioned(lesions, traced, passes, shares)):
-                paired.add(unit, truth.scores(logits), clean)
-    truths.finish()
+                paired.add(unit, truth.scores(logits))
     assert blocks is not None  # an empty stream has raised
     known = list(blocks)
     chosen = [known[position] for position, _ in lesions]

@@ -211,10 +211,17 @@ class PairedResult(Result):
 
 
 class PairedScores:
-    """NLL and accuracy under several conditions, against the same samples left clean."""
+    """NLL and accuracy under several conditions, against the same samples left clean.
+
+    Attributes:
+        clean: `(n, 2)`: scores of the present batch left clean.
+    """
+
+    clean: Tensor
 
     def __init__(self, num_conditions: int) -> None:
         """Set the number of conditions."""
+        self._truths = Truths()
         self._clean = Moments()
         self._changed = [Moments() for _ in range(num_conditions)]
 
@@ -223,16 +230,24 @@ class PairedScores:
         """Number of samples."""
         return self._clean.count
 
-    def add_clean(self, clean: Tensor) -> None:
-        """Add the scores `(n, 2)` of a clean batch."""
-        self._clean.add(clean)
+    def add_clean(self, logits: Tensor, targets: Tensor | None) -> Truth:
+        """Begin a batch; return what its outputs are compared with."""
+        truth = self._truths.read(logits, targets)
+        self.clean = truth.scores(logits)
+        self._clean.add(self.clean)
+        return truth
 
-    def add(self, condition: int, scores: Tensor, clean: Tensor) -> None:
-        """Add the scores `(n, 2)` of a batch under one condition, with its clean ones."""
-        self._changed[condition].add(torch.cat([scores, scores - clean], dim=1))
+    def add(self, condition: int, scores: Tensor) -> None:
+        """Add the scores `(n, 2)` of the batch under one condition."""
+        self._changed[condition].add(torch.cat([scores, scores - self.clean], dim=1))
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields of a `PairedResult`; one transfer."""
+        """Return the fields of a `PairedResult`; one transfer.
+
+        Raises:
+            ValueError: If a label was no class of the model.
+        """
+        self._truths.finish()
         clean = torch.cat([self._clean.result(), self._clean.result() * 0], dim=1)
         rows = torch.stack([clean, *(each.result() for each in self._changed)]).cpu().numpy()
         fields: dict[str, Any] = {}
