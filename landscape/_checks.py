@@ -21,11 +21,7 @@ def is_number(value: object) -> bool:
 
 
 def check_at_least(name: str, value: float, minimum: float) -> None:
-    """Refuse what is no finite number, or is below its minimum.
-
-    Raises:
-        ValueError: If `value` is either (or NaN).
-    """
+    """Refuse what is no finite number, or is below its minimum."""
     if not is_number(value):
         raise ValueError(f"`{name}` must be a number, got {value!r}.")
     if not value >= minimum:
@@ -35,42 +31,26 @@ def check_at_least(name: str, value: float, minimum: float) -> None:
 
 
 def check_finite(name: str, value: float) -> None:
-    """Refuse what is no finite number.
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """Refuse what is no finite number."""
     if not is_number(value) or not math.isfinite(value):
         raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
 
 
 def check_within(name: str, value: float, low: float, high: float) -> None:
-    """Refuse a number outside an interval, whose ends belong to it.
-
-    Raises:
-        ValueError: If `value` is outside, or no finite number.
-    """
+    """Refuse a number outside an interval, whose ends belong to it."""
     check_finite(name, value)
     if not low <= value <= high:
         raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value}.")
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse what is no positive and finite number.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Refuse what is no positive and finite number."""
     if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
 
 
 def check_count(name: str, value: object, minimum: float = -math.inf) -> None:
-    """Refuse a value that is not a whole number, or is below its minimum, if there is one.
-
-    Raises:
-        ValueError: If it is either.
-    """
+    """Refuse a value that is not a whole number, or is below its minimum, if there is one."""
     try:
         whole = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -81,11 +61,7 @@ def check_count(name: str, value: object, minimum: float = -math.inf) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Refuse a value outside a closed set of choices.
-
-    Raises:
-        ValueError: If `value` is not among `choices`.
-    """
+    """Refuse a value outside a closed set of choices."""
     try:
         known = value in choices
     except (ValueError, RuntimeError):  # an array equals a choice in some entries
@@ -106,9 +82,6 @@ def check_type(
         kind: What it must be an instance of.
         wanted: That in words.
         remedy: What to pass instead.
-
-    Raises:
-        TypeError: If it is something else.
     """
     if not isinstance(value, kind):
         advice = f"; {remedy}" if remedy else ""
@@ -116,30 +89,18 @@ def check_type(
 
 
 def check_callable(name: str, value: object, wanted: str) -> None:
-    """Refuse what cannot be called, and a class, which is yet to be made an object of.
-
-    Raises:
-        TypeError: If it is either.
-    """
+    """Refuse what cannot be called, and a class, which is yet to be made an object of."""
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"`{name}` must be {wanted}, got {value!r}.")
 
 
 def check_module(model: object, name: str = "model") -> None:
-    """Refuse a model that is no module.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+    """Refuse a model that is no module."""
     check_type(name, model, nn.Module, "a torch.nn.Module")
 
 
 def check_device(name: str, device: Any) -> None:
-    """Refuse a device that this machine does not have.
-
-    Raises:
-        ValueError: If it is one.
-    """
+    """Refuse a device that this machine does not have."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -236,11 +197,7 @@ def check_materialised(model: torch.nn.Module) -> None:
 
 
 def check_python(model: torch.nn.Module) -> None:
-    """Refuse a model with a part in TorchScript, which hides the calls that it makes.
-
-    Raises:
-        TypeError: If there is one.
-    """
+    """Refuse a model with a part in TorchScript, which hides the calls that it makes."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f" in {name!r}" if name else ""

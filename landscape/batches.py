@@ -379,9 +379,6 @@ def check_unchanged(inputs: Inputs, versions: list[int]) -> None:
     Args:
         inputs: The inputs of the model.
         versions: What `versions_of` said of them before.
-
-    Raises:
-        ValueError: If one has changed since.
     """
     if versions_of(inputs) != versions:
         raise ValueError(

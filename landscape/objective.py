@@ -143,11 +143,7 @@ class Objective:
 
 
 def check_transform(transform: Transform) -> None:
-    """Refuse what cannot be called as `transform(x, y, generator)`.
-
-    Raises:
-        TypeError: If it cannot.
-    """
+    """Refuse what cannot be called as `transform(x, y, generator)`."""
     wanted = "a function of (x, y, generator) that returns (x, y)"
     if not callable(transform):
         raise TypeError(f"`transform` must be {wanted}, got {type(transform).__name__}.")
@@ -163,11 +159,7 @@ def check_transform(transform: Transform) -> None:
 
 
 def check_objective(objective: object) -> None:
-    """Refuse what is no objective, such as a loss alone.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+    """Refuse what is no objective, such as a loss alone."""
     if not isinstance(objective, Objective):
         raise TypeError(
             f"`objective` must be an Objective, got {type(objective).__name__}; pass "
@@ -362,11 +354,7 @@ class FrozenObjective:
         return for_loss(self.objective.loss, outputs), batch.targets[few]
 
     def _check_own_mean(self, batch: PreparedBatch) -> None:
-        """Refuse a model whose own loss is not a mean over samples, as parts of a batch show.
-
-        Raises:
-            ValueError: If it is not.
-        """
+        """Refuse a model whose own loss is not a mean over samples, as parts of a batch show."""
         few = min(batch.size, 2 * trial.FEW)
         cut = few // 3 or 1
         parts = [rows for rows in (slice(0, cut), slice(cut, few)) if rows.start < rows.stop]

@@ -312,9 +312,6 @@ def check_same_weights(
     Args:
         versions: Name, weight, and how often it had been changed before.
         put_back: Weights that may have changed.
-
-    Raises:
-        ValueError: If one has.
     """
     allowed = {id(t) for t in put_back}
     changed = [n for n, t, before in versions if t._version != before and id(t) not in allowed]

@@ -57,11 +57,7 @@ def check_same(once: Tensor, again: Tensor) -> None:
 
 
 def check_reached(model: nn.Module, chosen: Collection[str], outputs: Tensor) -> None:
-    """Refuse a model that uses a chosen parameter of its own, not what stands in its place.
-
-    Raises:
-        ValueError: If the graph of its outputs holds one.
-    """
+    """Refuse a model that uses a chosen parameter of its own, not what stands in its place."""
     known = {id(p): name for name, p in model.named_parameters()}
     for node in nodes_behind([outputs]):  # none where nothing that stands in requires a gradient
         name = known.get(id(getattr(node, "variable", None)))
@@ -93,11 +89,7 @@ def has_batch_statistics(model: nn.Module) -> bool:
 
 
 def check_targets(loss: Loss | None, logits: Tensor, targets: Tensor | None) -> None:
-    """Refuse targets of a shape or type that the loss would broadcast, or take for others.
-
-    Raises:
-        ValueError: If they are.
-    """
+    """Refuse targets of a shape or type that the loss would broadcast, or take for others."""
     if targets is None:
         return
     if is_binary(loss) and not targets.is_floating_point():
@@ -126,11 +118,7 @@ def check_targets(loss: Loss | None, logits: Tensor, targets: Tensor | None) -> 
 
 
 def check_labels(loss: Loss | None, logits: Tensor, label_range: tuple[int, int] | None) -> None:
-    """Refuse labels that the model has no output for.
-
-    Raises:
-        ValueError: If the smallest or the largest is one.
-    """
+    """Refuse labels that the model has no output for."""
     if label_range is None or not is_classification(loss):
         return
     low, high = label_range
@@ -162,11 +150,7 @@ def labels_named(loss: Loss, logits: Tensor) -> Iterator[None]:
 
 @contextmanager
 def left_as_found(loss: Loss | None) -> Iterator[None]:
-    """Refuse a loss module that keeps something of what it sees, and put that back.
-
-    Raises:
-        ValueError: If it does.
-    """
+    """Refuse a loss module that keeps something of what it sees, and put that back."""
     if not isinstance(loss, nn.Module):
         yield
         return
@@ -224,9 +208,6 @@ def check_mean(
         targets: Its targets.
         value: Its loss.
         others: Returns outputs and targets of a few samples of another batch.
-
-    Raises:
-        ValueError: If it is none.
     """
     cut = len(targets) // 3 or 1
     _compare_mean(loss, [(outputs[:cut], targets[:cut]), (outputs[cut:], targets[cut:])], value)
@@ -251,9 +232,6 @@ def check_own_mean(whole: float, parts: Sequence[float], sizes: Sequence[int]) -
         whole: The loss of some samples.
         parts: That of two parts of them.
         sizes: Samples in each.
-
-    Raises:
-        ValueError: If it is another number.
     """
     mean = sum(n * v for n, v in zip(sizes, parts, strict=True)) / sum(sizes)
     if math.isfinite(whole) and not abs(mean - whole) <= 1e-2 * max(abs(mean), abs(whole)):

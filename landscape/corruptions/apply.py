@@ -119,11 +119,7 @@ def corrupt(
 
 
 def check_corruption(name: str, severity: int, profile: str) -> None:
-    """Refuse an unknown corruption.
-
-    Raises:
-        ValueError: If name, severity or profile is none of those that there are.
-    """
+    """Refuse an unknown corruption."""
     check_choice("name", name, CORRUPTIONS)
     check_choice("severity", severity, SEVERITIES)
     check_count("severity", severity, 1)  # 1.0 is among them

@@ -280,11 +280,7 @@ def warn_independent() -> None:
 
 
 def check_keeps(frozen: FrozenObjective) -> None:
-    """Refuse a model that does not keep its activations.
-
-    Raises:
-        ValueError: If it computes them again.
-    """
+    """Refuse a model that does not keep its activations."""
     if frozen.recomputes:
         raise ValueError(
             "`model` must not use gradient checkpointing, which computes activations again; turn "
@@ -293,22 +289,14 @@ def check_keeps(frozen: FrozenObjective) -> None:
 
 
 def check_losses(frozen: FrozenObjective) -> None:
-    """Refuse NaN and infinite batch losses; a forward pass over the data.
-
-    Raises:
-        ValueError: If one is not finite.
-    """
+    """Refuse NaN and infinite batch losses; a forward pass over the data."""
     with torch.no_grad():
         losses = [frozen.data_term(frozen.space.values, batch) for batch in frozen.batches]
     _check_finite(losses)
 
 
 def _check_finite(losses: list[Tensor]) -> None:
-    """Refuse NaN and infinite batch losses.
-
-    Raises:
-        ValueError: If one is not finite.
-    """
+    """Refuse NaN and infinite batch losses."""
     bad = (~torch.isfinite(torch.stack(losses))).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
@@ -322,11 +310,7 @@ def _copies(frozen: FrozenObjective) -> dict[str, Tensor]:
 
 
 def check_memory(memory: Memory) -> None:
-    """Refuse what is no amount of memory.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Refuse what is no amount of memory."""
     if isinstance(memory, str) and memory == "auto":
         return
     if not is_number(memory):

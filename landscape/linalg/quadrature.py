@@ -215,22 +215,14 @@ def density_of(
 
 
 def check_density(num_steps: int, num_probes: int, sigma: float | None) -> None:
-    """Refuse bad arguments of a density.
-
-    Raises:
-        ValueError: If one is out of range.
-    """
+    """Refuse bad arguments of a density."""
     check_count("num_steps", num_steps, 2)  # one step tells a mean, and no spread
     check_count("num_probes", num_probes, 1)
     _check_sigma(sigma)
 
 
 def _check_sigma(sigma: float | None) -> None:
-    """Refuse a width that is not positive and finite.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Refuse a width that is not positive and finite."""
     if sigma is not None:
         check_positive("sigma", sigma)
 

@@ -374,11 +374,7 @@ def check_basis(
     basis_dtype: torch.dtype | None,
     basis_device: torch.device | str | None,
 ) -> None:
-    """Refuse a basis of vectors that cannot be made, whatever the operator.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
+    """Refuse a basis of vectors that cannot be made, whatever the operator."""
     if max_basis is not None:
         check_count("max_basis", max_basis, 1)
     check_choice("basis_dtype", basis_dtype, (None, torch.float64, torch.float32))

@@ -220,9 +220,6 @@ def check_result(result: object, kind: str) -> None:
     Args:
         result: What is to be drawn.
         kind: Name of the class.
-
-    Raises:
-        TypeError: If `result` is of another.
     """
     if not _is_a(result, kind):
         raise TypeError(f"`result` must be a `{kind}`, got {type(result).__name__}.")

@@ -247,11 +247,7 @@ def random_directions(
 
 
 def check_directions(directions: object) -> None:
-    """Refuse what are no directions.
-
-    Raises:
-        TypeError: If they are something else.
-    """
+    """Refuse what are no directions."""
     makers = "`random_directions`, `eigen_directions`, `pca_directions` or `between`"
     check_type("directions", directions, Directions, "Directions", f"make them with {makers}")
 

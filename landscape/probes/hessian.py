@@ -379,11 +379,7 @@ def check_arguments(
 
 
 def check_native(engine: str, **given: object) -> None:
-    """Refuse arguments that PyHessian has no use for, where they are not `None`.
-
-    Raises:
-        ValueError: If it is given one.
-    """
+    """Refuse arguments that PyHessian has no use for, where they are not `None`."""
     for name, value in given.items():
         if value is not None and engine != "native":
             raise ValueError(f"`{name}` needs engine='native', got {engine!r}.")

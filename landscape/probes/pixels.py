@@ -85,11 +85,7 @@ class PixelScale:
         self._largest.add(torch.stack(ends))
 
     def finish(self) -> None:
-        """Refuse the data if a pixel was outside 0 … 1.
-
-        Raises:
-            ValueError: If so.
-        """
+        """Refuse the data if a pixel was outside 0 … 1."""
         self._largest.finish()
 
     def _check(self, largest: Sequence[float]) -> None:

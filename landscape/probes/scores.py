@@ -124,11 +124,7 @@ class Truths:
         return Truth(labels.clamp(0, self.num_classes - 1), targets if soft else None)
 
     def finish(self) -> None:
-        """Refuse the data if a label was no class of the model, or soft targets no probabilities.
-
-        Raises:
-            ValueError: If so.
-        """
+        """Refuse the data if a label was no class of the model, or a soft target no probability."""
         self._largest.finish()
 
     def _check(self, largest: Sequence[float]) -> None:

@@ -242,9 +242,6 @@ def check_floats(transform: str, x: Tensor) -> None:
     Args:
         transform: Name of the transform.
         x: Images.
-
-    Raises:
-        ValueError: If `x` has no floating-point dtype.
     """
     if not x.is_floating_point():
         raise ValueError(

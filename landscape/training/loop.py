@@ -207,11 +207,7 @@ def _passes(step: Step, inputs: Inputs, targets: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_any(means: Means) -> None:
-    """Refuse an epoch without a batch.
-
-    Raises:
-        ValueError: If nothing was counted.
-    """
+    """Refuse an epoch without a batch."""
     if not means.num_batches:
         raise ValueError("`data` must yield at least one batch, got none; is it empty?")
 

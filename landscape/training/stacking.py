@@ -142,11 +142,7 @@ class Stack:
             step.optimizer.step()
 
     def check_alike(self) -> None:
-        """Refuse models that a callback has made different from each other, or from the stack.
-
-        Raises:
-            ValueError: If they are.
-        """
+        """Refuse models that a callback has made different from each other, or from the stack."""
         modes = [[module.training for module in step.model.modules()] for step in self.steps]
         same = all(
             len(now) == len(then) and all(p is q for p, q in zip(now, then, strict=True))
