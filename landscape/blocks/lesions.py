@@ -37,9 +37,6 @@ def removal(trace: Trace, unit: Unit, part: Part) -> tuple[int, Handler]:
         unit: The block.
         part: What of it to remove.
 
-    Returns:
-        Ordinal and handler, for `ControlledPass`.
-
     Raises:
         Irremovable: If the block has no such part, or it has no lesion.
     """

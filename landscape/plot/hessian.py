@@ -168,9 +168,6 @@ def spread_far(results: Iterable["HessianMaxSpectrum"]) -> bool:
 
     Args:
         results: The spectra that share the scale.
-
-    Returns:
-        Whether a logarithmic scale suits them better.
     """
     spectra = [finite_eigenvalues(result) for result in results]
     for sign in (-1, 1):

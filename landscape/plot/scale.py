@@ -52,9 +52,6 @@ def finite_values(
         quantity: What to read.
         log: Whether it will be drawn on a logarithmic scale.
 
-    Returns:
-        Masked array of the shape of the result.
-
     Raises:
         ValueError: If `quantity` was not evaluated, or `log` meets values that are not positive.
     """
@@ -95,9 +92,6 @@ def make_norm(low: float, high: float, *, log: bool | None = None) -> Normalize:
         high: Upper end.
         log: Whether it is logarithmic; by default where `high` is over ten times a positive
             `low`, a heuristic.
-
-    Returns:
-        The scale.
 
     Raises:
         ValueError: If `low` is above `high`, or not positive on a logarithmic scale.
@@ -143,9 +137,6 @@ class SignedDecades(Locator):
         Args:
             vmin: Lower end.
             vmax: Upper end.
-
-        Returns:
-            The ticks in ascending order.
         """
         axis: Any = self.axis
         scale = axis.get_transform()

@@ -102,9 +102,6 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
     Args:
         names: Names of models, or any labels.
-
-    Returns:
-        For each name the keyword arguments of a line.
     """
     seen: dict[str, int] = {}
     num_unknown = 0
@@ -140,9 +137,6 @@ def added_line(ax: Axes, name: str) -> dict[str, Any]:
     Args:
         ax: Axes with any number of lines in the styles of `line_styles`, labelled by their names.
         name: Name of the line; one that is there already keeps its style.
-
-    Returns:
-        The keyword arguments of a line.
     """
     labels = [
         label
@@ -189,9 +183,6 @@ def named(
         kind: Name of their class, to be checked.
         label: Label of a single one.
         argument: What the caller calls `result`.
-
-    Returns:
-        The results by label.
 
     Raises:
         ValueError: If `result` is empty, or several come with a `label`.

@@ -25,9 +25,6 @@ def labelled_line(ax: Axes, name: str) -> dict[str, Any]:
     Args:
         ax: Axes with any number of lines.
         name: Name of the line.
-
-    Returns:
-        The keyword arguments of a line.
     """
     label = "\n".join(_name_lines(name))
     alike = sum(entry.startswith(label) for entry in entries_of(ax))
@@ -97,9 +94,6 @@ def wrapped_entries(texts: Mapping[str, str]) -> dict[str, str]:
 
     Args:
         texts: What is said of each name, in one line or several; "" is no name.
-
-    Returns:
-        The entry of each name.
     """
     longest = _LONGEST_INSIDE if entries_inside(texts) else _LONGEST_BESIDE
     short = short_names(texts, _LONGEST_NAME * _MOST_LINES)

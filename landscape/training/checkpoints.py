@@ -67,9 +67,6 @@ def plan(
         epochs: Epochs in all.
         schedule: Says by `warmup_epochs`, where it has it, what `"warmup"` means.
 
-    Returns:
-        The plan.
-
     Raises:
         ValueError: If an epoch does not exist, or there is no folder to keep it in.
     """
@@ -167,9 +164,6 @@ def load_resume(folder: Path, latest: int | None = None) -> dict[str, Any] | Non
     Args:
         folder: Folder of the run.
         latest: Epoch whose state, or one before it, is wanted; `None` is any.
-
-    Returns:
-        What was given to `save_resume`.
 
     Raises:
         ValueError: If there are states but all are damaged.

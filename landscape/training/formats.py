@@ -84,9 +84,6 @@ def read_cifar(
         members: File names to read, in order, for instance `("data_batch_1.bin", …)`.
         label_bytes: 1 for CIFAR-10; 2 for CIFAR-100, whose last one (the fine label) counts.
 
-    Returns:
-        Images and labels.
-
     Raises:
         ValueError: If a file is truncated, corrupt or missing.
     """

@@ -218,9 +218,6 @@ def validate(step: Step, data: Iterable[Any]) -> Means:
     Args:
         step: Whose model and loss to use.
         data: Batches.
-
-    Returns:
-        Means over all samples.
     """
     means = Means()
     with torch.no_grad(), eval_mode(step.model):
@@ -245,9 +242,6 @@ def prepare(
         raw: Batch `(x, y)` or a mapping.
         index: Its number, for messages.
         generator: Source of the transform; `None` does not transform.
-
-    Returns:
-        Inputs and targets.
 
     Raises:
         ValueError: If the batch has no targets.

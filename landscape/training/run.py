@@ -166,9 +166,6 @@ def make_run(
         trajectory: Every how many epochs weights are kept besides.
         seed: Seed of the run.
 
-    Returns:
-        The run.
-
     Raises:
         ValueError: If an argument is out of range.
         TypeError: If one is of another type.
@@ -319,9 +316,6 @@ def result(run: Run, history: History) -> FitResult:
     Args:
         run: The run.
         history: Its history.
-
-    Returns:
-        Arrays of one value per epoch, and paths.
     """
     done, saves = len(history["epoch"]), run.saves
     return FitResult(

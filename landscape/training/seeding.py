@@ -32,8 +32,5 @@ def stream(seed: int, *place: int) -> torch.Generator:
     Args:
         seed: Seed of the whole run, at least 0.
         place: Non-negative integers that say which stream, such as `(epoch, purpose)`.
-
-    Returns:
-        Fresh generator on the CPU.
     """
     return torch.Generator().manual_seed(stream_seed(seed, *place))

@@ -193,9 +193,6 @@ def stack_batches(batches: Sequence[Any]) -> Any:
     Args:
         batches: One a member, all of one shape.
 
-    Returns:
-        Tensor or mapping.
-
     Raises:
         ValueError: If the shapes differ, or an entry of a mapping is no tensor.
     """

@@ -19,9 +19,6 @@ def find(run: Run, resume: bool, latest: int | None = None) -> dict[str, Any] | 
         resume: Whether to look for a state, rather than to insist that there is none.
         latest: Epoch whose state, or one before it, is wanted; `None` is any.
 
-    Returns:
-        What `write` wrote.
-
     Raises:
         ValueError: If the folder holds a run that is not to be resumed, or another one.
     """
