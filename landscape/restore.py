@@ -31,12 +31,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     with exclusive(model):
         modes = [(module, module.training, _Attributes(module)) for module in model.modules()]
         try:
-            for module, _, _ in modes:
-                module.training = False
+            for module, training, _ in modes:
+                if training:
+                    module.training = False
             yield
         finally:
             for module, training, attributes in modes:
-                module.training = training
+                if module.training is not training:  # setting one takes a microsecond of Python
+                    module.training = training
                 attributes.put_back()
 
 
@@ -120,6 +122,11 @@ def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False
     return caches
 
 
+def keeps_tensors(model: nn.Module) -> bool:
+    """Whether a plain attribute of a module is a tensor now, or holds one."""
+    return any(True for _ in _kept_tensors(model))
+
+
 def _kept_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[Tensor]]]:
     """Yield the plain attributes of modules that are tensors, or dictionaries of them."""
     for module in model.modules():
@@ -174,6 +181,9 @@ class _Attributes:
 
     def _replaced(self) -> list[str]:
         """Return the names of attributes that are others than before, or new, or gone."""
+        own, was = self._own, self._before
+        if list(own) == list(was) and all(map(operator.is_, own.values(), was.values())):
+            return []  # as nearly always
         found = []
         for name in self._own.keys() | self._before.keys():
             before, now = self._before.get(name, _NONE), self._own.get(name, _NONE)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FORMAT = "landscape result 1"
+_LARGE = 1 << 24  # bytes from which nothing is compressed: weights take long and hardly shrink
 _DAMAGE = (
     OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, RuntimeError,
     zipfile.BadZipFile, zlib.error,
@@ -76,8 +77,10 @@ class Result:
         arrays: dict[str, np.ndarray] = {}
         meta = json.dumps({"format": _FORMAT, "result": _encode(self, "", arrays)})
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, meta=np.array(meta), **arrays)
-        write_atomically(path, buffer.getvalue())
+        large = sum(array.nbytes for array in arrays.values()) > _LARGE
+        save = np.savez if large else np.savez_compressed
+        save(buffer, allow_pickle=False, meta=np.array(meta), **arrays)
+        write_atomically(path, buffer.getbuffer())
         return path
 
     @classmethod
@@ -189,7 +192,7 @@ class Provenance(Result):
         return ", ".join([part for part in told if part] + [f"{self.seconds:.3g} s"])
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

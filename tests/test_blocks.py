@@ -989,6 +989,14 @@ def test_what_a_model_has_kept_moves_no_call(used, images):
         model.train()
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_model_that_keeps_nothing_is_traced_by_one_pass(keeps, images):
+    model, made = build(lambda: Biased(keeps=keeps)), []
+    model.register_forward_pre_hook(lambda module, args: made.append(1))
+    Blocks(model, example=images)
+    assert (len(made) > 1) == keeps
+
+
 def test_no_probe_keeps_what_the_model_looks_up(images):
     model, plain = build(Biased).train(), build(lambda: Biased(keeps=False))
     data = [(images, torch.arange(4) % 3)]

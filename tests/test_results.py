@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import landscape
-from landscape import Eigenpairs, Provenance, Result
+from landscape import Eigenpairs, Provenance, Result, results
 from landscape.results import write_atomically
 from tests.cases import make_batches, make_model
 
@@ -32,7 +32,9 @@ def make_result():
     return Nested(pairs, maps, (0.5, float("nan")), None, float("inf"), provenance)
 
 
-def test_save_and_load_return_the_same_result(tmp_path):
+@pytest.mark.parametrize("large", [1, 1 << 24])
+def test_save_and_load_return_the_same_result(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_LARGE", large)  # above, nothing is compressed
     result = make_result()
     path = result.save(tmp_path / "deep" / "result")
     assert type(result).load(tmp_path / "deep" / "result") == result

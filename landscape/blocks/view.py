@@ -44,7 +44,15 @@ from landscape.blocks.structure import (
 )
 from landscape.blocks.tracing import Trace, function_name, record
 from landscape.objective import predict
-from landscape.restore import Cache, caches_of, eagerly, emptied, eval_mode, untouched
+from landscape.restore import (
+    Cache,
+    caches_of,
+    eagerly,
+    emptied,
+    eval_mode,
+    keeps_tensors,
+    untouched,
+)
 
 Choose = str | Sequence[str]
 Visitor = Callable[[Block, Tensor], None]
@@ -57,7 +65,8 @@ class Blocks:
     """The blocks of a model in the order in which they are computed.
 
     Args:
-        model: Any module; traced in evaluation mode, by two forward passes of three samples.
+        model: Any module; traced in evaluation mode by a forward pass of three samples, several
+            where it keeps tensors between calls.
         choose: Names or glob patterns of modules whose outputs are taken instead of the residual
             blocks that are found by themselves.
         example: A batch of inputs (tensor, or mapping of keyword arguments) of the size that the
@@ -231,6 +240,10 @@ class Blocks:
         placement = Placement.of(self.model)
         example = resized(self.model, placement.place(inputs), _TRACED)
         with paused(), untouched(self.model), eagerly(), torch.no_grad():
+            if not keeps_tensors(self.model):
+                trace = record(self.model, example)
+                if not keeps_tensors(self.model):
+                    return trace
             found = caches_of(self.model, functools.partial(predict, self.model, example))
             self._caches += [cache for cache in found if cache not in self._caches]
             with emptied(self._caches):

@@ -42,7 +42,8 @@ def architecture(
     """Return the blocks of a model as a table (drawn as in Park & Kim, 2022, Fig. 11).
 
     The blocks are those of `Blocks`, found in the dataflow of a forward pass of three samples.
-    Cost: two such passes; none where `blocks` is given.
+    Cost: that pass, several where the model keeps tensors between calls; none where `blocks` is
+    given.
 
     Args:
         model: Any vision model; it is left as found.

@@ -37,6 +37,7 @@ from landscape.provenance import forward_provenance
 from landscape.restore import exclusive, rounding, untouched
 from landscape.results import Provenance, Result
 
+_PART = 1 << 18  # numbers of a feature at a time on a CPU: they stay in cache
 _FEWEST = 4  # samples in a batch: the estimate divides by n − 3
 
 
@@ -208,17 +209,26 @@ def _grams(blocks: Blocks, inputs: Any, size: int) -> Tensor:
 
 
 def _gram(feature: Tensor) -> Tensor:
-    x = feature.flatten(1)
-    rounded = 4 * torch.finfo(x.dtype).eps * x.norm(dim=0)  # what may be left of equal entries
-    x = x - x.mean(0)
-    x = torch.where(x.norm(dim=0) <= rounded, torch.zeros_like(x), x)  # NaN stays NaN
-    with rounding("full"):  # as the caller lets a GPU round are the features, not their products
-        gram = (x @ x.T).double().fill_diagonal_(0)
-    n = len(gram)
+    n, eps = len(feature), torch.finfo(feature.dtype).eps
+    gram = feature.new_zeros(n, n, dtype=torch.float64)
+    most = _PART if feature.device.type == "cpu" else 1 << 26
+    channels = max(1, most // max(1, feature[:, :1].numel()))
+    for part in torch.split(feature, channels, dim=1):
+        x = part.flatten(1)
+        rounded = 4 * eps * _norms(x)  # what may be left of equal entries
+        x = x - x.mean(0)
+        x.masked_fill_(_norms(x) <= rounded, 0)  # NaN stays NaN
+        with rounding("full"):  # as the caller lets a GPU round are the features, not products
+            gram += x @ x.T
+    gram.fill_diagonal_(0)
     rows = gram.sum(1) / (n - 2)
     centred = gram - rows[:, None] - rows + rows.sum() / (n - 1)
     above = torch.triu_indices(n, n, offset=1, device=gram.device)
     return centred[above[0], above[1]]
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.square().sum(0).sqrt()  # on a CPU 15 times as fast as `x.norm(dim=0)`
 
 
 def _ratio(

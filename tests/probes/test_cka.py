@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -66,8 +68,10 @@ def random_weight(rows, columns, seed, scale=1.0):
     return scale * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("part", [1 << 18, 2 * 64 * 32, 1], ids=str)
 @pytest.mark.parametrize("sizes", [(16, 16), (13, 12, 7), (32,), (4,) * 8], ids=str)
-def test_values_are_the_formula(sizes):
+def test_values_are_the_formula(sizes, part, monkeypatch):
+    monkeypatch.setattr(sys.modules["landscape.probes.cka"], "_PART", part)
     model, blocks = filters()
     data = images(sizes)
     result = cka(model, data, blocks_a=blocks)
