@@ -20,7 +20,16 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PEERS = ("hessian", "surface", "correctness", "memory")
-OTHERS = ("warm_start", "precision", "scale", "zoo", "corruptions", "augmentation", "training")
+OTHERS = (
+    "warm_start",
+    "precision",
+    "scale",
+    "zoo",
+    "probes",
+    "corruptions",
+    "augmentation",
+    "training",
+)
 SCRIPTS = (*PEERS, *OTHERS)
 MODELS = {"resnet20": "ResNet-20", "vit_micro": "ViT (dim 96, depth 6)"}
 

@@ -92,8 +92,8 @@ def lesion_study(
         progress: Show a progress bar.
 
     Returns:
-        The study. Cost: about half as many forward passes over the data as units. Memory: one
-        batch, whatever the number of units.
+        The study. Cost: about half as many forward passes over the data as units, and 3 to 4 more.
+        Memory: one batch, whatever the number of units.
 
     Raises:
         TypeError: If `data` cannot be iterated over twice, or `blocks` is no `Blocks`.
