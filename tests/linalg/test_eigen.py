@@ -14,6 +14,7 @@ from landscape.linalg.krylov import KrylovSpace, RitzPairs
 from landscape.linalg.quadrature import density_of
 from landscape.linalg.search import EigenSearch
 from landscape.linalg.trace import hutch_plus_plus
+from landscape.recording import unsynchronised
 from tests.oracles import planted
 
 BULK = (0.1 * np.random.RandomState(0).randn(290)).tolist()
@@ -501,6 +502,18 @@ def test_the_defining_relation_of_the_krylov_space(reads, generator):
     for _ in range(6):
         step(space, operator, second)
     check()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_that_is_not_read_never_waits_for_a_gpu():
+    operator = MatrixOperator(torch.diag(torch.linspace(-1, 2, 30)).double().cuda())
+    space = KrylovSpace(operator, 20, reads=10)
+    chain = space.start(torch.ones(30).double().cuda())
+    with unsynchronised():
+        for _ in range(9):
+            space.take(operator.matvec(space.next(chain)))
+    assert space.behind
 
 
 @pytest.mark.parametrize("case", ["low rank", "two eigenvectors"])

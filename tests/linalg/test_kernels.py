@@ -70,6 +70,8 @@ def test_what_cannot_be_compiled_is_gone_without(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name):
+    if not gpu.has_kernels(torch.zeros(1, device="cuda")):
+        pytest.skip("needs Triton and an NVIDIA GPU since 2020")
     ours, plain = errors(name, "cuda")
     assert ours < max(2 * plain, 1e-6)
 

@@ -9,7 +9,7 @@ from landscape.models import create_model
 from landscape.recording import Recording, unsynchronised
 from landscape.training import RandAugment, fit, load_images, loop, recipe
 from landscape.training.ensemble import fit_ensemble
-from tests.training.test_recorded import PARTS, UNRECORDED, check_steps
+from tests.training.test_recorded import PARTS, UNRECORDED, check_steps, make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,6 +81,17 @@ def test_recorded_steps_are_the_same_steps(data, name, monkeypatch):
     monkeypatch.setattr(Recording, "replay", lambda *args: replays.append(args) or replay(*args))
     check_steps(name, data.to("cuda"))
     assert len(replays) == (0 if name in ("waiting", *UNRECORDED) else 4)
+
+
+def test_a_recording_goes_on_after_a_batch_of_another_size(data):
+    x, y = next(iter(data))
+    batches = [(x[:n].double(), y[:n]) for n in (8, 8, 8, 4, 8)]
+    states = []
+    for cuda_graphs in (False, True):
+        model = make("looking up", torch.device("cuda"))
+        fit(model, batches, epochs=1, bfloat16=False, channels_last=False, cuda_graphs=cuda_graphs)
+        states.append([*model.parameters()])
+    torch.testing.assert_close(*states, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
