@@ -33,10 +33,11 @@ def hessian_max_spectrum(
     """Draw densities of the per-mini-batch top eigenvalues (Park & Kim, 2022, Fig. 1c).
 
     Each half of each spectrum is a kernel density of its own because their scales differ
-    (`half_density`): the area under the negative half is the NEP. Every eigenvalue is a tick of
-    the rug below. The legend gives NEP (negative half) and APE (positive half) with their
-    intervals, and counts: `n` eigenvalues drawn, and how many have not converged. Of more than four
-    spectra it stands beside the axes, without intervals.
+    (`half_density`): the area under the negative half is the NEP. Every eigenvalue that has a sign
+    (`HessianMaxSpectrum.signed_eigenvalues`) is a tick of the rug below. The legend gives NEP
+    (negative half) and APE (positive half) with their intervals, and counts: `n` eigenvalues drawn,
+    for both halves those that are 0 within their error, and how many have not converged. Of more
+    than four spectra it gives no intervals.
 
     Args:
         result: One spectrum, or several by label; model families decide the colours.
@@ -205,8 +206,11 @@ def _draw_half(
 
 def _legend_text(result: "HessianMaxSpectrum", half: str, brief: bool) -> str:
     values = finite_eigenvalues(result)
-    shown = {"both": values.size, "negative": (values < 0).sum(), "positive": (values > 0).sum()}
+    below, above = int((values < 0).sum()), int((values > 0).sum())
+    shown = {"both": below + above, "negative": below, "positive": above}
     counts = f"n = {shown[half]}"
+    if half == "both" and below + above < values.size:
+        counts += f", {values.size - below - above} are 0 within error"
     missing = int((~np.asarray(result.converged, dtype=bool)).sum())
     if missing:
         counts += f", {missing} not converged"
