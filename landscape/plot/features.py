@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.container import ErrorbarContainer
 from matplotlib.ticker import MaxNLocator
 
 from landscape.plot import style, texts
@@ -88,8 +89,9 @@ def fourier_depth(
 ) -> Axes:
     """Draw the amplitude at the highest frequency against depth (Park & Kim, 2022, Fig. 8).
 
-    The step that leads to a block is shaded grey for attention and blue for subsampling. Bars are
-    two standard errors each side.
+    The step that leads to a block is shaded grey for attention and blue for subsampling; of several
+    models the blocks are marked instead, hollow and by triangles. Bars are two standard errors each
+    side.
 
     Args:
         result: The curves of one model, or of several by label.
@@ -123,8 +125,9 @@ def feature_variance(
 ) -> Axes:
     """Draw the variance of the feature maps against depth (Park & Kim, 2022, Fig. 9).
 
-    The step that leads to a block is shaded grey for attention and blue for subsampling. Bars are
-    two standard errors each side.
+    The step that leads to a block is shaded grey for attention and blue for subsampling; of several
+    models the blocks are marked instead, hollow and by triangles. Bars are two standard errors each
+    side.
 
     Args:
         result: The variances of one model, or of several by label.
@@ -278,14 +281,40 @@ def _draw_steps(
     label: str | None,
     line: dict[str, Any],
 ) -> None:
-    """Draw values against depth over the shades of the blocks."""
+    """Draw values against depth, over shades for kinds of blocks or with marks of the kinds."""
     look: dict[str, Any] = {"marker": "o", "elinewidth": 0.6, "label": "_"}
     look |= texts.labelled_line(ax, label) if label else style.added_line(ax, "")
-    ax.errorbar(table.depth, values, yerr=2 * stderr, **{**look, **line})
-    known = set(ax.get_legend_handles_labels()[1])
-    for what, start, stop in shaded_steps(table):
-        ax.axvspan(start, stop, color=SHADES[what], label="_" if what in known else what, **_SHADE)
-        known.add(what)
+    drawn = ax.errorbar(table.depth, values, yerr=2 * stderr, **{**look, **line}).lines[0]
+    alone = sum(isinstance(each, ErrorbarContainer) for each in ax.containers) == 1
+    kinds = {"MSA": np.array(table.kinds) == "msa", "subsampling": np.array(table.subsamples)}
+    for what, chosen in kinds.items():
+        if chosen.any():  # to be seen once another curve comes
+            mark = _mark(ax, what, drawn.get_color(), drawn.get_markersize())
+            at = table.depth[chosen], values[chosen]
+            ax.plot(*at, zorder=drawn.get_zorder() + 0.1, gid=what, visible=not alone, **mark)
+    if alone:
+        for what, start, stop in shaded_steps(table):
+            entry = "_" if what in texts.entries_of(ax) else what
+            ax.axvspan(start, stop, color=SHADES[what], label=entry, gid="step", **_SHADE)
+    else:
+        for step in [patch for patch in ax.patches if patch.get_gid() == "step"]:
+            step.remove()
+        for what in SHADES:
+            marks = [each for each in ax.lines if each.get_gid() == what]
+            for each in marks:
+                each.set_visible(True)
+            if marks and what not in texts.entries_of(ax):
+                mark = _mark(ax, what, style.MUTED, drawn.get_markersize())
+                ax.plot([], [], label=what, **mark)
     ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL)
-    if known:
+    if texts.entries_of(ax):
         ax.legend(**texts.OVER_DATA)
+
+
+def _mark(ax: Axes, what: str, color: Any, size: float) -> dict[str, Any]:
+    """Return the mark of a kind of block on its curve: hollow, or a triangle."""
+    if what == "MSA":
+        face: dict[str, Any] = {"marker": "o", "ms": size, "mfc": ax.get_facecolor()}
+    else:
+        face = {"marker": "^", "ms": 1.7 * size, "mfc": color}
+    return {"ls": "None", "mec": color, "mew": 0.8, **face}

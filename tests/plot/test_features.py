@@ -112,6 +112,26 @@ def test_values_stand_over_the_steps_of_attention_and_subsampling(draw):
         assert sorted(labels) == sorted([name, word])
 
 
+@pytest.mark.parametrize("draw", [features.fourier_depth, features.feature_variance])
+def test_blocks_of_several_models_are_marked_on_their_curves_and_not_shaded(draw):
+    make = fourier if draw is features.fourier_depth else variance
+    results = {"ViT-Ti": make(vit(3)), "ResNet-50": make(resnet((2, 1, 2)))}
+    ax = draw(results)
+    assert not spans(ax)
+    marks = {
+        line.get_gid(): (line.get_markeredgecolor(), line.get_xdata())
+        for line in ax.lines
+        if line.get_gid() and line.get_visible()
+    }
+    kinds = {"MSA": ("ViT-Ti", [1, 3, 5]), "subsampling": ("ResNet-50", [3, 4])}
+    assert set(marks) == set(kinds)
+    for what, (name, blocks) in kinds.items():
+        assert marks[what][0] == style.family_color(name)
+        np.testing.assert_array_equal(marks[what][1], results[name].depth[blocks])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert sorted(labels) == sorted([*results, *kinds])
+
+
 def test_variance_starts_at_zero_or_is_logarithmic():
     linear = features.feature_variance(variance(vit()))
     assert linear.get_ylim()[0] == 0
