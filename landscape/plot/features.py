@@ -162,8 +162,9 @@ def feature_variance(
 def cka(result: "CKA", *, ax: Axes | None = None, colorbar: bool = True, **image: Any) -> Axes:
     """Draw the similarity of all pairs of blocks, with lines between stages (Fig. 10a).
 
-    Blocks are numbered in network order from 1, at the bottom left. Grey pairs have no similarity:
-    the features of one of them are constant.
+    Blocks are numbered in network order from 1, at the bottom left: rows are those of `model_a`,
+    columns those of `model_b`. Grey pairs have no similarity: the features of one of them are
+    constant or not finite.
 
     Args:
         result: The similarities.
@@ -198,7 +199,8 @@ def cka(result: "CKA", *, ax: Axes | None = None, colorbar: bool = True, **image
             draw(edge + 0.5, color="w", lw=0.6, gid="stage")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    ax.set(xlabel="Block", ylabel="Block")
+    row, column = block_labels(result)
+    ax.set(xlabel=column, ylabel=row)
     if colorbar:
         color_bar(ax.figure, Normalize(0, 1), "CKA", ax=ax, cmap=colors)
     return ax
@@ -282,6 +284,16 @@ def _draw_steps(
     line: dict[str, Any],
 ) -> None:
     """Draw values against depth, over shades for kinds of blocks or with marks of the kinds."""
+def block_labels(result: "CKA") -> tuple[str, str]:
+    """Return what rows and columns are, and whose where they are of two networks."""
+    model_b = result.provenance.settings.get("model_b")
+    if model_b is None and result.blocks_a == result.blocks_b:
+        return "Block", "Block"
+    names = {"model_a": result.provenance.model, "model_b": model_b or ""}
+    row, column = (f"Block of {key}" + (f"\n({n})" if n else "") for key, n in names.items())
+    return row, column
+
+
     look: dict[str, Any] = {"marker": "o", "elinewidth": 0.6, "label": "_"}
     look |= texts.labelled_line(ax, label) if label else style.added_line(ax, "")
     drawn = ax.errorbar(table.depth, values, yerr=2 * stderr, **{**look, **line}).lines[0]

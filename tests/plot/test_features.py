@@ -146,6 +146,22 @@ def test_two_variances_on_the_same_axes_both_fit():
     assert ax.get_ylim()[1] > variance(resnet()).variance.max() > variance(vit()).variance.max()
 
 
+def test_blocks_of_two_networks_are_told_apart():
+    alone, two = similarity(vit(2)), similarity(vit(2), resnet((2, 3)))
+    ax = features.cka(alone)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("Block", "Block")
+    ax = features.cka(two)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("Block of model_b", "Block of model_a")
+    of = dataclasses.replace(alone.provenance, model="ViT", settings={"model_b": "DeiT"})
+    ax = features.cka(dataclasses.replace(alone, provenance=of))
+    assert ax.get_xlabel() == "Block of model_b\n(DeiT)"
+    assert ax.get_ylabel() == "Block of model_a\n(ViT)"
+    layout = interactive.cka({"a": alone, "b": two}).layout
+    assert (layout.xaxis.title.text, layout.yaxis.title.text) == ("Block", "Block")
+    labels = layout.xaxis2.title.text, layout.yaxis2.title.text
+    assert labels == ("Block of model_b", "Block of model_a")
+
+
 def test_matrix_is_the_result_with_the_first_block_at_the_bottom_and_lines_between_stages():
     result = similarity(resnet((2, 3, 1), head=True), vit(2))
     result.values[0, 1] = np.nan

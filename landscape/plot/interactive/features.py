@@ -155,9 +155,12 @@ def cka(result: "CKA | Mapping[str, CKA]") -> "Figure":
             figure.add_hline(y=float(at) + 0.5, **edge)
         for at in features.stage_edges(one.blocks_b.stage):
             figure.add_vline(x=float(at) + 0.5, **edge)
-    figure.update_xaxes(title_text="Block", constrain="domain")
-    figure.update_yaxes(title_text="Block", col=1)
-    for i in range(len(by_label)):
+    figure.update_xaxes(constrain="domain")
+    for i, one in enumerate(by_label.values()):
+        down, across = (label.replace("\n", " ") for label in features.block_labels(one))
+        figure.update_xaxes(title_text=across, col=i + 1)
+        if i == 0 or down != "Block":
+            figure.update_yaxes(title_text=down, col=i + 1)
         number = "" if i == 0 else str(i + 1)
         figure.update_layout({f"yaxis{number}": {"scaleanchor": f"x{number}"}})
     scale = style.SEQUENTIAL.capitalize()
