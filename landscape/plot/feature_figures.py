@@ -17,11 +17,13 @@ from mpl_toolkits.mplot3d import Axes3D
 from landscape.plot import style, texts
 from landscape.plot.features import (
     DEPTH_LABEL,
+    VARIANCE_LABEL,
     cka,
     depth_map,
     feature_variance,
     fourier_amplitude,
     fourier_depth,
+    highest_label,
     lesion_study,
 )
 from landscape.plot.robustness import (
@@ -125,7 +127,7 @@ def figure8(results: "Mapping[str, FourierAmplitude]") -> Figure:
     Raises:
         ValueError: If `results` is empty.
     """
-    return _against_depth(results, fourier_depth)
+    return _against_depth(results, fourier_depth, highest_label(results.values()))
 
 
 def figure9(results: "Mapping[str, FeatureVariance]") -> Figure:
@@ -144,7 +146,7 @@ def figure9(results: "Mapping[str, FeatureVariance]") -> Figure:
         ValueError: If `results` is empty.
     """
     log = _spread_far(result.variance for result in results.values())
-    return _against_depth(results, feature_variance, log=log)
+    return _against_depth(results, feature_variance, VARIANCE_LABEL, log=log)
 
 
 def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") -> Figure:
@@ -254,7 +256,9 @@ def _draw_lesions(
     _one_legend(figure, drawn)
 
 
-def _against_depth(results: Mapping[str, Any], draw: Callable[..., Axes], **look: Any) -> Figure:
+def _against_depth(
+    results: Mapping[str, Any], draw: Callable[..., Axes], label: str, **look: Any
+) -> Figure:
     with mpl.rc_context(style.rc()):
         figure, axes = _panels(2.1, results)
         _share(axes[0])
@@ -262,6 +266,7 @@ def _against_depth(results: Mapping[str, Any], draw: Callable[..., Axes], **look
             draw(result, ax=ax, **style.line_styles([name])[name], **look)
             ax.set_title(texts.wrapped_title(name, len(results)))
         _label_first(axes[0])
+        axes[0, 0].set_ylabel(label)  # it holds for all panels
         _one_legend(figure, axes[0])
         figure.draw_without_rendering()
     return figure
@@ -309,7 +314,7 @@ def _one_legend(figure: Figure, axes: Iterable[Axes]) -> None:
 
 def _spread_far(variances: Iterable[np.ndarray]) -> bool:
     """Return whether variances spread over more than a factor of ten, a heuristic."""
-    positive = [values[values > 0] for values in variances]
+    positive = [values[(values > 0) & np.isfinite(values)] for values in variances]
     positive = [values for values in positive if values.size]
     if not positive:
         return False

@@ -259,19 +259,13 @@ def _draw_curve(
     look: dict[str, Any],
 ) -> None:
     drawn = ax.errorbar(x, y, yerr=error, **{"marker": "o", "elinewidth": 0.7, **look})
-    missing = ~np.isfinite(y)
-    if missing.any():
-        mark: dict[str, Any] = {"ms": 3, "color": drawn.lines[0].get_color(), "clip_on": False}
-        at = np.full(int(missing.sum()), 0.02)
-        ax.plot(x[missing], at, "x", transform=ax.get_xaxis_transform(), gid="missing", **mark)
+    texts.mark_missing(ax, x, ~np.isfinite(y), drawn.lines[0].get_color())
 
 
 def _note(ax: Axes, drawn: Iterable[NDArray[np.float64]], setting: str, label: str | None) -> None:
     """Write above the axes what was done and how many of the drawn values are missing."""
     values = np.concatenate([*drawn, np.empty(0)])
-    missing = int((~np.isfinite(values)).sum())
-    lines = [f"×: {missing} of {values.size} not finite"] if missing else []
-    told, label = texts.notes_of(ax), texts.shortened(label or "", 30)
+    told = texts.notes_of(ax)
     if label and setting and setting not in told and told:  # it holds for this model alone
-        setting = f"{label}: {setting}"
-    texts.add_note(ax, *(f"{label}, {line}" if label else line for line in lines), setting)
+        setting = f"{texts.shortened(label, 30)}: {setting}"
+    texts.add_note(ax, texts.missing_note(~np.isfinite(values), label), setting)

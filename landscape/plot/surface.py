@@ -156,12 +156,8 @@ def loss_line(
     alone = ~missing & beside[:-2] & beside[2:]
     if alone.any():
         ax.plot(result.x[alone], values[alone], ".", color=drawn.get_color())
-    if missing.any():
-        at = result.x[missing]
-        floor = ax.get_xaxis_transform()
-        mark: dict[str, Any] = {"ms": 3, "color": drawn.get_color(), "clip_on": False}
-        ax.plot(at, np.full(at.shape, 0.02), "x", transform=floor, **mark)
-        _note(ax, missing, label=label)
+    texts.mark_missing(ax, result.x, missing, drawn.get_color())
+    texts.add_note(ax, texts.missing_note(missing, label))
     ax.set(xlabel=X_LABEL, ylabel=LABELS[quantity])
     if len(result.x) > 1:
         ax.set_xlim(result.x.min(), result.x.max())
@@ -236,15 +232,9 @@ def _draw_contour(
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
 
 
-def _note(
-    ax: Any,
-    missing: NDArray[np.bool_],
-    outside: NDArray[np.bool_] | None = None,
-    label: str | None = None,
-) -> None:
+def _note(ax: Any, missing: NDArray[np.bool_], outside: NDArray[np.bool_] | None = None) -> None:
     """Say in the axes how many points are marked by a cross, and how many by a plus."""
-    of_model = f"{texts.shortened(label, 30)}, " if label else ""
-    lines = [f"{of_model}×: {missing.sum()} of {missing.size} not finite"] if missing.any() else []
+    lines = [texts.missing_note(missing)] if missing.any() else []
     if outside is not None and outside.any():
         lines.append(f"+: {outside.sum()} of {outside.size} outside the scale")
     if not isinstance(ax, Axes3D):

@@ -4,7 +4,9 @@ import textwrap
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
+import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from landscape.plot.style import COLUMN_WIDTH, MUTED, NOTE_SIZE, TEXT_WIDTH, added_line
 
@@ -150,6 +152,35 @@ def add_note(ax: Axes, *lines: str) -> None:
     look: dict[str, Any] = {"fontsize": NOTE_SIZE, "color": MUTED, "gid": "note"}
     place: dict[str, Any] = {"ha": "right", "va": "bottom", "transform": ax.transAxes}
     ax.text(1.0, 1.01, "\n".join([*told, *said]), **look, **place)
+
+
+def mark_missing(ax: Axes, x: NDArray[Any], missing: NDArray[np.bool_], color: Any) -> None:
+    """Mark values that cannot be drawn by crosses at the lower edge of axes.
+
+    Args:
+        ax: The axes.
+        x: Where the values are, `(n,)`.
+        missing: Which of them are missing, `(n,)`.
+        color: Colour of their curve.
+    """
+    if missing.any():
+        mark: dict[str, Any] = {"ms": 3, "color": color, "clip_on": False, "gid": "missing"}
+        at = np.full(int(missing.sum()), 0.02)
+        ax.plot(x[missing], at, "x", transform=ax.get_xaxis_transform(), **mark)
+
+
+def missing_note(
+    missing: NDArray[np.bool_], label: str | None = None, why: str = "not finite"
+) -> str:
+    """Return a note of how many values are marked by crosses, "" for none.
+
+    Args:
+        missing: Which values are missing.
+        label: Name of their model.
+        why: What they are.
+    """
+    of_model = f"{shortened(label, 30)}, " if label else ""
+    return f"{of_model}×: {missing.sum()} of {missing.size} {why}" if missing.any() else ""
 
 
 def notes_of(ax: Axes) -> list[str]:

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from landscape.plot import feature_figures, features, interactive, style
+from landscape.plot import feature_figures, features, interactive, style, texts
 from tests.plot.feature_cases import fourier, lesions, resnet, similarity, variance, vit
 from tests.plot.page import boxes
 from tests.plot.test_robustness import curve
@@ -144,6 +144,63 @@ def test_two_variances_on_the_same_axes_both_fit():
     features.feature_variance(variance(resnet()), ax=ax, label="ResNet-50")
     assert ax.get_ylim()[0] == 0
     assert ax.get_ylim()[1] > variance(resnet()).variance.max() > variance(vit()).variance.max()
+
+
+def without(result, name, *blocks, value=np.nan):
+    values = getattr(result, name)
+    if isinstance(values, tuple):
+        values = tuple(value * v if i in blocks else v for i, v in enumerate(values))
+    else:
+        values = np.where(np.isin(np.arange(len(values)), blocks), value, values)
+    return dataclasses.replace(result, **{name: values})
+
+
+MISSING = {  # result, keywords, where crosses are, note
+    "fourier_amplitude": (
+        without(fourier(vit(1), [8, 8, 8]), "delta_log_amplitude", 1), {},
+        np.arange(5) / 4, "5 of 15 not finite",
+    ),
+    "fourier_depth": (
+        without(fourier(vit(1), [8, 8, 1]), "delta_log_amplitude", 1), {},
+        [0.5], "1 of 3 not finite",
+    ),
+    "feature_variance": (
+        without(variance(vit(1)), "variance", 0, 2, value=np.inf), {},
+        [0, 1], "2 of 3 not finite",
+    ),
+    "feature_variance log": (
+        without(variance(vit(1)), "variance", 1, value=0), {"log": True},
+        [0.5], "1 of 3 not positive",
+    ),
+    "lesion_study": (
+        without(lesions(vit(1)), "delta_accuracy", 1), {},
+        [2], "1 of 2 not finite",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_values_that_cannot_be_drawn_are_marked_and_counted(name):
+    result, look, crosses, note = MISSING[name]
+    ax = getattr(features, name.split()[0])(result, **look)
+    (drawn,) = [line for line in ax.lines if line.get_gid() == "missing"]
+    np.testing.assert_array_equal(drawn.get_xdata(), crosses)
+    assert drawn.get_marker() == "x"
+    assert texts.notes_of(ax) == [f"×: {note}"]
+    figure = getattr(interactive, name.split()[0])({"ViT": result}, **look)
+    assert [each.text for each in figure.layout.annotations] == [f"ViT ({note})"]
+
+
+def test_only_values_at_pi_are_said_to_be():
+    even, odd = fourier(vit(1)), fourier(vit(1), [16, 8, 7])
+    label = "$\\Delta$ log amplitude\nat the highest frequency"
+    assert features.fourier_depth(even).get_ylabel() == r"$\Delta$ log amplitude at $\pi$"
+    for results in ({"a": even, "b": odd}, {"a": odd, "b": even}):
+        assert features.fourier_depth(results).get_ylabel() == label
+        assert feature_figures.figure8(results).axes[0].get_ylabel() == label
+        title = interactive.fourier_depth(results).layout.yaxis.title.text
+        assert title == "Δ log amplitude<br>at the highest frequency"
+    assert interactive.fourier_depth(even).layout.yaxis.title.text == "Δ log amplitude at π"
 
 
 def test_blocks_of_two_networks_are_told_apart():
