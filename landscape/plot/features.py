@@ -253,7 +253,7 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
     texts.add_note(ax, texts.missing_note(missing), skipped)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.set(xlim=(0.3, len(number) + 0.7), xlabel=UNIT_LABEL, ylabel=LOSS_LABEL)
-    ax.legend(**texts.OVER_DATA)
+    texts.place_legend(ax, **texts.OVER_DATA)
     return ax
 
 
@@ -356,7 +356,7 @@ def _draw_steps(
                 ax.plot([], [], label=what, **mark)
     ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL)
     if texts.entries_of(ax):
-        ax.legend(**texts.OVER_DATA)
+        texts.place_legend(ax, **texts.OVER_DATA)
 
 
 def _mark(ax: Axes, what: str, color: Any, size: float) -> dict[str, Any]:

@@ -60,8 +60,7 @@ def frequency_robustness(
     ax.set_autoscaley_on(True)  # to what was drawn before, too
     ax.autoscale_view()
     low, high = ax.get_ylim()
-    room = 0.12 * texts.lines_inside(texts.entries_of(ax))  # for the legend
-    ax.set_ylim(low, max(high, 0) + room * (high - low))
+    ax.set_ylim(low, max(high, 0) + texts.room_for_legend(ax) * (high - low))
     _note(ax, [one.delta_accuracy for one in named.values()], common, label)
     texts.place_legend(ax, "upper right")
     return ax
@@ -150,7 +149,7 @@ def reliability_diagram(
         ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
     ax.set(
         xlim=(0, 1),
-        ylim=(0, 1.04 + 0.11 * texts.lines_inside(texts.entries_of(ax))),
+        ylim=(0, 1.04 * (1 + texts.room_for_legend(ax))),
         yticks=np.linspace(0, 1, 6),
     )
     ax.set(xlabel=CONFIDENCE_LABEL, ylabel=RELIABILITY_LABEL)

@@ -162,7 +162,7 @@ def loss_line(
     if len(result.x) > 1:
         ax.set_xlim(result.x.min(), result.x.max())
     if label is not None:
-        ax.legend(**texts.OVER_DATA)
+        texts.place_legend(ax, **texts.OVER_DATA)
     return ax
 
 

@@ -111,7 +111,7 @@ def trajectory(
     ax.plot(*coordinates[-1], "s", ms=4, color=color, mec="k", mew=0.4, gid="w_opt", zorder=3)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
     if label is not None:
-        ax.legend(**texts.OVER_DATA)
+        texts.place_legend(ax, **texts.OVER_DATA)
     return ax
 
 
@@ -132,7 +132,7 @@ def _label(ax: PolarAxes, wide: bool) -> None:
     ax.set_xlabel(POLAR_LABEL, va="top")
     ax.xaxis.set_label_coords(0.5, edge, transform=below_ticks)
     legend: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.15, 1.15)}
-    if wide:
+    if wide or texts.share_of_legend(ax) > 0.6:  # of more than the corner that is left
         legend = {"loc": "upper center", "bbox_to_anchor": (0.5, edge), "ncols": 3}
         legend |= {"bbox_transform": below_label, "columnspacing": 1}
     ax.legend(**legend)

@@ -169,6 +169,23 @@ def test_legend_gives_estimates_with_intervals_and_counts():
     assert entries["both"] == ["ViT: n = 10\nNEP 0.2 [0.1, 0.3]\nAPE 20 [18, 22]"]
 
 
+@pytest.mark.parametrize("size", [(3.25, 2.4), (6.4, 4.8)], ids=str)
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_legends_leave_room_for_the_densities(size, count):
+    results = {f"model {i}": random_spectrum(negative=0.5, seed=i) for i in range(count)}
+    with mpl.rc_context(style.rc()):
+        figure, ax = plt.subplots(figsize=size, layout="constrained")
+        plot.hessian_max_spectrum(results, ax=ax)
+        figure.canvas.draw()
+    legend = ax.get_legend().get_window_extent()
+    curves = by_gid(ax, "density")
+    tops = [ax.transData.transform(curve.get_xydata())[:, 1].max() for curve in curves]
+    assert legend.y0 > max(tops) or not ax.bbox.overlaps(legend)
+    assert (max(tops) - ax.bbox.y0) * ax.bbox.width > 0.15 * figure.bbox.width * figure.bbox.height
+    for edge in (legend.x0, legend.y0, figure.bbox.x1 - legend.x1, figure.bbox.y1 - legend.y1):
+        assert edge >= 0
+
+
 @pytest.mark.parametrize("half", ["both", "negative", "positive"])
 def test_legends_of_many_spectra_and_of_long_names_hide_nothing(half):
     many = {f"model {i}": random_spectrum(negative=0.5, seed=i) for i in range(9)}
