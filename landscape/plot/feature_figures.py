@@ -4,6 +4,7 @@ Every function returns a `matplotlib.figure.Figure` that no global state knows o
 `figure.savefig(path)`; there is nothing to close.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,8 @@ def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") ->
 def panels(results: "Mapping[str, Result]") -> Figure:
     """Draw different results side by side, each as it draws itself, under its label.
 
+    They stand in rows of three, four in two rows.
+
     What a drawing says above its axes is a note under the label, in lines that the panel has room
     for.
 
@@ -191,19 +194,24 @@ def panels(results: "Mapping[str, Result]") -> Figure:
     Raises:
         ValueError: If `results` is empty.
     """
-    with mpl.rc_context(style.rc()):
-        figure = _figure(2.3, results)
+    columns = 2 if len(results) == 4 else min(len(results), 3)
+    rows = math.ceil(len(results) / max(columns, 1))
+    small: dict[Any, Any] = {"legend.fontsize": style.NOTE_SIZE} if columns > 2 else {}
+    with mpl.rc_context({**style.rc(), **small}):
+        figure = _figure(2.3 * rows, results)
+        parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]  # each row has its own widths
         notes = [0.0]
-        for place, (name, result) in enumerate(results.items(), start=1):
+        for place, (name, result) in enumerate(results.items()):
             projection = style.PROJECTIONS.get(result._plot or "")
-            ax = figure.add_subplot(1, len(results), place, projection=projection)
+            row, column = divmod(place, columns)
+            ax = parts[row].add_subplot(1, columns, column + 1, projection=projection)
             result.plot(ax=ax)
             if isinstance(ax, Axes3D):  # no layout keeps room for the labels of a box
                 ax.set_box_aspect(None, zoom=0.8)
                 ax.set(title=ax.get_zlabel(), xlabel="$a$", ylabel="$b$", zlabel="")
-            notes.append(_head(ax, name, len(results)))
-            ax.set_xlabel(texts.wrapped_title(ax.get_xlabel(), len(results)))
-        figure.set_figheight(2.3 + max(notes))
+            notes.append(_head(ax, name, columns))
+            ax.set_xlabel(texts.wrapped_title(ax.get_xlabel(), columns))
+        figure.set_figheight(rows * (2.3 + max(notes)))
         figure.draw_without_rendering()
     return figure
 

@@ -88,6 +88,21 @@ def test_titles_and_notes_of_different_results_side_by_side_stay_apart():
         assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, text
 
 
+@pytest.mark.parametrize(("count", "rows"), [(3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 3, 1])])
+def test_many_results_side_by_side_stand_in_rows_of_three(count, rows):
+    results = [fourier(vit()), evaluation(), lesions(vit()), random_spectrum(), line([3, 1, 2])]
+    figure = plot.panels({str(i): results[i % 5] for i in range(count)})
+    drawn = boxes(figure)
+    for text, box in drawn:
+        assert figure.bbox.padded(1).contains(box.x0, box.y0), text
+        assert figure.bbox.padded(1).contains(box.x1, box.y1), text
+    panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    tops = [round(ax.bbox.y1 / figure.dpi / 2) for ax in panels]
+    assert [tops.count(top) for top in sorted(set(tops), reverse=True)] == rows
+    assert min(ax.bbox.width for ax in panels) > 0.8 * figure.dpi
+    assert min(ax.bbox.height for ax in panels) > 0.8 * figure.dpi
+
+
 @pytest.mark.parametrize("kinds", ["s", "p", "w", "sl", "spw", "slpw"])
 def test_surfaces_and_paths_stand_side_by_side_with_flat_drawings(kinds):
     known = {
