@@ -271,7 +271,7 @@ def _against_depth(
         figure, axes = _panels(2.1, results)
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
-            draw(result, ax=ax, **style.line_styles([name])[name], **look)
+            draw(result, ax=ax, **style.added_line(ax, name), **look)
             ax.set_title(texts.wrapped_title(name, len(results)))
         _label_first(axes[0])
         axes[0, 0].set_ylabel(label)  # it holds for all panels

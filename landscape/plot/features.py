@@ -240,12 +240,13 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
     error = 200 * result.delta_accuracy_stderr
     missing = ~np.isfinite(loss)
     kinds = colored_kinds(result.kinds)
-    whisker: dict[str, Any] = {"elinewidth": 0.6, "ecolor": "0.2"}
+    ink = mpl.rcParams["text.color"]
+    whisker: dict[str, Any] = {"elinewidth": 0.6, "ecolor": ink}
     for kind in dict.fromkeys(kinds.tolist()):
         chosen = kinds == kind
         look = {"color": KIND_COLORS[kind], "label": KIND_NAMES[kind], "width": 0.8, **bar}
         ax.bar(number[chosen], loss[chosen], yerr=error[chosen], error_kw=whisker, **look)
-    ax.axhline(0, color="k", lw=0.6)
+    ax.axhline(0, color=ink, lw=0.6)
     for edge in stage_edges(result.stage):
         ax.axvline(edge + 0.5, color=style.MUTED, lw=0.6, ls=":", zorder=0, gid="stage")
     texts.mark_missing(ax, number, missing, style.MUTED)

@@ -58,7 +58,7 @@ def hessian_max_spectrum(
     brief = len(named) > texts.MOST_IN_FULL
     entries = texts.wrapped_entries({n: _legend_text(one, half, brief) for n, one in named.items()})
     for row, (name, one) in enumerate(named.items(), start=drawn):
-        look = style.added_line(ax, entries[name])
+        look = style.added_line(ax, entries[name] if name else "")
         entry = entries[name]
         for sign in (-1, 1):
             if half != {-1: "positive", 1: "negative"}[sign]:

@@ -53,7 +53,7 @@ def frequency_robustness(
     common, labels = legend_entries(named, clean_entry, noise_of, wrap=True)
     ax.axhline(0, color=style.MUTED, lw=0.6, zorder=0, gid="clean")
     for name, one in named.items():
-        look = {**style.added_line(ax, labels[name]), "label": labels[name], **line}
+        look = {**style.added_line(ax, labels[name] if name else ""), "label": labels[name], **line}
         change, error = 100 * one.delta_accuracy, 200 * one.delta_accuracy_stderr
         _draw_curve(ax, one.frequencies, change, error, look)
     ax.set(xlabel=FREQUENCY_LABEL, ylabel=DELTA_LABEL)
@@ -95,7 +95,7 @@ def adversarial_robustness(
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, clean_entry, attack_of, wrap=True)
     for name, one in named.items():
-        look = {**style.added_line(ax, labels[name]), "label": labels[name], **line}
+        look = {**style.added_line(ax, labels[name] if name else ""), "label": labels[name], **line}
         radii, accuracy, error = attacked_accuracy(one)
         _draw_curve(ax, 255 * radii, 100 * accuracy, 200 * error, look)
     ax.set_autoscale_on(True)  # to what was drawn before, too
@@ -137,7 +137,7 @@ def reliability_diagram(
     common, labels = legend_entries(named, ece_entry, sample_size, wrap=True)
     ax.plot([0, 1], [0, 1], color=style.MUTED, lw=0.6, ls="--", zorder=0, gid="diagonal")
     for name, one in named.items():
-        look = {**style.added_line(ax, labels[name]), "label": labels[name], **line}
+        look = {**style.added_line(ax, labels[name] if name else ""), "label": labels[name], **line}
         color = look["color"]
         share = one.bin_count / max(one.num_samples, 1)
         steps: dict[str, Any] = {"color": color, "alpha": 0.2, "fill": True, "lw": 0, "zorder": 0}

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from landscape.plot.style import COLUMN_WIDTH, MUTED, NOTE_SIZE, TEXT_WIDTH, added_line
 
-OVER_DATA: dict[str, Any] = {"loc": "best", "frameon": True, "facecolor": "w", "edgecolor": "none"}
+OVER_DATA: dict[str, Any] = {
+    "loc": "best", "frameon": True, "facecolor": "inherit", "edgecolor": "none",
+}  # fmt: skip
 """A legend that stands over what is drawn."""
 
 _SIZE = 8.0  # points of a title

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.projections.polar import PolarAxes
@@ -56,7 +57,8 @@ def polar_trajectory(
     radius, angle = np.asarray(result.radius), known_angles(result)
     fresh = not ax.has_data()
     if fresh:
-        mark: dict[str, Any] = {"color": "k", "ls": "none", "clip_on": False, "zorder": 4}
+        ink = mpl.rcParams["text.color"]
+        mark: dict[str, Any] = {"color": ink, "ls": "none", "clip_on": False, "zorder": 4}
         ax.plot(0, 1, "*", ms=6, label=r"$w_\mathrm{init}$", gid="w_init", **mark)
         ax.plot(0, 0, "s", ms=4, label=r"$w_\mathrm{opt}$", gid="w_opt", **mark)
     ax.plot(angle, radius, **{"marker": "o", "ms": 2, **_labelled(ax, label), **line})
@@ -106,9 +108,9 @@ def trajectory(
         )
     ax = ax if ax is not None else style.fresh_axes()
     (drawn,) = ax.plot(*coordinates.T, **{"marker": "o", "ms": 2, **_labelled(ax, label), **line})
-    color = drawn.get_color()
-    ax.plot(*coordinates[0], "*", ms=6, color=color, mec="k", mew=0.4, gid="w_init", zorder=3)
-    ax.plot(*coordinates[-1], "s", ms=4, color=color, mec="k", mew=0.4, gid="w_opt", zorder=3)
+    end = {"color": drawn.get_color(), "mec": mpl.rcParams["text.color"], "mew": 0.4, "zorder": 3}
+    ax.plot(*coordinates[0], "*", ms=6, gid="w_init", **end)
+    ax.plot(*coordinates[-1], "s", ms=4, gid="w_opt", **end)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
     if label is not None:
         texts.place_legend(ax, **texts.OVER_DATA)
