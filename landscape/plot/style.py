@@ -50,7 +50,8 @@ def rc() -> dict[Any, Any]:
     """Return the settings of a paper figure, for `matplotlib.rc_context`.
 
     Fonts ship with matplotlib (STIX, close to the Times of the ICLR and ICML templates), so a
-    figure looks the same on every machine. Text is 8 pt, ticks and legends 7 pt at final size.
+    figure looks the same on every machine. Text is 8 pt, ticks and legends 7 pt at final size,
+    which is left to `figsize`: `COLUMN_WIDTH` or `TEXT_WIDTH` wide.
     """
     return {
         "font.family": "STIXGeneral",

@@ -121,6 +121,23 @@ def test_surfaces_and_paths_stand_side_by_side_with_flat_drawings(kinds):
     assert any("nats" in text for text, _ in drawn) == any(kind in "sl" for kind in kinds)
 
 
+@pytest.mark.parametrize("heights", [(12.0, 17.0), (2.3041, 2.3043), (2.3041e7, 2.3043e7)], ids=str)
+@pytest.mark.parametrize("size", [(3.25, 2.4), (6.4, 4.8)], ids=str)
+def test_labels_of_a_surface_stay_on_the_page_and_off_its_ticks(size, heights):
+    nll = np.linspace(*heights, 35).reshape(7, 5)
+    with mpl.rc_context({**plot.style.rc(), "figure.figsize": size}):
+        ax = plot.loss_surface(surface(nll), quantity="nll")
+        drawn = boxes(ax.figure)
+    assert ax.zaxis.get_offset_text().get_text() == ""
+    for text, box in drawn:
+        assert ax.figure.bbox.padded(1).contains(box.x0, box.y0), text
+        assert ax.figure.bbox.padded(1).contains(box.x1, box.y1), text
+    (label,) = [box for text, box in drawn if text == "NLL (nats)"]
+    ticks = [box for text, box in drawn if text[0].isdigit() and float(text) > 2]
+    assert len(ticks) >= 3
+    assert not any(label.overlaps(tick) for tick in ticks)
+
+
 ALONE = {
     "adversarial_robustness": lambda ax: plot.adversarial_robustness(attacked(), ax=ax),
     "feature_variance": lambda ax: plot.feature_variance(variance(vit()), ax=ax),
