@@ -5,8 +5,9 @@
     python examples/reproduce_fig8.py --seeds 8     # on 8 runs of each network
     python examples/reproduce_fig8.py --quick       # the same path in little
 
-High-frequency amplitude (at π, relative to that at 0) against depth: MSAs (grey) lower it, Convs,
-MLPs and subsampling (blue) raise it. `--model timm:NAME` as in Figure 2's example.
+High-frequency amplitude (at π, just below it for maps of odd side; relative to that at 0) against
+depth: MSAs (grey) lower it, Convs, MLPs and subsampling (blue) raise it. `--model timm:NAME` as in
+Figure 2's example.
 """
 
 import numpy as np

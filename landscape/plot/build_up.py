@@ -44,8 +44,8 @@ def build_up(result: "BuildUp", *, ax: Axes | None = None, **line: Any) -> Axes:
         ends = [best, i], [value[best], value[i]]
         ax.plot(*ends, color=style.MUTED, lw=0.6, ls=":", zorder=1, gid="way")
     if not kept.all():
-        refused: dict[str, Any] = {"ls": "", "marker": "o", "mfc": "w", "mec": style.MUTED}
-        ax.plot(step[~kept], value[~kept], label="refused", **refused)
+        refused: dict[str, Any] = {"ls": "", "marker": "o", "mec": style.MUTED, "label": "refused"}
+        ax.plot(step[~kept], value[~kept], mfc=ax.get_facecolor(), **refused)
     for chosen, shade in ((kept, drawn.get_color()), (~kept, style.MUTED)):
         bars: dict[str, Any] = {"fmt": "none", "ecolor": shade, "elinewidth": 0.6, "zorder": 1}
         ax.errorbar(step[chosen], value[chosen], yerr=error[chosen], **bars)

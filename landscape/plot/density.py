@@ -19,7 +19,8 @@ def half_density(
 
     Gaussian kernels of Silverman's bandwidth h = 0.9·min(s, IQR/1.34)·n^(-1/5) (Silverman, 1986,
     eq. 3.31) over the n values of that sign, reflected at 0 so that no mass crosses it. The area
-    is the share of that sign among all finite eigenvalues: the NEP for `sign=-1`.
+    is the share of that sign among all finite eigenvalues: the NEP for `sign=-1`. Those that count
+    as neither sign (`HessianMaxSpectrum.signed_eigenvalues`) are in no half.
 
     Args:
         result: The spectrum.
@@ -54,6 +55,6 @@ def half_density(
 
 
 def finite_eigenvalues(result: "HessianMaxSpectrum") -> NDArray[np.float64]:
-    """Return the finite eigenvalues of all mini-batches, `(n,)`."""
-    values = np.ravel(result.eigenvalues)
+    """Return the finite eigenvalues of all mini-batches, `(n,)`, 0 for those of neither sign."""
+    values = np.ravel(result.signed_eigenvalues)
     return np.asarray(values[np.isfinite(values)], dtype=np.float64)

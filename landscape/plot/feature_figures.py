@@ -4,6 +4,7 @@ Every function returns a `matplotlib.figure.Figure` that no global state knows o
 `figure.savefig(path)`; there is nothing to close.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,13 @@ from mpl_toolkits.mplot3d import Axes3D
 from landscape.plot import style, texts
 from landscape.plot.features import (
     DEPTH_LABEL,
+    VARIANCE_LABEL,
     cka,
     depth_map,
     feature_variance,
     fourier_amplitude,
     fourier_depth,
+    highest_label,
     lesion_study,
 )
 from landscape.plot.robustness import (
@@ -125,7 +128,7 @@ def figure8(results: "Mapping[str, FourierAmplitude]") -> Figure:
     Raises:
         ValueError: If `results` is empty.
     """
-    return _against_depth(results, fourier_depth)
+    return _against_depth(results, fourier_depth, highest_label(results.values()))
 
 
 def figure9(results: "Mapping[str, FeatureVariance]") -> Figure:
@@ -144,7 +147,7 @@ def figure9(results: "Mapping[str, FeatureVariance]") -> Figure:
         ValueError: If `results` is empty.
     """
     log = _spread_far(result.variance for result in results.values())
-    return _against_depth(results, feature_variance, log=log)
+    return _against_depth(results, feature_variance, VARIANCE_LABEL, log=log)
 
 
 def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") -> Figure:
@@ -177,6 +180,8 @@ def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") ->
 def panels(results: "Mapping[str, Result]") -> Figure:
     """Draw different results side by side, each as it draws itself, under its label.
 
+    They stand in rows of three, four in two rows.
+
     What a drawing says above its axes is a note under the label, in lines that the panel has room
     for.
 
@@ -189,19 +194,24 @@ def panels(results: "Mapping[str, Result]") -> Figure:
     Raises:
         ValueError: If `results` is empty.
     """
-    with mpl.rc_context(style.rc()):
-        figure = _figure(2.3, results)
+    columns = 2 if len(results) == 4 else min(len(results), 3)
+    rows = math.ceil(len(results) / max(columns, 1))
+    small: dict[Any, Any] = {"legend.fontsize": style.NOTE_SIZE} if columns > 2 else {}
+    with mpl.rc_context({**style.rc(), **small}):
+        figure = _figure(2.3 * rows, results)
+        parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]  # each row has its own widths
         notes = [0.0]
-        for place, (name, result) in enumerate(results.items(), start=1):
+        for place, (name, result) in enumerate(results.items()):
             projection = style.PROJECTIONS.get(result._plot or "")
-            ax = figure.add_subplot(1, len(results), place, projection=projection)
+            row, column = divmod(place, columns)
+            ax = parts[row].add_subplot(1, columns, column + 1, projection=projection)
             result.plot(ax=ax)
             if isinstance(ax, Axes3D):  # no layout keeps room for the labels of a box
                 ax.set_box_aspect(None, zoom=0.8)
                 ax.set(title=ax.get_zlabel(), xlabel="$a$", ylabel="$b$", zlabel="")
-            notes.append(_head(ax, name, len(results)))
-            ax.set_xlabel(texts.wrapped_title(ax.get_xlabel(), len(results)))
-        figure.set_figheight(2.3 + max(notes))
+            notes.append(_head(ax, name, columns))
+            ax.set_xlabel(texts.wrapped_title(ax.get_xlabel(), columns))
+        figure.set_figheight(rows * (2.3 + max(notes)))
         figure.draw_without_rendering()
     return figure
 
@@ -254,14 +264,17 @@ def _draw_lesions(
     _one_legend(figure, drawn)
 
 
-def _against_depth(results: Mapping[str, Any], draw: Callable[..., Axes], **look: Any) -> Figure:
+def _against_depth(
+    results: Mapping[str, Any], draw: Callable[..., Axes], label: str, **look: Any
+) -> Figure:
     with mpl.rc_context(style.rc()):
         figure, axes = _panels(2.1, results)
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
-            draw(result, ax=ax, **style.line_styles([name])[name], **look)
+            draw(result, ax=ax, **style.added_line(ax, name), **look)
             ax.set_title(texts.wrapped_title(name, len(results)))
         _label_first(axes[0])
+        axes[0, 0].set_ylabel(label)  # it holds for all panels
         _one_legend(figure, axes[0])
         figure.draw_without_rendering()
     return figure
@@ -309,7 +322,7 @@ def _one_legend(figure: Figure, axes: Iterable[Axes]) -> None:
 
 def _spread_far(variances: Iterable[np.ndarray]) -> bool:
     """Return whether variances spread over more than a factor of ten, a heuristic."""
-    positive = [values[values > 0] for values in variances]
+    positive = [values[(values > 0) & np.isfinite(values)] for values in variances]
     positive = [values for values in positive if values.size]
     if not positive:
         return False

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.container import ErrorbarContainer
 from matplotlib.ticker import MaxNLocator
 
 from landscape.plot import style, texts
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 AMPLITUDE_LABEL = r"$\Delta$ log amplitude"
 HIGHEST_LABEL = r"$\Delta$ log amplitude at $\pi$"
+BELOW_LABEL = "$\\Delta$ log amplitude\nat the highest frequency"
+"""Label where a map of odd sides has no frequency π."""
 VARIANCE_LABEL = "Feature map variance"
 DEPTH_LABEL = "Relative depth"
 LOSS_LABEL = "Accuracy loss (points)"
@@ -46,7 +49,8 @@ def fourier_amplitude(
 ) -> Axes:
     """Draw a curve for each block, coloured by relative depth (Park & Kim, 2022, Fig. 2a).
 
-    A band shows two standard errors each side. Maps of one column or row have no curve.
+    A band shows two standard errors each side. Maps of one column or row have no curve. Values that
+    are not finite are gaps, marked by crosses and counted, as in the other drawings of blocks.
 
     Args:
         result: The curves.
@@ -62,7 +66,7 @@ def fourier_amplitude(
     """
     style.check_result(result, "FourierAmplitude")
     ax = ax if ax is not None else style.fresh_axes()
-    colors = depth_map()
+    colors, missing = depth_map(), [np.empty(0, dtype=bool)]
     for i, name in enumerate(result.names):
         frequency, curve = result.frequency[i], result.delta_log_amplitude[i]
         if len(curve) < 2:
@@ -72,6 +76,9 @@ def fourier_amplitude(
         error = 2 * result.stderr[i]
         band: dict[str, Any] = {"color": color, "alpha": 0.2, "lw": 0, "zorder": 1}
         ax.fill_between(frequency, curve - error, curve + error, **band)
+        missing.append(~np.isfinite(curve))
+        texts.mark_missing(ax, frequency, missing[-1], color)
+    texts.add_note(ax, texts.missing_note(np.concatenate(missing)))
     ax.set_xticks([0, 0.5, 1], labels=["0", r"$\pi/2$", r"$\pi$"])
     ax.set(xlim=(0, 1), xlabel=frequency_label(result), ylabel=AMPLITUDE_LABEL)
     if colorbar:
@@ -88,8 +95,9 @@ def fourier_depth(
 ) -> Axes:
     """Draw the amplitude at the highest frequency against depth (Park & Kim, 2022, Fig. 8).
 
-    The step that leads to a block is shaded grey for attention and blue for subsampling. Bars are
-    two standard errors each side.
+    The step that leads to a block is shaded grey for attention and blue for subsampling; of several
+    models the blocks are marked instead, hollow and by triangles. Bars are two standard errors each
+    side.
 
     Args:
         result: The curves of one model, or of several by label.
@@ -108,8 +116,10 @@ def fourier_depth(
         return style.draw_each(partial(fourier_depth, **line), result, ax, label)
     style.check_result(result, "FourierAmplitude")
     ax = ax if ax is not None else style.fresh_axes()
-    _draw_steps(ax, result, result.highest, result.highest_stderr, label, line)
-    ax.set(ylabel=HIGHEST_LABEL)
+    missing = missing_amplitudes(result)
+    _draw_steps(ax, result, result.highest, result.highest_stderr, missing, label, line)
+    if ax.get_ylabel() != BELOW_LABEL:  # one of the curves drawn before ends below π
+        ax.set_ylabel(highest_label([result]))
     return ax
 
 
@@ -123,13 +133,15 @@ def feature_variance(
 ) -> Axes:
     """Draw the variance of the feature maps against depth (Park & Kim, 2022, Fig. 9).
 
-    The step that leads to a block is shaded grey for attention and blue for subsampling. Bars are
-    two standard errors each side.
+    The step that leads to a block is shaded grey for attention and blue for subsampling; of several
+    models the blocks are marked instead, hollow and by triangles. Bars are two standard errors each
+    side.
 
     Args:
         result: The variances of one model, or of several by label.
         ax: Axes to draw on; fresh ones by default.
-        log: Logarithmic variance, for networks over which it grows by orders of magnitude.
+        log: Logarithmic variance, for networks over which it grows by orders of magnitude; one of 0
+            has no place there, and is marked and counted.
         label: Name of one model in the legend; its family decides the colour.
         **line: Passed to `Axes.errorbar`.
 
@@ -144,7 +156,8 @@ def feature_variance(
         return style.draw_each(partial(feature_variance, log=log, **line), result, ax, label)
     style.check_result(result, "FeatureVariance")
     ax = ax if ax is not None else style.fresh_axes()
-    _draw_steps(ax, result, result.variance, result.stderr, label, line)
+    missing = missing_variances(result, log=log)
+    _draw_steps(ax, result, result.variance, result.stderr, missing, label, line)
     if log:
         if (result.variance > 0).any():  # a logarithmic axis needs a value
             ax.set_yscale("log")
@@ -159,8 +172,9 @@ def feature_variance(
 def cka(result: "CKA", *, ax: Axes | None = None, colorbar: bool = True, **image: Any) -> Axes:
     """Draw the similarity of all pairs of blocks, with lines between stages (Fig. 10a).
 
-    Blocks are numbered in network order from 1, at the bottom left. Grey pairs have no similarity:
-    the features of one of them are constant.
+    Blocks are numbered in network order from 1, at the bottom left: rows are those of `model_a`,
+    columns those of `model_b`. Grey pairs have no similarity: the features of one of them are
+    constant or not finite.
 
     Args:
         result: The similarities.
@@ -195,7 +209,8 @@ def cka(result: "CKA", *, ax: Axes | None = None, colorbar: bool = True, **image
             draw(edge + 0.5, color="w", lw=0.6, gid="stage")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    ax.set(xlabel="Block", ylabel="Block")
+    row, column = block_labels(result)
+    ax.set(xlabel=column, ylabel=row)
     if colorbar:
         color_bar(ax.figure, Normalize(0, 1), "CKA", ax=ax, cmap=colors)
     return ax
@@ -223,28 +238,61 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
     number = np.arange(1, len(result.names) + 1)
     loss = -100 * result.delta_accuracy
     error = 200 * result.delta_accuracy_stderr
+    missing = ~np.isfinite(loss)
     kinds = colored_kinds(result.kinds)
-    whisker: dict[str, Any] = {"elinewidth": 0.6, "ecolor": "0.2"}
+    ink = mpl.rcParams["text.color"]
+    whisker: dict[str, Any] = {"elinewidth": 0.6, "ecolor": ink}
     for kind in dict.fromkeys(kinds.tolist()):
         chosen = kinds == kind
         look = {"color": KIND_COLORS[kind], "label": KIND_NAMES[kind], "width": 0.8, **bar}
         ax.bar(number[chosen], loss[chosen], yerr=error[chosen], error_kw=whisker, **look)
-    ax.axhline(0, color="k", lw=0.6)
+    ax.axhline(0, color=ink, lw=0.6)
     for edge in stage_edges(result.stage):
         ax.axvline(edge + 0.5, color=style.MUTED, lw=0.6, ls=":", zorder=0, gid="stage")
-    if result.skipped:
-        note = f"{len(result.skipped)} not removable"
-        place: dict[str, Any] = {"ha": "right", "va": "bottom", "transform": ax.transAxes}
-        ax.text(1, 1.01, note, size=style.NOTE_SIZE, color=style.MUTED, gid="note", **place)
+    texts.mark_missing(ax, number, missing, style.MUTED)
+    skipped = f"{len(result.skipped)} not removable" if result.skipped else ""
+    texts.add_note(ax, texts.missing_note(missing), skipped)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.set(xlim=(0.3, len(number) + 0.7), xlabel=UNIT_LABEL, ylabel=LOSS_LABEL)
-    ax.legend(**texts.OVER_DATA)
+    texts.place_legend(ax, **texts.OVER_DATA)
     return ax
+
+
+Missing = Mapping[str, np.ndarray]
+"""Which values cannot be drawn, by what they are."""
+
+
+def missing_amplitudes(result: "FourierAmplitude") -> Missing:
+    """Return which values at the ends of curves are missing, `(b,)`; a map may have no curve."""
+    curved = np.array([len(curve) > 1 for curve in result.delta_log_amplitude])
+    return {"not finite": curved & ~np.isfinite(result.highest)}
+
+
+def missing_variances(result: "FeatureVariance", *, log: bool) -> Missing:
+    """Return which variances are missing, `(b,)`."""
+    finite = np.isfinite(result.variance)
+    return {"not finite": ~finite, "not positive": log & finite & (result.variance <= 0)}
+
+
+def highest_label(results: "Iterable[FourierAmplitude]") -> str:
+    """Return what the values at the ends of curves are: at π, or below where a side is odd."""
+    ends = {ends[-1] for result in results for ends in result.frequency if len(ends) > 1}
+    return HIGHEST_LABEL if ends <= {1} else BELOW_LABEL
 
 
 def frequency_label(result: "FourierAmplitude") -> str:
     """Return what the frequencies of a result are."""
     return "Radial frequency" if result.radial else "Frequency"
+
+
+def block_labels(result: "CKA") -> tuple[str, str]:
+    """Return what rows and columns are, and whose where they are of two networks."""
+    model_b = result.provenance.settings.get("model_b")
+    if model_b is None and result.blocks_a == result.blocks_b:
+        return "Block", "Block"
+    names = {"model_a": result.provenance.model, "model_b": model_b or ""}
+    row, column = (f"Block of {key}" + (f"\n({n})" if n else "") for key, n in names.items())
+    return row, column
 
 
 def colored_kinds(kinds: Iterable[str]) -> np.ndarray:
@@ -275,17 +323,47 @@ def _draw_steps(
     table: "BlockTable",
     values: np.ndarray,
     stderr: np.ndarray,
+    missing: Missing,
     label: str | None,
     line: dict[str, Any],
 ) -> None:
-    """Draw values against depth over the shades of the blocks."""
+    """Draw values against depth, over shades for kinds of blocks or with marks of the kinds."""
     look: dict[str, Any] = {"marker": "o", "elinewidth": 0.6, "label": "_"}
     look |= texts.labelled_line(ax, label) if label else style.added_line(ax, "")
-    ax.errorbar(table.depth, values, yerr=2 * stderr, **{**look, **line})
-    known = set(ax.get_legend_handles_labels()[1])
-    for what, start, stop in shaded_steps(table):
-        ax.axvspan(start, stop, color=SHADES[what], label="_" if what in known else what, **_SHADE)
-        known.add(what)
+    drawn = ax.errorbar(table.depth, values, yerr=2 * stderr, **{**look, **line}).lines[0]
+    for why, which in missing.items():
+        texts.mark_missing(ax, table.depth, which, drawn.get_color())
+        texts.add_note(ax, texts.missing_note(which, label, why))
+    alone = sum(isinstance(each, ErrorbarContainer) for each in ax.containers) == 1
+    kinds = {"MSA": np.array(table.kinds) == "msa", "subsampling": np.array(table.subsamples)}
+    for what, chosen in kinds.items():
+        if chosen.any():  # to be seen once another curve comes
+            mark = _mark(ax, what, drawn.get_color(), drawn.get_markersize())
+            at = table.depth[chosen], values[chosen]
+            ax.plot(*at, zorder=drawn.get_zorder() + 0.1, gid=what, visible=not alone, **mark)
+    if alone:
+        for what, start, stop in shaded_steps(table):
+            entry = "_" if what in texts.entries_of(ax) else what
+            ax.axvspan(start, stop, color=SHADES[what], label=entry, gid="step", **_SHADE)
+    else:
+        for step in [patch for patch in ax.patches if patch.get_gid() == "step"]:
+            step.remove()
+        for what in SHADES:
+            marks = [each for each in ax.lines if each.get_gid() == what]
+            for each in marks:
+                each.set_visible(True)
+            if marks and what not in texts.entries_of(ax):
+                mark = _mark(ax, what, style.MUTED, drawn.get_markersize())
+                ax.plot([], [], label=what, **mark)
     ax.set(xlim=(-0.02, 1.02), xlabel=DEPTH_LABEL)
-    if known:
-        ax.legend(**texts.OVER_DATA)
+    if texts.entries_of(ax):
+        texts.place_legend(ax, **texts.OVER_DATA)
+
+
+def _mark(ax: Axes, what: str, color: Any, size: float) -> dict[str, Any]:
+    """Return the mark of a kind of block on its curve: hollow, or a triangle."""
+    if what == "MSA":
+        face: dict[str, Any] = {"marker": "o", "ms": size, "mfc": ax.get_facecolor()}
+    else:
+        face = {"marker": "^", "ms": 1.7 * size, "mfc": color}
+    return {"ls": "None", "mec": color, "mew": 0.8, **face}

@@ -3,10 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.font_manager import FontProperties
 
 from landscape._checks import check_choice
 from landscape.plot import style, texts
@@ -33,10 +31,11 @@ def hessian_max_spectrum(
     """Draw densities of the per-mini-batch top eigenvalues (Park & Kim, 2022, Fig. 1c).
 
     Each half of each spectrum is a kernel density of its own because their scales differ
-    (`half_density`): the area under the negative half is the NEP. Every eigenvalue is a tick of
-    the rug below. The legend gives NEP (negative half) and APE (positive half) with their
-    intervals, and counts: `n` eigenvalues drawn, and how many have not converged. Of more than four
-    spectra it stands beside the axes, without intervals.
+    (`half_density`): the area under the negative half is the NEP. Every eigenvalue that has a sign
+    (`HessianMaxSpectrum.signed_eigenvalues`) is a tick of the rug below. The legend gives NEP
+    (negative half) and APE (positive half) with their intervals, and counts: `n` eigenvalues drawn,
+    for both halves those that are 0 within their error, and how many have not converged. Of more
+    than four spectra it gives no intervals.
 
     Args:
         result: One spectrum, or several by label; model families decide the colours.
@@ -56,10 +55,10 @@ def hessian_max_spectrum(
     named = style.named(result, "HessianMaxSpectrum", label=label)
     ax = ax if ax is not None else style.fresh_axes()
     drawn, limits = len(texts.entries_of(ax)), ax.get_xlim()
-    brief = not texts.entries_inside(named)
+    brief = len(named) > texts.MOST_IN_FULL
     entries = texts.wrapped_entries({n: _legend_text(one, half, brief) for n, one in named.items()})
     for row, (name, one) in enumerate(named.items(), start=drawn):
-        look = style.added_line(ax, entries[name])
+        look = style.added_line(ax, entries[name] if name else "")
         entry = entries[name]
         for sign in (-1, 1):
             if half != {-1: "positive", 1: "negative"}[sign]:
@@ -71,8 +70,7 @@ def hessian_max_spectrum(
     if drawn:  # by the calls before
         ax.set_xlim(min(limits[0], ax.get_xlim()[0]), max(limits[1], ax.get_xlim()[1]))
     ax.set(xlabel=MAX_LABEL, ylabel="Density per decade" if log else "Density (1/nats)")
-    beside = not texts.entries_inside(texts.entries_of(ax))
-    room_for_legend(ax, line_height=0 if beside else None)
+    room_for_legend(ax)
     backed = {"frameon": True, "edgecolor": "none", "framealpha": 0.8} if half == "both" else {}
     texts.place_legend(ax, "upper left" if half == "negative" else "upper right", **backed)
     return ax
@@ -127,13 +125,12 @@ def room_for_legend(ax: Axes, line_height: float | None = None) -> None:
     Args:
         ax: The axes.
         line_height: Room for one line of the legend, in units of the largest density; by default
-            what it takes in axes of this size.
+            what it takes in axes of this size, where it stands inside of them.
     """
     densities = [np.asarray(line.get_ydata()) for line in ax.lines if line.get_gid() == "density"]
     peak = max((density.max(initial=0.0) for density in densities), default=0.0)
-    lines = sum(1 + label.count("\n") for label in ax.get_legend_handles_labels()[1])
-    share = share_of_legend(ax, lines)
-    room = share / (1 - share) if line_height is None else line_height * lines
+    lines = sum(1 + entry.count("\n") for entry in texts.entries_of(ax))
+    room = texts.room_for_legend(ax) if line_height is None else line_height * lines
     ax.set_ylim(0, peak * (1.05 + room) or 1.0)
     if peak == 0:
         ax.set(yticks=[], ylabel="")  # a rug has no scale
@@ -177,13 +174,6 @@ def spread_far(results: Iterable["HessianMaxSpectrum"]) -> bool:
     return False
 
 
-def share_of_legend(ax: Axes, lines: int) -> float:
-    """Return the share of the height of axes that a legend takes, three fifths at the most."""
-    size = FontProperties(size=mpl.rcParams["legend.fontsize"]).get_size_in_points()
-    height = ax.get_window_extent().height * 72 / ax.figure.dpi
-    return min((1.5 * lines + 1) * size / height, 0.6)
-
-
 def _draw_half(
     ax: Axes,
     result: "HessianMaxSpectrum",
@@ -205,8 +195,11 @@ def _draw_half(
 
 def _legend_text(result: "HessianMaxSpectrum", half: str, brief: bool) -> str:
     values = finite_eigenvalues(result)
-    shown = {"both": values.size, "negative": (values < 0).sum(), "positive": (values > 0).sum()}
+    below, above = int((values < 0).sum()), int((values > 0).sum())
+    shown = {"both": below + above, "negative": below, "positive": above}
     counts = f"n = {shown[half]}"
+    if half == "both" and below + above < values.size:
+        counts += f", {values.size - below - above} are 0 within error"
     missing = int((~np.asarray(result.converged, dtype=bool)).sum())
     if missing:
         counts += f", {missing} not converged"

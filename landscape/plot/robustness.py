@@ -53,15 +53,14 @@ def frequency_robustness(
     common, labels = legend_entries(named, clean_entry, noise_of, wrap=True)
     ax.axhline(0, color=style.MUTED, lw=0.6, zorder=0, gid="clean")
     for name, one in named.items():
-        look = {**style.added_line(ax, labels[name]), "label": labels[name], **line}
+        look = {**style.added_line(ax, labels[name] if name else ""), "label": labels[name], **line}
         change, error = 100 * one.delta_accuracy, 200 * one.delta_accuracy_stderr
         _draw_curve(ax, one.frequencies, change, error, look)
     ax.set(xlabel=FREQUENCY_LABEL, ylabel=DELTA_LABEL)
     ax.set_autoscaley_on(True)  # to what was drawn before, too
     ax.autoscale_view()
     low, high = ax.get_ylim()
-    room = 0.12 * texts.lines_inside(texts.entries_of(ax))  # for the legend
-    ax.set_ylim(low, max(high, 0) + room * (high - low))
+    ax.set_ylim(low, max(high, 0) + texts.room_for_legend(ax) * (high - low))
     _note(ax, [one.delta_accuracy for one in named.values()], common, label)
     texts.place_legend(ax, "upper right")
     return ax
@@ -96,7 +95,7 @@ def adversarial_robustness(
     ax = ax if ax is not None else style.fresh_axes()
     common, labels = legend_entries(named, clean_entry, attack_of, wrap=True)
     for name, one in named.items():
-        look = {**style.added_line(ax, labels[name]), "label": labels[name], **line}
+        look = {**style.added_line(ax, labels[name] if name else ""), "label": labels[name], **line}
         radii, accuracy, error = attacked_accuracy(one)
         _draw_curve(ax, 255 * radii, 100 * accuracy, 200 * error, look)
     ax.set_autoscale_on(True)  # to what was drawn before, too
@@ -138,7 +137,7 @@ def reliability_diagram(
     common, labels = legend_entries(named, ece_entry, sample_size, wrap=True)
     ax.plot([0, 1], [0, 1], color=style.MUTED, lw=0.6, ls="--", zorder=0, gid="diagonal")
     for name, one in named.items():
-        look = {**style.added_line(ax, labels[name]), "label": labels[name], **line}
+        look = {**style.added_line(ax, labels[name] if name else ""), "label": labels[name], **line}
         color = look["color"]
         share = one.bin_count / max(one.num_samples, 1)
         steps: dict[str, Any] = {"color": color, "alpha": 0.2, "fill": True, "lw": 0, "zorder": 0}
@@ -150,7 +149,7 @@ def reliability_diagram(
         ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
     ax.set(
         xlim=(0, 1),
-        ylim=(0, 1.04 + 0.11 * texts.lines_inside(texts.entries_of(ax))),
+        ylim=(0, 1.04 * (1 + texts.room_for_legend(ax))),
         yticks=np.linspace(0, 1, 6),
     )
     ax.set(xlabel=CONFIDENCE_LABEL, ylabel=RELIABILITY_LABEL)
@@ -259,19 +258,13 @@ def _draw_curve(
     look: dict[str, Any],
 ) -> None:
     drawn = ax.errorbar(x, y, yerr=error, **{"marker": "o", "elinewidth": 0.7, **look})
-    missing = ~np.isfinite(y)
-    if missing.any():
-        mark: dict[str, Any] = {"ms": 3, "color": drawn.lines[0].get_color(), "clip_on": False}
-        at = np.full(int(missing.sum()), 0.02)
-        ax.plot(x[missing], at, "x", transform=ax.get_xaxis_transform(), gid="missing", **mark)
+    texts.mark_missing(ax, x, ~np.isfinite(y), drawn.lines[0].get_color())
 
 
 def _note(ax: Axes, drawn: Iterable[NDArray[np.float64]], setting: str, label: str | None) -> None:
     """Write above the axes what was done and how many of the drawn values are missing."""
     values = np.concatenate([*drawn, np.empty(0)])
-    missing = int((~np.isfinite(values)).sum())
-    lines = [f"×: {missing} of {values.size} not finite"] if missing else []
-    told, label = texts.notes_of(ax), texts.shortened(label or "", 30)
+    told = texts.notes_of(ax)
     if label and setting and setting not in told and told:  # it holds for this model alone
-        setting = f"{label}: {setting}"
-    texts.add_note(ax, *(f"{label}, {line}" if label else line for line in lines), setting)
+        setting = f"{texts.shortened(label, 30)}: {setting}"
+    texts.add_note(ax, texts.missing_note(~np.isfinite(values), label), setting)

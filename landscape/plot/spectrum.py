@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from landscape.plot import style, texts
-from landscape.plot.hessian import number, share_of_legend
+from landscape.plot.hessian import number
 
 if TYPE_CHECKING:
     from landscape.linalg.eigenpairs import Eigenpairs
@@ -55,7 +55,7 @@ def spectral_density(
     look = {} if label is None else style.added_line(ax, entry)
     _draw_density(ax, result, {**look, "label": entry, **line})
     if label is not None:
-        ax.legend(**texts.OVER_DATA)
+        texts.place_legend(ax, **texts.OVER_DATA)
     return ax
 
 
@@ -121,12 +121,10 @@ def hessian_spectrum(
     scale = [each for each in ax.collections if each.get_gid() == "band"]
     if scale:
         low, high = ax.get_ylim()
-        entries = ax.get_legend_handles_labels()[1]
-        share = share_of_legend(ax, sum(1 + entry.count("\n") for entry in entries))
-        ax.set_ylim(low, low * (high / low) ** (1 / (1 - share)))
+        ax.set_ylim(low, low * (high / low) ** (1 + texts.room_for_legend(ax)))
     handles, labels = ax.get_legend_handles_labels()
     first = sorted(range(len(labels)), key=lambda i: labels[i].split(",")[0] in _SIDES)
-    ax.legend([handles[i] for i in first], [labels[i] for i in first], loc="upper right")
+    texts.place_legend(ax, "upper right", handles=[handles[i] for i in first])
     return ax
 
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -37,6 +39,7 @@ _FAMILIES = {  # prefixes of the name in lower case without separators -> colour
     ("pit",): "#E69F00",
 }
 _OTHERS = ("#333333", "#56B4E9", "#999999")
+_PALE = "#DDDDDD"  # stands for the first of them on dark axes
 _LINES: tuple[Any, ...] = (
     "-", "--", ":", "-.",
     (0, (6, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 3)), (0, (1, 3)),
@@ -47,7 +50,8 @@ def rc() -> dict[Any, Any]:
     """Return the settings of a paper figure, for `matplotlib.rc_context`.
 
     Fonts ship with matplotlib (STIX, close to the Times of the ICLR and ICML templates), so a
-    figure looks the same on every machine. Text is 8 pt, ticks and legends 7 pt at final size.
+    figure looks the same on every machine. Text is 8 pt, ticks and legends 7 pt at final size,
+    which is left to `figsize`: `COLUMN_WIDTH` or `TEXT_WIDTH` wide.
     """
     return {
         "font.family": "STIXGeneral",
@@ -134,17 +138,25 @@ def fresh_axes(projection: str | None = None) -> Axes:
 def added_line(ax: Axes, name: str) -> dict[str, Any]:
     """Return `color` and `linestyle` of one more line on axes, unlike those that they hold.
 
+    A line without a name has the next colour of the axes, as one of `Axes.plot` would.
+
     Args:
         ax: Axes with any number of lines in the styles of `line_styles`, labelled by their names.
         name: Name of the line; one that is there already keeps its style.
     """
+    if not name:
+        (next_line,) = ax.plot([], [])
+        next_line.remove()
+        return {"color": next_line.get_color(), "linestyle": "-"}
     labels = [
         label
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
         if not isinstance(handle, Patch)  # a shade
         and not (isinstance(handle, Line2D) and handle.get_linestyle() == "None")  # a mark
     ]
-    return line_styles([*labels, name])[name]
+    look = line_styles([*labels, name])[name]
+    dark = np.dot(to_rgb(ax.get_facecolor()), (0.299, 0.587, 0.114)) < 0.5  # luma (BT.601)
+    return {**look, "color": _PALE} if dark and look["color"] == _OTHERS[0] else look
 
 
 def draw_each(

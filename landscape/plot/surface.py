@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from mpl_toolkits.mplot3d import Axes3D
 from numpy.typing import NDArray
 
@@ -32,6 +33,8 @@ Kind = Literal["surface3d", "contour"]
 
 X_LABEL = "$a$ (units of $d_1$)"
 Y_LABEL = "$b$ (units of $d_2$)"
+
+_NARROW = 4.0  # inches of 3D axes whose labels need room
 
 
 def loss_surface(
@@ -156,17 +159,13 @@ def loss_line(
     alone = ~missing & beside[:-2] & beside[2:]
     if alone.any():
         ax.plot(result.x[alone], values[alone], ".", color=drawn.get_color())
-    if missing.any():
-        at = result.x[missing]
-        floor = ax.get_xaxis_transform()
-        mark: dict[str, Any] = {"ms": 3, "color": drawn.get_color(), "clip_on": False}
-        ax.plot(at, np.full(at.shape, 0.02), "x", transform=floor, **mark)
-        _note(ax, missing, label=label)
+    texts.mark_missing(ax, result.x, missing, drawn.get_color())
+    texts.add_note(ax, texts.missing_note(missing, label))
     ax.set(xlabel=X_LABEL, ylabel=LABELS[quantity])
     if len(result.x) > 1:
         ax.set_xlim(result.x.min(), result.x.max())
     if label is not None:
-        ax.legend(**texts.OVER_DATA)
+        texts.place_legend(ax, **texts.OVER_DATA)
     return ax
 
 
@@ -181,14 +180,17 @@ def _draw_surface3d(
     x, y = np.meshgrid(result.x, result.y, indexing="ij")
     inside = np.ma.masked_outside(values, *norm_ends(norm))
     heights = inside.filled(np.nan)
-    floor, ceiling = norm_ends(norm)
+    longest, (floor, ceiling) = 0, norm_ends(norm)
     if isinstance(norm, LogNorm):  # 3D axes have no log scale of their own: log10, labelled back
         ticks = nice_ticks(norm)
         ax.set_zticks(np.log10(ticks), [f"{tick:g}" for tick in ticks])
         heights, floor, ceiling = np.log10(heights), np.log10(floor), np.log10(ceiling)
         label = log_label(label)
     else:
-        ax.zaxis.set_major_locator(MaxNLocator(5))
+        longest = _tick_heights(ax, floor, ceiling)
+    # No layout keeps room for the labels of a box.
+    narrow = ax.get_window_extent().width < _NARROW * ax.figure.dpi
+    ax.set_box_aspect(None, zoom=(0.8 if narrow else 1) * (0.85 if longest > 7 else 1))
     if inside.count():
         mesh = {"rstride": 1, "cstride": 1, "linewidth": 0.15, "edgecolor": (0, 0, 0, 0.35)}
         ax.plot_surface(x, y, heights, vmin=floor, vmax=ceiling, **{**mesh, **artist})
@@ -201,6 +203,24 @@ def _draw_surface3d(
     _note(ax, missing, outside)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL, zlabel=label, zlim=(floor, ceiling))
     ax.set(xlim=(result.x.min(), result.x.max()), ylim=(result.y.min(), result.y.max()))
+
+
+def _tick_heights(ax: Any, floor: float, ceiling: float) -> int:
+    """Write ticks in full, as an offset would stand over the label, and move the label aside.
+
+    Returns:
+        Characters of the longest tick.
+    """
+    locator, written = MaxNLocator(5), ScalarFormatter(useOffset=False)
+    written.set_scientific(False)
+    ax.zaxis.set_major_locator(locator)
+    ax.zaxis.set_major_formatter(written)
+    longest = max(map(len, written.format_ticks([*locator.tick_values(floor, ceiling)])))
+    size = ax.zaxis.get_major_ticks(1)[0].label1.get_size()
+    extra = 0.5 * size * max(longest - 4, 0)  # points of what is longer than "16.5"
+    ax.zaxis.labelpad = mpl.rcParams["axes.labelpad"] + extra
+    ax.zaxis.set_tick_params(pad=mpl.rcParams["xtick.major.pad"] + extra / 2)
+    return longest
 
 
 def _draw_contour(
@@ -236,15 +256,9 @@ def _draw_contour(
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
 
 
-def _note(
-    ax: Any,
-    missing: NDArray[np.bool_],
-    outside: NDArray[np.bool_] | None = None,
-    label: str | None = None,
-) -> None:
+def _note(ax: Any, missing: NDArray[np.bool_], outside: NDArray[np.bool_] | None = None) -> None:
     """Say in the axes how many points are marked by a cross, and how many by a plus."""
-    of_model = f"{texts.shortened(label, 30)}, " if label else ""
-    lines = [f"{of_model}×: {missing.sum()} of {missing.size} not finite"] if missing.any() else []
+    lines = [texts.missing_note(missing)] if missing.any() else []
     if outside is not None and outside.any():
         lines.append(f"+: {outside.sum()} of {outside.size} outside the scale")
     if not isinstance(ax, Axes3D):

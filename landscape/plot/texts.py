@@ -1,22 +1,34 @@
 """What a figure says in words: titles, legends and notes, in lines that there is room for."""
 
 import textwrap
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties
+from matplotlib.transforms import ScaledTranslation
+from numpy.typing import NDArray
 
 from landscape.plot.style import COLUMN_WIDTH, MUTED, NOTE_SIZE, TEXT_WIDTH, added_line
 
-OVER_DATA: dict[str, Any] = {"loc": "best", "frameon": True, "facecolor": "w", "edgecolor": "none"}
+OVER_DATA: dict[str, Any] = {
+    "loc": "best", "frameon": True, "facecolor": "inherit", "edgecolor": "none",
+}  # fmt: skip
 """A legend that stands over what is drawn."""
 
 _SIZE = 8.0  # points of a title
 _SCALES = 0.9  # inches beside panels that scales and a colour bar take
 _CHARACTER = 4.2  # points that a character of this size takes
-_MOST_INSIDE = 4  # entries of a legend that has room inside of the axes
+MOST_IN_FULL = 4
+"""Entries of a legend that are written in full; of more each is brief."""
+_MOST_INSIDE = 0.5  # share of the height of axes that a legend inside of them may take
+_LEAST_BESIDE = (
+    1.6  # inches of width that a legend beside axes leaves them, where there is a choice
+)
 _LONGEST_NAME, _MOST_LINES = 30, 2  # characters of a line of a name, and lines
-_LONGEST_BESIDE, _LONGEST_INSIDE = 40, 60  # characters of a line of a legend
+_LONGEST, _LONGEST_OF_MANY = 60, 40  # characters of a line of a legend
 
 
 def labelled_line(ax: Axes, name: str) -> dict[str, Any]:
@@ -64,11 +76,6 @@ def _name_lines(name: str) -> list[str]:
     return textwrap.wrap(short, _LONGEST_NAME) if len(name) > _LONGEST_NAME else [name]
 
 
-def entries_inside(entries: Collection[str]) -> int:
-    """Return how many entries of a legend stand inside of the axes: 0 where it is beside them."""
-    return len(entries) if len(entries) <= _MOST_INSIDE else 0
-
-
 def wrapped_title(name: str, panels: int, size: float = _SIZE) -> str:
     """Return a title in lines that a panel has room for, shortened in its middle beyond three.
 
@@ -89,13 +96,13 @@ def wrapped_entries(texts: Mapping[str, str]) -> dict[str, str]:
     """Return legend entries "name: text" in lines that a legend has room for.
 
     A name takes two lines of 30 characters, shortened in its middle where it is longer, and the
-    text goes on to 60 inside of the axes, to 40 beside them; a text that its last line has no room
-    for begins a new one.
+    text goes on to 60, of more than four entries to 40; a text that its last line has no room for
+    begins a new one.
 
     Args:
         texts: What is said of each name, in one line or several; "" is no name.
     """
-    longest = _LONGEST_INSIDE if entries_inside(texts) else _LONGEST_BESIDE
+    longest = _LONGEST if len(texts) <= MOST_IN_FULL else _LONGEST_OF_MANY
     short = short_names(texts, _LONGEST_NAME * _MOST_LINES)
     entries = {}
     for name, text in texts.items():
@@ -110,23 +117,58 @@ def wrapped_entries(texts: Mapping[str, str]) -> dict[str, str]:
     return entries
 
 
-def lines_inside(entries: Collection[str]) -> int:
-    """Return how many lines of a legend stand inside of the axes: 0 where it is beside them."""
-    return sum(1 + entry.count("\n") for entry in entries) if entries_inside(entries) else 0
+def place_legend(
+    ax: Axes, loc: Literal["best", "upper left", "upper right"], **inside: Any
+) -> None:
+    """Add a legend inside of the axes, or outside where it would take too much of their height.
 
-
-def place_legend(ax: Axes, loc: Literal["upper left", "upper right"], **inside: Any) -> None:
-    """Add a legend inside of the axes, or beside them where there are too many entries.
+    Outside it stands beside the axes, or below them where these are narrow.
 
     Args:
         ax: The axes, in a figure whose layout makes room for what is outside of them.
-        loc: Corner inside of the axes.
-        **inside: More settings of a legend inside.
+        loc: Place inside of the axes.
+        **inside: More settings of a legend inside; `handles` are those of any.
     """
-    if entries_inside(entries_of(ax)):
+    if share_of_legend(ax) <= _MOST_INSIDE:
         ax.legend(loc=loc, **inside)
-    else:
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
+        return
+    lines = [line for entry in entries_of(ax) for line in entry.split("\n")]
+    size = _points("small")
+    entry, line = (0.55 * max(map(len, lines)) + 3) * size, 1.45 * size
+    width, height = np.array(ax.get_window_extent().size) * 72 / ax.figure.dpi
+    columns = max(1, int(1.2 * width / entry))  # the scale at the left is a fifth of narrow axes
+    beside = (width - entry) * height
+    below = width * (height - line * np.ceil(len(lines) / columns))
+    look: dict[str, Any] = {"frameon": False, "fontsize": size, "handles": inside.get("handles")}
+    if width - entry > 72 * _LEAST_BESIDE or beside > below:
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), **look)
+        return
+    rc = mpl.rcParams
+    ticks = rc["xtick.major.size"] + rc["xtick.major.pad"] + 1.3 * _points(rc["xtick.labelsize"])
+    label = rc["axes.labelpad"] + 1.3 * _points(rc["axes.labelsize"])
+    look["bbox_transform"] = ax.transAxes + ScaledTranslation(
+        0, -(ticks + label) / 72, ax.figure.dpi_scale_trans
+    )
+    look |= {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "columnspacing": 1}
+    ax.legend(ncols=columns, **look)
+
+
+def share_of_legend(ax: Axes) -> float:
+    """Return the share of the height of axes that their legend would take inside of them."""
+    lines = sum(1 + entry.count("\n") for entry in entries_of(ax))
+    height = ax.get_window_extent().height * 72 / ax.figure.dpi
+    return (1.5 * lines + 1) * _points(mpl.rcParams["legend.fontsize"]) / height
+
+
+def room_for_legend(ax: Axes) -> float:
+    """Return the height that a legend takes above what is drawn, in units of the latter's."""
+    share = share_of_legend(ax)
+    return share / (1 - share) if share <= _MOST_INSIDE else 0.0
+
+
+def _points(size: float | str) -> float:
+    """Return the points of a size of fonts."""
+    return float(FontProperties(size=size).get_size_in_points())
 
 
 def entries_of(ax: Axes) -> list[str]:
@@ -150,6 +192,35 @@ def add_note(ax: Axes, *lines: str) -> None:
     look: dict[str, Any] = {"fontsize": NOTE_SIZE, "color": MUTED, "gid": "note"}
     place: dict[str, Any] = {"ha": "right", "va": "bottom", "transform": ax.transAxes}
     ax.text(1.0, 1.01, "\n".join([*told, *said]), **look, **place)
+
+
+def mark_missing(ax: Axes, x: NDArray[Any], missing: NDArray[np.bool_], color: Any) -> None:
+    """Mark values that cannot be drawn by crosses at the lower edge of axes.
+
+    Args:
+        ax: The axes.
+        x: Where the values are, `(n,)`.
+        missing: Which of them are missing, `(n,)`.
+        color: Colour of their curve.
+    """
+    if missing.any():
+        mark: dict[str, Any] = {"ms": 3, "color": color, "clip_on": False, "gid": "missing"}
+        at = np.full(int(missing.sum()), 0.02)
+        ax.plot(x[missing], at, "x", transform=ax.get_xaxis_transform(), **mark)
+
+
+def missing_note(
+    missing: NDArray[np.bool_], label: str | None = None, why: str = "not finite"
+) -> str:
+    """Return a note of how many values are marked by crosses, "" for none.
+
+    Args:
+        missing: Which values are missing.
+        label: Name of their model.
+        why: What they are.
+    """
+    of_model = f"{shortened(label, 30)}, " if label else ""
+    return f"{of_model}×: {missing.sum()} of {missing.size} {why}" if missing.any() else ""
 
 
 def notes_of(ax: Axes) -> list[str]:

@@ -72,7 +72,7 @@ def training_history(
         ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if label is not None:
-        ax.legend(**texts.OVER_DATA)
+        texts.place_legend(ax, **texts.OVER_DATA)
     return ax
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.projections.polar import PolarAxes
@@ -56,7 +57,8 @@ def polar_trajectory(
     radius, angle = np.asarray(result.radius), known_angles(result)
     fresh = not ax.has_data()
     if fresh:
-        mark: dict[str, Any] = {"color": "k", "ls": "none", "clip_on": False, "zorder": 4}
+        ink = mpl.rcParams["text.color"]
+        mark: dict[str, Any] = {"color": ink, "ls": "none", "clip_on": False, "zorder": 4}
         ax.plot(0, 1, "*", ms=6, label=r"$w_\mathrm{init}$", gid="w_init", **mark)
         ax.plot(0, 0, "s", ms=4, label=r"$w_\mathrm{opt}$", gid="w_opt", **mark)
     ax.plot(angle, radius, **{"marker": "o", "ms": 2, **_labelled(ax, label), **line})
@@ -106,12 +108,12 @@ def trajectory(
         )
     ax = ax if ax is not None else style.fresh_axes()
     (drawn,) = ax.plot(*coordinates.T, **{"marker": "o", "ms": 2, **_labelled(ax, label), **line})
-    color = drawn.get_color()
-    ax.plot(*coordinates[0], "*", ms=6, color=color, mec="k", mew=0.4, gid="w_init", zorder=3)
-    ax.plot(*coordinates[-1], "s", ms=4, color=color, mec="k", mew=0.4, gid="w_opt", zorder=3)
+    end = {"color": drawn.get_color(), "mec": mpl.rcParams["text.color"], "mew": 0.4, "zorder": 3}
+    ax.plot(*coordinates[0], "*", ms=6, gid="w_init", **end)
+    ax.plot(*coordinates[-1], "s", ms=4, gid="w_opt", **end)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
     if label is not None:
-        ax.legend(**texts.OVER_DATA)
+        texts.place_legend(ax, **texts.OVER_DATA)
     return ax
 
 
@@ -132,7 +134,7 @@ def _label(ax: PolarAxes, wide: bool) -> None:
     ax.set_xlabel(POLAR_LABEL, va="top")
     ax.xaxis.set_label_coords(0.5, edge, transform=below_ticks)
     legend: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.15, 1.15)}
-    if wide:
+    if wide or texts.share_of_legend(ax) > 0.6:  # of more than the corner that is left
         legend = {"loc": "upper center", "bbox_to_anchor": (0.5, edge), "ncols": 3}
         legend |= {"bbox_transform": below_label, "columnspacing": 1}
     ax.legend(**legend)

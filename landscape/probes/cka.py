@@ -47,7 +47,7 @@ class CKA(Result):
 
     Attributes:
         values: `(a, b)`: CKA, at most 1; 0 for independent features, below 0 by chance. NaN where
-            the features of a block are the same for all samples.
+            the features of a block are the same for all samples, or not finite.
         stderr: `(a, b)`: jackknife standard error over mini-batches, NaN for fewer than two.
         blocks_a: The `a` blocks.
         blocks_b: The `b` blocks.

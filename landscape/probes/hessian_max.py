@@ -42,9 +42,9 @@ class HessianMaxSpectrum(Result):
         eigenvalues: By magnitude, largest first, shape `(batches, k)`.
         residuals: ‖Hv − λv‖ of each, shape `(batches, k)`.
         converged: Whether each error estimate is at most `tol` · |λ|, shape `(batches, k)`.
-        nep: Negative max eigenvalue proportion, ∫_{-∞}^0 p(λ)dλ, over all eigenvalues gathered.
-            One within its error, or within rounding, of 0 counts as neither negative nor positive,
-            here and in `ape`: those of a rank below `k`.
+        nep: Negative max eigenvalue proportion, ∫_{-∞}^0 p(λ)dλ, over all finite eigenvalues
+            gathered. One within its error, or within rounding, of 0 counts as neither negative nor
+            positive, here and in `ape` (`signed_eigenvalues`): those of a rank below `k`.
         nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high); for fewer
             than ten it is a rough one, for a single one NaN. Where none of n mini-batches has a
             negative value it is (0, 1 − 0.025^(1/n)): a share of the others this large may have one
@@ -71,6 +71,12 @@ class HessianMaxSpectrum(Result):
     miss: np.ndarray | None = None
 
     _plot: ClassVar[str | None] = "hessian_max_spectrum"
+
+    @property
+    def signed_eigenvalues(self) -> np.ndarray:
+        """`(batches, k)`: the eigenvalues, 0 for those that count as neither sign."""
+        eps = torch.finfo(getattr(torch, self.provenance.dtype or "float32")).eps
+        return _signed(self.eigenvalues, self.errors, eps)
 
 
 def hessian_max_spectrum(
@@ -216,19 +222,22 @@ def hessian_max_spectrum(
     )
 
 
-def _signed(eigenvalues: np.ndarray, errors: np.ndarray, eps: float) -> np.ndarray:
+def _signed(eigenvalues: np.ndarray, errors: np.ndarray | None, eps: float) -> np.ndarray:
     """Return the eigenvalues with 0 for those that rounding or their error may have signed."""
-    rounding = 10 * eps * np.abs(eigenvalues).max(1, keepdims=True)
-    signed: np.ndarray = np.where(np.abs(eigenvalues) > np.fmax(errors, rounding), eigenvalues, 0.0)
+    size = np.where(np.isfinite(eigenvalues), np.abs(eigenvalues), np.nan)
+    rounding = 10 * eps * np.fmax.reduce(size, axis=1, keepdims=True)
+    bound = rounding if errors is None else np.fmax(errors, rounding)
+    signed: np.ndarray = np.where(size <= bound, 0.0, eigenvalues)  # NaN stays NaN
     return signed
 
 
 def _nep(eigenvalues: np.ndarray) -> float:
-    return float((eigenvalues < 0).mean())
+    finite = eigenvalues[np.isfinite(eigenvalues)]
+    return float((finite < 0).mean()) if len(finite) else float("nan")
 
 
 def _ape(eigenvalues: np.ndarray) -> float:
-    positive = eigenvalues[eigenvalues > 0]
+    positive = eigenvalues[np.isfinite(eigenvalues) & (eigenvalues > 0)]
     return float(positive.mean()) if len(positive) else float("nan")
 
 
@@ -256,8 +265,8 @@ def _bootstrap(
     with warnings.catch_warnings():  # no resample has a positive one: the interval is NaN
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
         low, high = np.nanpercentile(np.array(samples), [tail, 100 - tail], axis=0)
-    negative = eigenvalues < 0
-    if negative.all() or not negative.any():  # resamples tell nothing of other mini-batches
+    negative = eigenvalues[np.isfinite(eigenvalues)] < 0
+    if len(negative) and negative.all() == negative.any():  # resamples tell nothing of others
         unseen = 1 - 0.025 ** (1 / batches)
         low[0], high[0] = (1 - unseen, 1) if negative.all() else (0, unseen)
     return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))

@@ -5,6 +5,7 @@ import itertools
 from dataclasses import replace
 
 import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 import pytest
 
@@ -88,6 +89,21 @@ def test_titles_and_notes_of_different_results_side_by_side_stay_apart():
         assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, text
 
 
+@pytest.mark.parametrize(("count", "rows"), [(3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 3, 1])])
+def test_many_results_side_by_side_stand_in_rows_of_three(count, rows):
+    results = [fourier(vit()), evaluation(), lesions(vit()), random_spectrum(), line([3, 1, 2])]
+    figure = plot.panels({str(i): results[i % 5] for i in range(count)})
+    drawn = boxes(figure)
+    for text, box in drawn:
+        assert figure.bbox.padded(1).contains(box.x0, box.y0), text
+        assert figure.bbox.padded(1).contains(box.x1, box.y1), text
+    panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    tops = [round(ax.bbox.y1 / figure.dpi / 2) for ax in panels]
+    assert [tops.count(top) for top in sorted(set(tops), reverse=True)] == rows
+    assert min(ax.bbox.width for ax in panels) > 0.8 * figure.dpi
+    assert min(ax.bbox.height for ax in panels) > 0.8 * figure.dpi
+
+
 @pytest.mark.parametrize("kinds", ["s", "p", "w", "sl", "spw", "slpw"])
 def test_surfaces_and_paths_stand_side_by_side_with_flat_drawings(kinds):
     known = {
@@ -103,6 +119,60 @@ def test_surfaces_and_paths_stand_side_by_side_with_flat_drawings(kinds):
         assert figure.bbox.padded(1).contains(box.x0, box.y0), text
         assert figure.bbox.padded(1).contains(box.x1, box.y1), text
     assert any("nats" in text for text, _ in drawn) == any(kind in "sl" for kind in kinds)
+
+
+@pytest.mark.parametrize("heights", [(12.0, 17.0), (2.3041, 2.3043), (2.3041e7, 2.3043e7)], ids=str)
+@pytest.mark.parametrize("size", [(3.25, 2.4), (6.4, 4.8)], ids=str)
+def test_labels_of_a_surface_stay_on_the_page_and_off_its_ticks(size, heights):
+    nll = np.linspace(*heights, 35).reshape(7, 5)
+    with mpl.rc_context({**plot.style.rc(), "figure.figsize": size}):
+        ax = plot.loss_surface(surface(nll), quantity="nll")
+        drawn = boxes(ax.figure)
+    assert ax.zaxis.get_offset_text().get_text() == ""
+    for text, box in drawn:
+        assert ax.figure.bbox.padded(1).contains(box.x0, box.y0), text
+        assert ax.figure.bbox.padded(1).contains(box.x1, box.y1), text
+    (label,) = [box for text, box in drawn if text == "NLL (nats)"]
+    ticks = [box for text, box in drawn if text[0].isdigit() and float(text) > 2]
+    assert len(ticks) >= 3
+    assert not any(label.overlaps(tick) for tick in ticks)
+
+
+ALONE = {
+    "adversarial_robustness": lambda ax: plot.adversarial_robustness(attacked(), ax=ax),
+    "feature_variance": lambda ax: plot.feature_variance(variance(vit()), ax=ax),
+    "fourier_depth": lambda ax: plot.fourier_depth(fourier(vit()), ax=ax),
+    "frequency_robustness": lambda ax: plot.frequency_robustness(curve(), ax=ax),
+    "hessian_max_spectrum": lambda ax: plot.hessian_max_spectrum(random_spectrum(), ax=ax),
+    "loss_line": lambda ax: plot.loss_line(line([3, 1, 2]), ax=ax),
+    "reliability_diagram": lambda ax: plot.reliability_diagram(evaluation(), ax=ax),
+    "spectral_density": lambda ax: plot.spectral_density(density(), ax=ax),
+    "training_history": lambda ax: plot.training_history(history(), ax=ax),
+    "trajectory": lambda ax: plot.trajectory(trajectory([(1, 2), (0, 0)]), ax=ax),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_results_without_a_name_take_the_colours_of_the_style(name):
+    cycle = ["#aa0001", "#00aa01"]
+    with mpl.rc_context({"axes.prop_cycle": mpl.cycler(color=cycle)}):
+        ax = plot.style.fresh_axes()
+        for _ in range(2):
+            ALONE[name](ax)
+    colors = [each.get_color() for each in ax.lines if each.get_color() in cycle]
+    assert list(dict.fromkeys(colors)) == cycle
+
+
+def test_dark_styles_hide_no_line_no_mark_and_no_text():
+    with mpl.style.context("dark_background"):
+        several = plot.loss_line({"a": line([3, 1, 2]), "b": line([2, 1, 3])})
+        ends = plot.polar_trajectory(polar())
+        bars = plot.lesion_study(lesions(vit()))
+    assert min(mpl.colors.to_rgb(several.lines[0].get_color())) > 0.8
+    assert several.get_legend().get_frame().get_facecolor()[:3] == (0, 0, 0)
+    marks = [each for each in ends.lines if each.get_gid() in {"w_init", "w_opt"}]
+    assert {mpl.colors.to_hex(mark.get_color()) for mark in marks} == {"#ffffff"}
+    assert mpl.colors.to_hex(bars.collections[0].get_color()[0]) == "#ffffff"
 
 
 LONG = [

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from landscape.plot import feature_figures, features, interactive, style
+from landscape.plot import feature_figures, features, interactive, style, texts
 from tests.plot.feature_cases import fourier, lesions, resnet, similarity, variance, vit
 from tests.plot.page import boxes
 from tests.plot.test_robustness import curve
@@ -112,6 +112,26 @@ def test_values_stand_over_the_steps_of_attention_and_subsampling(draw):
         assert sorted(labels) == sorted([name, word])
 
 
+@pytest.mark.parametrize("draw", [features.fourier_depth, features.feature_variance])
+def test_blocks_of_several_models_are_marked_on_their_curves_and_not_shaded(draw):
+    make = fourier if draw is features.fourier_depth else variance
+    results = {"ViT-Ti": make(vit(3)), "ResNet-50": make(resnet((2, 1, 2)))}
+    ax = draw(results)
+    assert not spans(ax)
+    marks = {
+        line.get_gid(): (line.get_markeredgecolor(), line.get_xdata())
+        for line in ax.lines
+        if line.get_gid() and line.get_visible()
+    }
+    kinds = {"MSA": ("ViT-Ti", [1, 3, 5]), "subsampling": ("ResNet-50", [3, 4])}
+    assert set(marks) == set(kinds)
+    for what, (name, blocks) in kinds.items():
+        assert marks[what][0] == style.family_color(name)
+        np.testing.assert_array_equal(marks[what][1], results[name].depth[blocks])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert sorted(labels) == sorted([*results, *kinds])
+
+
 def test_variance_starts_at_zero_or_is_logarithmic():
     linear = features.feature_variance(variance(vit()))
     assert linear.get_ylim()[0] == 0
@@ -124,6 +144,79 @@ def test_two_variances_on_the_same_axes_both_fit():
     features.feature_variance(variance(resnet()), ax=ax, label="ResNet-50")
     assert ax.get_ylim()[0] == 0
     assert ax.get_ylim()[1] > variance(resnet()).variance.max() > variance(vit()).variance.max()
+
+
+def without(result, name, *blocks, value=np.nan):
+    values = getattr(result, name)
+    if isinstance(values, tuple):
+        values = tuple(value * v if i in blocks else v for i, v in enumerate(values))
+    else:
+        values = np.where(np.isin(np.arange(len(values)), blocks), value, values)
+    return dataclasses.replace(result, **{name: values})
+
+
+MISSING = {  # result, keywords, where crosses are, note
+    "fourier_amplitude": (
+        without(fourier(vit(1), [8, 8, 8]), "delta_log_amplitude", 1), {},
+        np.arange(5) / 4, "5 of 15 not finite",
+    ),
+    "fourier_depth": (
+        without(fourier(vit(1), [8, 8, 1]), "delta_log_amplitude", 1), {},
+        [0.5], "1 of 3 not finite",
+    ),
+    "feature_variance": (
+        without(variance(vit(1)), "variance", 0, 2, value=np.inf), {},
+        [0, 1], "2 of 3 not finite",
+    ),
+    "feature_variance log": (
+        without(variance(vit(1)), "variance", 1, value=0), {"log": True},
+        [0.5], "1 of 3 not positive",
+    ),
+    "lesion_study": (
+        without(lesions(vit(1)), "delta_accuracy", 1), {},
+        [2], "1 of 2 not finite",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_values_that_cannot_be_drawn_are_marked_and_counted(name):
+    result, look, crosses, note = MISSING[name]
+    ax = getattr(features, name.split()[0])(result, **look)
+    (drawn,) = [line for line in ax.lines if line.get_gid() == "missing"]
+    np.testing.assert_array_equal(drawn.get_xdata(), crosses)
+    assert drawn.get_marker() == "x"
+    assert texts.notes_of(ax) == [f"×: {note}"]
+    figure = getattr(interactive, name.split()[0])({"ViT": result}, **look)
+    assert [each.text for each in figure.layout.annotations] == [f"ViT ({note})"]
+
+
+def test_only_values_at_pi_are_said_to_be():
+    even, odd = fourier(vit(1)), fourier(vit(1), [16, 8, 7])
+    label = "$\\Delta$ log amplitude\nat the highest frequency"
+    assert features.fourier_depth(even).get_ylabel() == r"$\Delta$ log amplitude at $\pi$"
+    for results in ({"a": even, "b": odd}, {"a": odd, "b": even}):
+        assert features.fourier_depth(results).get_ylabel() == label
+        assert feature_figures.figure8(results).axes[0].get_ylabel() == label
+        title = interactive.fourier_depth(results).layout.yaxis.title.text
+        assert title == "Δ log amplitude<br>at the highest frequency"
+    assert interactive.fourier_depth(even).layout.yaxis.title.text == "Δ log amplitude at π"
+
+
+def test_blocks_of_two_networks_are_told_apart():
+    alone, two = similarity(vit(2)), similarity(vit(2), resnet((2, 3)))
+    ax = features.cka(alone)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("Block", "Block")
+    ax = features.cka(two)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("Block of model_b", "Block of model_a")
+    of = dataclasses.replace(alone.provenance, model="ViT", settings={"model_b": "DeiT"})
+    ax = features.cka(dataclasses.replace(alone, provenance=of))
+    assert ax.get_xlabel() == "Block of model_b\n(DeiT)"
+    assert ax.get_ylabel() == "Block of model_a\n(ViT)"
+    layout = interactive.cka({"a": alone, "b": two}).layout
+    assert (layout.xaxis.title.text, layout.yaxis.title.text) == ("Block", "Block")
+    labels = layout.xaxis2.title.text, layout.yaxis2.title.text
+    assert labels == ("Block of model_b", "Block of model_a")
 
 
 def test_matrix_is_the_result_with_the_first_block_at_the_bottom_and_lines_between_stages():
@@ -306,7 +399,7 @@ def test_figure2_is_readable_with_one_to_five_models(panels, models):
     assert ax.bbox.width > (0.25 if models < 3 else 0.6) * figure.bbox.width
     legend = ax.get_legend().get_window_extent()
     tops = [ax.transData.transform(c.lines[0].get_xydata())[:, 1].max() for c in ax.containers]
-    assert legend.x0 > ax.bbox.x1 if models > 4 else legend.y0 > max(tops)
+    assert legend.y0 > max(tops)
 
 
 @pytest.mark.parametrize(

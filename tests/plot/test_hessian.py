@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -168,6 +169,23 @@ def test_legend_gives_estimates_with_intervals_and_counts():
     assert entries["both"] == ["ViT: n = 10\nNEP 0.2 [0.1, 0.3]\nAPE 20 [18, 22]"]
 
 
+@pytest.mark.parametrize("size", [(3.25, 2.4), (6.4, 4.8)], ids=str)
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_legends_leave_room_for_the_densities(size, count):
+    results = {f"model {i}": random_spectrum(negative=0.5, seed=i) for i in range(count)}
+    with mpl.rc_context(style.rc()):
+        figure, ax = plt.subplots(figsize=size, layout="constrained")
+        plot.hessian_max_spectrum(results, ax=ax)
+        figure.canvas.draw()
+    legend = ax.get_legend().get_window_extent()
+    curves = by_gid(ax, "density")
+    tops = [ax.transData.transform(curve.get_xydata())[:, 1].max() for curve in curves]
+    assert legend.y0 > max(tops) or not ax.bbox.overlaps(legend)
+    assert (max(tops) - ax.bbox.y0) * ax.bbox.width > 0.15 * figure.bbox.width * figure.bbox.height
+    for edge in (legend.x0, legend.y0, figure.bbox.x1 - legend.x1, figure.bbox.y1 - legend.y1):
+        assert edge >= 0
+
+
 @pytest.mark.parametrize("half", ["both", "negative", "positive"])
 def test_legends_of_many_spectra_and_of_long_names_hide_nothing(half):
     many = {f"model {i}": random_spectrum(negative=0.5, seed=i) for i in range(9)}
@@ -274,3 +292,25 @@ def test_given_axes_are_used():
     assert plot.spectral_density(density(), ax=axes[1]) is axes[1]
     assert plot.hessian_spectrum(full_spectrum(), ax=axes[2]) is axes[2]
     assert plt.get_fignums() == [figure.number]
+
+
+def test_eigenvalues_within_their_error_of_zero_are_in_no_half_and_in_no_label():
+    values = np.tile([3.0, -0.1, 1e-7, -2.0], (20, 1)) * np.linspace(1, 2, 20)[:, None]
+    errors = np.tile([0.1, 0.5, 0.0, 0.1], (20, 1))
+    result = replace(max_spectrum(values), errors=errors, nep=0.25, ape=4.5)
+    below, above = ([*plot.half_density(result, sign)[:2]] for sign in (-1, 1))
+    assert (area(*below), area(*above)) == pytest.approx((0.25, 0.25), rel=1e-3)
+    ax = plot.hessian_max_spectrum(result)
+    assert ax.get_legend_handles_labels()[1][0].startswith(
+        "n = 40, 40 are 0 within error\nNEP 0.25"
+    )
+    drawn = np.concatenate([rug.get_xdata() for rug in by_gid(ax, "rug")])
+    np.testing.assert_array_equal(np.sort(drawn), np.sort(values[:, [0, 3]].ravel()))
+    figure = plot.interactive.hessian_max_spectrum(result)
+    assert [trace.name for trace in figure.data if trace.name] == ["NEP 0.25", "APE 4.5"]
+    assert sum(len(trace.x) for trace in figure.data if trace.mode == "markers") == 40
+
+
+def test_a_spectrum_of_nothing_finite_has_no_nep():
+    named = plot.interactive.hessian_max_spectrum({"ViT": max_spectrum([[np.nan, np.nan]])})
+    assert named.data[0].name == "ViT (NEP –)"

@@ -2,6 +2,8 @@
 
 from functools import partial
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
@@ -225,3 +227,18 @@ def test_the_scale_of_a_mapping_is_that_which_was_asked_for():
 
 def enumerate_labels(results):
     return [(f"model {i}", result) for i, result in enumerate(results)]
+
+
+@pytest.mark.parametrize("name", [*MAPPED, *SPECTRA])
+def test_a_legend_of_many_models_covers_nothing_in_a_column(name):
+    draw, results = {**CASES, **SPECTRA}[name]
+    polar_axes = {"projection": "polar"} if "polar" in name else None
+    with mpl.rc_context(plot.style.rc()):
+        figure, ax = plt.subplots(figsize=(3.25, 2.4), layout="constrained", subplot_kw=polar_axes)
+        draw({f"model {i}": results[i % len(results)] for i in range(12)}, ax=ax)
+        figure.canvas.draw()
+    legend = ax.get_legend().get_window_extent()
+    assert not ax.bbox.overlaps(legend)
+    assert figure.bbox.contains(legend.x0, legend.y0)
+    assert figure.bbox.contains(legend.x1, legend.y1)
+    assert ax.bbox.height * ax.bbox.width > 0.09 * figure.bbox.height * figure.bbox.width

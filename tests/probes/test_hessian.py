@@ -644,6 +644,7 @@ def test_rounding_of_zero_eigenvalues_has_no_sign(dtype, generator):
     unseen = found.nep_interval[1]
     assert found.nep_interval[0] == 0
     assert (1 - unseen) ** 20 == pytest.approx(0.025)  # so many mini-batches would show it
+    assert (np.sign(found.signed_eigenvalues) == [1, 1, 0, 0, 0]).all()
     top = found.eigenvalues[:, :2]
     assert found.ape == pytest.approx(top.mean(), rel=1e-6)
     assert found.ape_interval[0] < found.ape < found.ape_interval[1]

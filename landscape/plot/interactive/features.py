@@ -3,7 +3,7 @@
 A panel per model, on one scale; plotly is imported when called.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +41,13 @@ def fourier_amplitude(result: "FourierAmplitude | Mapping[str, FourierAmplitude]
     from plotly import graph_objects as go
 
     by_label = style.named(result, "FourierAmplitude")
-    figure = _panels(by_label)
+    figure = _panels(
+        by_label,
+        [
+            {"not finite": ~np.isfinite(np.concatenate(each.delta_log_amplitude))}
+            for each in by_label.values()
+        ],
+    )
     colors = features.depth_map()
     for column, one in enumerate(by_label.values(), start=1):
         for i, name in enumerate(one.names):
@@ -89,8 +95,12 @@ def fourier_depth(result: "FourierAmplitude | Mapping[str, FourierAmplitude]") -
     """
     by_label = style.named(result, "FourierAmplitude")
     values = {name: (each.highest, each.highest_stderr) for name, each in by_label.items()}
-    figure = _against_depth(by_label, values)
-    figure.update_yaxes(title_text=f"{_AMPLITUDE} at π", col=1)
+    missing = [features.missing_amplitudes(each) for each in by_label.values()]
+    figure = _against_depth(by_label, values, missing)
+    label = features.highest_label(by_label.values())
+    for written, shown in ((r"$\Delta$", "Δ"), (r"$\pi$", "π"), ("\n", "<br>")):
+        label = label.replace(written, shown)
+    figure.update_yaxes(title_text=label, col=1)
     return figure
 
 
@@ -112,7 +122,8 @@ def feature_variance(
     """
     by_label = style.named(result, "FeatureVariance")
     values = {name: (each.variance, each.stderr) for name, each in by_label.items()}
-    figure = _against_depth(by_label, values)
+    missing = [features.missing_variances(each, log=log) for each in by_label.values()]
+    figure = _against_depth(by_label, values, missing)
     figure.update_yaxes(type="log" if log else "linear", rangemode="normal" if log else "tozero")
     figure.update_yaxes(title_text=features.VARIANCE_LABEL, col=1)
     return figure
@@ -134,7 +145,7 @@ def cka(result: "CKA | Mapping[str, CKA]") -> "Figure":
     from plotly import graph_objects as go
 
     by_label = style.named(result, "CKA")
-    figure = _panels(by_label, shared=False)
+    figure = _panels(by_label, [{}] * len(by_label), shared=False)
     for column, one in enumerate(by_label.values(), start=1):
         rows, columns = one.blocks_a.names, one.blocks_b.names
         pairs = [
@@ -155,9 +166,12 @@ def cka(result: "CKA | Mapping[str, CKA]") -> "Figure":
             figure.add_hline(y=float(at) + 0.5, **edge)
         for at in features.stage_edges(one.blocks_b.stage):
             figure.add_vline(x=float(at) + 0.5, **edge)
-    figure.update_xaxes(title_text="Block", constrain="domain")
-    figure.update_yaxes(title_text="Block", col=1)
-    for i in range(len(by_label)):
+    figure.update_xaxes(constrain="domain")
+    for i, one in enumerate(by_label.values()):
+        down, across = (label.replace("\n", " ") for label in features.block_labels(one))
+        figure.update_xaxes(title_text=across, col=i + 1)
+        if i == 0 or down != "Block":
+            figure.update_yaxes(title_text=down, col=i + 1)
         number = "" if i == 0 else str(i + 1)
         figure.update_layout({f"yaxis{number}": {"scaleanchor": f"x{number}"}})
     scale = style.SEQUENTIAL.capitalize()
@@ -182,7 +196,8 @@ def lesion_study(result: "LesionStudy | Mapping[str, LesionStudy]") -> "Figure":
     from plotly import graph_objects as go
 
     by_label = style.named(result, "LesionStudy")
-    figure = _panels(by_label)
+    missing = [{"not finite": ~np.isfinite(each.delta_accuracy)} for each in by_label.values()]
+    figure = _panels(by_label, missing)
     shown: set[str] = set()
     for column, one in enumerate(by_label.values(), start=1):
         kinds = features.colored_kinds(one.kinds)
@@ -211,21 +226,30 @@ def lesion_study(result: "LesionStudy | Mapping[str, LesionStudy]") -> "Figure":
     return figure
 
 
-def _panels(by_label: Mapping[str, Any], *, shared: bool = True) -> "Figure":
+def _panels(
+    by_label: Mapping[str, Any], missing: Sequence[features.Missing], *, shared: bool = True
+) -> "Figure":
+    """Return a panel a model, with a count of its values that cannot be drawn in its title."""
     from plotly.subplots import make_subplots
 
-    figure = make_subplots(1, len(by_label), subplot_titles=list(by_label), shared_yaxes=shared)
+    titles = []
+    for name, each in zip(by_label, missing, strict=True):
+        counts = [f"{w.sum()} of {w.size} {why}" for why, w in each.items() if w.any()]
+        titles.append(name + (f" ({', '.join(counts)})" if counts else ""))
+    figure = make_subplots(1, len(by_label), subplot_titles=titles, shared_yaxes=shared)
     figure.update_layout(**LOOK)
     return figure
 
 
 def _against_depth(
-    by_label: "Mapping[str, BlockTable]", values: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    by_label: "Mapping[str, BlockTable]",
+    values: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    missing: Sequence[features.Missing],
 ) -> "Figure":
     """Draw (values, standard errors) of each model against depth, over its shaded steps."""
     from plotly import graph_objects as go
 
-    figure = _panels(by_label)
+    figure = _panels(by_label, missing)
     styles = style.line_styles(by_label)
     for column, (name, table) in enumerate(by_label.items(), start=1):
         mean, stderr = values[name]

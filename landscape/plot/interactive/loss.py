@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from landscape.plot import style
-from landscape.plot.density import finite_eigenvalues, half_density
-from landscape.plot.hessian import MAX_LABEL
+from landscape.plot.density import half_density
+from landscape.plot.hessian import MAX_LABEL, number
 from landscape.plot.interactive.look import LOOK, plotly_line
 from landscape.plot.scale import (
     LABELS,
@@ -169,15 +169,15 @@ def _half_traces(
     from plotly import graph_objects as go
 
     grid, density, _ = half_density(result, sign, log=log)
-    eigenvalues = np.asarray(result.eigenvalues)
+    eigenvalues = np.asarray(result.signed_eigenvalues)
     batch, index = np.nonzero(np.isfinite(eigenvalues) & (np.sign(eigenvalues) == sign))
     values, residuals = eigenvalues[batch, index], np.asarray(result.residuals)[batch, index]
     flip = sign if log else 1
-    area = values.size / max(finite_eigenvalues(result).size, 1)
+    said = f"NEP {number(result.nep)}" if sign < 0 else f"APE {number(result.ape)}"
     curve = go.Scatter(
         x=flip * grid,
         y=density,
-        name=f"{name} ({'NEP' if sign < 0 else '1 − NEP'} {area:.3g})",
+        name=f"{name} ({said})" if name else said,
         line=line,
         fill="tozeroy",
         legendgroup=name,
