@@ -119,8 +119,11 @@ class _Replacing(TorchFunctionMode):
         if x.dim() != 4 or isinstance(padding, str):
             return None
         if x.device.type == "cpu":
-            # To rearrange more weights than activations, three times a product, costs more.
-            form = torch.channels_last if x.numel() >= weight.numel() else torch.contiguous_format
+            # To rearrange more weights than activations, three times a product, costs more. Of one
+            # image there is nothing to gain, and PyTorch's instance norm takes a gradient with the
+            # channels last for one with the channels first (2.13).
+            last = len(x) > 1 and x.numel() >= weight.numel()
+            form = torch.channels_last if last else torch.contiguous_format
             x, weight = x.contiguous(memory_format=form), weight.contiguous(memory_format=form)
         settings = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
         out = conv(x, weight, bias, settings)

@@ -469,3 +469,28 @@ def test_a_group_norm_of_which_some_parameters_are_chosen(chosen):
     operator = HessianOperator(model, batches, Objective(parameters=chosen))
     matrix = operator @ torch.eye(operator.dim, dtype=torch.float64)
     torch.testing.assert_close(matrix, oracles.dense(model, batches, names=names))
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    """By definition."""
+
+    def forward(self, x):
+        var, mean = torch.var_mean(x, (2, 3), unbiased=False, keepdim=True)
+        z = (x - mean) * torch.rsqrt(var + self.eps)
+        return torch.addcmul(self.bias[:, None, None], self.weight[:, None, None], z)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (4, 1)], ids=str)
+def test_an_instance_norm_of_one_image(sizes):
+    """PyTorch's derivative is wrong where the gradient has its channels last."""
+    own, by_definition = (
+        nn.Sequential(
+            nn.Conv2d(4, 4, 1), nn.Tanh(), norm(4, affine=True), nn.Conv2d(4, 3, 1), nn.Flatten()
+        ).double()
+        for norm in (nn.InstanceNorm2d, InstanceNorm)
+    )
+    by_definition.load_state_dict(own.state_dict())
+    batches = make_batches(sizes)
+    operator = HessianOperator(own, batches)
+    matrix = operator @ torch.eye(operator.dim, dtype=torch.float64)
+    torch.testing.assert_close(matrix, oracles.dense(by_definition, batches))
