@@ -51,9 +51,16 @@ _BY_POSITION = {"input", "query", "key", "value"}  # a call that names them is l
 
 
 @contextmanager
-def cheap_second_derivatives() -> Iterator[None]:
-    """Run the covered functions of PyTorch as the layers of this module."""
+def cheap_second_derivatives(*, of_outputs: bool = False) -> Iterator[None]:
+    """Run the covered functions of PyTorch as the layers of this module.
+
+    Args:
+        of_outputs: Only derivatives of outputs along a vector are to come. Layers that would take
+            the whole second derivative for these are left as they are.
+    """
     mode = _Replacing()
+    if of_outputs:
+        mode.leave(F.linear, F.gelu, F.layer_norm, F.scaled_dot_product_attention)
     try:
         with mode:
             yield
@@ -84,6 +91,11 @@ class _Replacing(TorchFunctionMode):
             torch._weight_norm: _weight_norm,
             F.normalize: _normalize,
         }
+
+    def leave(self, *functions: Any) -> None:
+        """Leave some functions as they are."""
+        for function in functions:
+            del self._layers[function]
 
     def forget(self) -> None:
         """Let go of the last layers, and of the graph that they hold."""

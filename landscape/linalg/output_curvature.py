@@ -18,6 +18,7 @@ from torch.func import vmap
 from landscape.batches import PreparedBatch
 from landscape.linalg.gradient import check_twice_differentiable, twice_differentiable
 from landscape.linalg.hessian import CurvatureOperator, warn_independent
+from landscape.linalg.layers import cheap_second_derivatives
 from landscape.losses import makes_no_softmax, sample_weights
 
 
@@ -49,7 +50,8 @@ class _OutputCurvature(CurvatureOperator):
         leaves = {n: t.detach().requires_grad_() for n, t in space.values.items()}
         parameters = list(leaves.values())
         with torch.enable_grad():
-            outputs = self._outputs(leaves, batch)
+            with cheap_second_derivatives(of_outputs=True):
+                outputs = self._outputs(leaves, batch)
             if not outputs.requires_grad:
                 return None
             dual = torch.zeros_like(outputs, requires_grad=True)

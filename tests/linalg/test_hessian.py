@@ -60,6 +60,39 @@ def test_operators_equal_dense_autograd(kind, name):
     torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
 
 
+def shift_alone():
+    norm = nn.BatchNorm2d(4)
+    norm.weight = None
+    norm.running_var.fill_(0.5)
+    return nn.Sequential(nn.Conv2d(4, 4, 1), norm, nn.Tanh())
+
+
+# Second derivatives that PyTorch lacks, crashes in or gets wrong: (layers, chosen parameters).
+UNCOMMON = {
+    "hard sigmoid": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Hardsigmoid()), "*"),
+    "bias of a group norm": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)),
+        "0.1.bias",
+    ),
+    "batch norm without a scale": (shift_alone, "*"),
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hessian"])
+@pytest.mark.parametrize("name", UNCOMMON)
+def test_operators_of_the_outputs_of_uncommon_layers(kind, name):
+    build, chosen = UNCOMMON[name]
+    model = nn.Sequential(build(), nn.Flatten(), nn.Linear(16, 3)).double()
+    model = model.to(memory_format=torch.channels_last)
+    batches = make_batches((7, 3))
+    batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in batches]
+    operator = KINDS[kind](model, batches, Objective(parameters=chosen))
+    names = operator.frozen.space.names
+    expected = oracles.dense(model, batches, kind=kind, names=names)
+    # PyTorch's hard sigmoid has its factor in float32.
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_operators_of_a_compiled_model(how, kind):
