@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape._checks import check_choice
-from landscape.linalg.layers import cheap_second_derivatives
+from landscape.linalg.layers import with_cheap_second_derivatives
 from landscape.parameters import ParameterSpace
 from landscape.restore import eagerly, rounding
 from landscape.trial import nodes_behind
@@ -71,15 +71,16 @@ class GradientGraph:
                 )
             return tensor
 
+        def forward() -> Tensor:
+            sizes.clear()
+            return loss()
+
         with (
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(pack, unpack) if measure else nullcontext(),
         ):
-            with (
-                torch.autocast(self._leaves[0].device.type, torch.bfloat16, precision == "bf16"),
-                cheap_second_derivatives(),
-            ):
-                value = loss()
+            with torch.autocast(self._leaves[0].device.type, torch.bfloat16, precision == "bf16"):
+                value = with_cheap_second_derivatives(forward)
             self.loss, self.depends = value.detach(), value.requires_grad
             # A parameter that the loss ignores has a zero gradient, and a zero row.
             self.gradient = (

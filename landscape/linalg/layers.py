@@ -31,6 +31,7 @@ that they do not cover (other precisions, autocast, dropout, `torch.func`) is le
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,14 +52,17 @@ _BY_POSITION = {"input", "query", "key", "value"}  # a call that names them is l
 
 
 @contextmanager
-def cheap_second_derivatives(*, of_outputs: bool = False) -> Iterator[None]:
+def cheap_second_derivatives(
+    *, of_outputs: bool = False, channels_last: bool = True
+) -> Iterator[None]:
     """Run the covered functions of PyTorch as the layers of this module.
 
     Args:
         of_outputs: Only derivatives of outputs along a vector are to come. Layers that would take
             the whole second derivative for these are left as they are.
+        channels_last: Convolutions on a CPU may bring their outputs in this memory format.
     """
-    mode = _Replacing()
+    mode = _Replacing(channels_last)
     if of_outputs:
         mode.leave(F.linear, F.gelu, F.layer_norm, F.scaled_dot_product_attention)
     try:
@@ -68,11 +72,32 @@ def cheap_second_derivatives(*, of_outputs: bool = False) -> Iterator[None]:
         mode.forget()
 
 
+def with_cheap_second_derivatives(
+    function: Callable[[], Tensor], *, of_outputs: bool = False
+) -> Tensor:
+    """Call a function that runs a model under `cheap_second_derivatives`.
+
+    Args:
+        function: Called again where the model makes a view of activations that wants their channels
+            first in memory, as `x.view(len(x), -1)` does.
+        of_outputs: See there.
+    """
+    try:
+        with cheap_second_derivatives(of_outputs=of_outputs):
+            return function()
+    except RuntimeError as error:
+        if not re.search("view size is not compatible|last dimension with stride 1", str(error)):
+            raise
+    with cheap_second_derivatives(of_outputs=of_outputs, channels_last=False):
+        return function()
+
+
 class _Replacing(TorchFunctionMode):
     """Calls the layers of this module instead of PyTorch's functions, where they are covered."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels_last: bool = True) -> None:
         super().__init__()
+        self._channels_last = channels_last
         self._convolved: _Made | None = None
         self._normed: _Made | None = None
         self._widened: _Made | None = None  # the output of a linear layer ...
@@ -134,7 +159,7 @@ class _Replacing(TorchFunctionMode):
             # To rearrange more weights than activations, three times a product, costs more. Of one
             # image there is nothing to gain, and PyTorch's instance norm takes a gradient with the
             # channels last for one with the channels first (2.13).
-            last = len(x) > 1 and x.numel() >= weight.numel()
+            last = self._channels_last and len(x) > 1 and x.numel() >= weight.numel()
             form = torch.channels_last if last else torch.contiguous_format
             x, weight = x.contiguous(memory_format=form), weight.contiguous(memory_format=form)
         settings = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)

@@ -60,6 +60,27 @@ def test_operators_equal_dense_autograd(kind, name):
     torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
 
 
+class Viewed(nn.Module):
+    """Its `view` wants channels first in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1).double()
+        self.head = nn.Linear(16, 3).double()
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(len(x), -1).tanh())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_of_a_model_that_views_its_activations(kind):
+    model, batches = Viewed(), make_batches((7, 3))
+    expected = oracles.dense(model, batches, kind=kind)
+    for settings in [{"memory": 0}, {}] if kind == "hessian" else [{}]:
+        operator = KINDS[kind](model, batches, **settings)
+        torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
 def shift_alone():
     norm = nn.BatchNorm2d(4)
     norm.weight = None
