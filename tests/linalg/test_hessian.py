@@ -81,6 +81,27 @@ def test_operators_of_a_model_that_views_its_activations(kind):
         torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
 
 
+class Force(nn.Module):
+    """Its outputs are a linear map of a slope that `torch.func` takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(16, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+        self.head = nn.Linear(16, 3).double()
+
+    def forward(self, x):
+        slope = torch.func.grad(lambda z: self.energy(z).sum())
+        return self.head(torch.func.vmap(slope)(x.flatten(1)))
+
+
+def test_a_model_that_uses_torch_func():
+    model, batches = Force(), make_batches((7, 3))
+    operator = HessianOperator(model, batches)
+    assert operator.num_kept == 0  # their memory is not known
+    expected = oracles.dense(model, batches)
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
 def shift_alone():
     norm = nn.BatchNorm2d(4)
     norm.weight = None
