@@ -181,6 +181,8 @@ class _Replacing(TorchFunctionMode):
         last, self._convolved = self._convolved, None
         if training or running_mean is None or running_var is None or x.dim() < 2:
             return None
+        if running_mean.requires_grad or running_var.requires_grad:
+            return None
         scale = torch.rsqrt(running_var + eps)
         kernels = None if last is None or not last.is_still(x) else last.weight
         if last is None or kernels is None or x.numel() < kernels.numel():
@@ -194,7 +196,9 @@ class _Replacing(TorchFunctionMode):
         return conv(last.x, folded, shift, last.more, tuple(t.detach() for t in known))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        if x.dim() < 2 or weight.dim() != 2:
+        if x.dim() < 2 or weight.dim() != 2 or not weight.numel():
+            return None
+        if bias is not None and bias.dim() != 1:
             return None
         last = self._activated
         if last is not None and last.is_still(x) and weight.requires_grad:

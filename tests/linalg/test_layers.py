@@ -81,6 +81,12 @@ CASES = {
         None,
     ),
     "linear of one vector": (F.linear, [(5,), (6, 5)], None),
+    "linear of nothing": (
+        lambda x, w, b: F.linear(x[:, :0], w[:, :0], b),
+        [(4, 5), (6, 5), (6,)],
+        None,
+    ),
+    "linear, bias of a row": (F.linear, [(4, 5), (6, 5), (1, 6)], None),
     "relu": (F.relu, [(3, 5)], "_Relu"),
     "normalize": (lambda x: F.normalize(x, dim=(0, -1)), [(3, 2, 5)], "Mul"),
     "normalize by another norm": (lambda x: F.normalize(x, 1.0), [(3, 5)], "Div"),
@@ -469,6 +475,14 @@ def test_a_group_norm_of_which_some_parameters_are_chosen(chosen):
     operator = HessianOperator(model, batches, Objective(parameters=chosen))
     matrix = operator @ torch.eye(operator.dim, dtype=torch.float64)
     torch.testing.assert_close(matrix, oracles.dense(model, batches, names=names))
+
+
+@pytest.mark.parametrize("learned", ["mean", "var"])
+def test_learned_statistics_are_pytorchs_to_refuse(learned):
+    x, mean, var = torch.randn(2, 6, 5), torch.zeros(6), torch.ones(6)
+    {"mean": mean, "var": var}[learned].requires_grad_()
+    with cheap_second_derivatives(), pytest.raises(RuntimeError, match="not differentiable"):
+        F.batch_norm(x, mean, var)
 
 
 class InstanceNorm(nn.InstanceNorm2d):
