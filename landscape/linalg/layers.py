@@ -17,6 +17,7 @@ up to rounding.
 | linear, GELU, linear | row by row, in cache |
 | layer norm, attention | closed forms, with what they share computed once |
 | hard sigmoid | PyTorch has no second derivative of it |
+| batch norm of a batch, where a size is 1 | PyTorch may mistake the memory format of a gradient |
 | group norm | PyTorch's second derivative in the bias alone crashes in channels-last format |
 | weight norm | PyTorch's second derivative (2.13, 2.14) is wrong |
 | `normalize` | PyTorch's second derivative is NaN at a vector of zeros, as in padded windows |
@@ -179,8 +180,14 @@ class _Replacing(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor | None:
         last, self._convolved = self._convolved, None
-        if training or running_mean is None or running_var is None or x.dim() < 2:
+        if x.dim() < 2:
             return None
+        if training or running_mean is None or running_var is None:
+            if x.dim() != 4 or 1 not in x.shape:
+                return None
+            # PyTorch may take a gradient of this shape for one of another memory format (2.13).
+            rest = running_mean, running_var, weight, bias, training, momentum, eps
+            return F.batch_norm(x.flatten(2), *rest).reshape(x.shape)
         if running_mean.requires_grad or running_var.requires_grad:
             return None
         scale = torch.rsqrt(running_var + eps)

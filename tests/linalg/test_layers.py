@@ -485,26 +485,53 @@ def test_learned_statistics_are_pytorchs_to_refuse(learned):
         F.batch_norm(x, mean, var)
 
 
-class InstanceNorm(nn.InstanceNorm2d):
-    """By definition."""
+class ByDefinition(nn.Module):
+    """A norm with scale and shift over some dimensions."""
+
+    def __init__(self, *dims):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+        self.dims = dims
 
     def forward(self, x):
-        var, mean = torch.var_mean(x, (2, 3), unbiased=False, keepdim=True)
-        z = (x - mean) * torch.rsqrt(var + self.eps)
+        var, mean = torch.var_mean(x, self.dims, unbiased=False, keepdim=True)
+        z = (x - mean) * torch.rsqrt(var + 1e-5)
         return torch.addcmul(self.bias[:, None, None], self.weight[:, None, None], z)
 
 
-@pytest.mark.parametrize("sizes", [(1,), (4, 1)], ids=str)
-def test_an_instance_norm_of_one_image(sizes):
-    """PyTorch's derivative is wrong where the gradient has its channels last."""
+class Column(nn.Module):
+    """Pixels in a column."""
+
+    def forward(self, x):
+        return x.flatten(2)[..., None]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (7,), (4, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("norm", "dims"),
+    [
+        (nn.InstanceNorm2d(4, affine=True), (2, 3)),
+        (nn.BatchNorm2d(4, track_running_stats=False), (0, 2, 3)),
+    ],
+    ids=["instance", "batch"],
+)
+@pytest.mark.parametrize("shaped", [nn.Identity(), Column()], ids=["image", "column"])
+@pytest.mark.filterwarnings("ignore:`model` has a batch norm without:UserWarning")
+def test_norms_in_which_a_size_is_one(sizes, norm, dims, shaped):
+    """PyTorch may take their gradient for one of another memory format."""
     own, by_definition = (
         nn.Sequential(
-            nn.Conv2d(4, 4, 1), nn.Tanh(), norm(4, affine=True), nn.Conv2d(4, 3, 1), nn.Flatten()
+            nn.Conv2d(4, 4, 1), nn.Tanh(), shaped, norm, shaped, nn.Tanh(), nn.Conv2d(4, 3, 1)
         ).double()
-        for norm in (nn.InstanceNorm2d, InstanceNorm)
+        for norm in (norm, ByDefinition(*dims))
     )
     by_definition.load_state_dict(own.state_dict())
-    batches = make_batches(sizes)
-    operator = HessianOperator(own, batches)
-    matrix = operator @ torch.eye(operator.dim, dtype=torch.float64)
-    torch.testing.assert_close(matrix, oracles.dense(by_definition, batches))
+    for batch in make_batches(sizes):
+        operator = HessianOperator(own, [batch], Objective(loss=flat_cross_entropy))
+        matrix = operator @ torch.eye(operator.dim, dtype=torch.float64)
+        expected = oracles.dense(by_definition, [batch], loss=flat_cross_entropy)
+        torch.testing.assert_close(matrix, expected)
+
+
+def flat_cross_entropy(outputs, targets):
+    return F.cross_entropy(outputs.flatten(1), targets)
