@@ -17,6 +17,7 @@ from landscape.losses import (
     is_binary,
     is_classification,
     is_elementwise,
+    loss_settings,
 )
 
 FEW = 16
@@ -256,7 +257,9 @@ def _compare_mean(
     values = values or [float(function(*part)) for part in parts]
     amounts = [float(amount_averaged(function, t, len(t))) for _, t in parts]
     counted = [(a, v) for a, v in zip(amounts, values, strict=True) if a > 0]
-    if len(counted) < 2:
+    # With label smoothing, samples of weight 0 add to the sum, and have no mean of their own.
+    weighted = loss_settings(function)[0] is not None
+    if len(counted) < 2 or (weighted and len(counted) < len(amounts)):
         return
     mean = sum(a * v for a, v in counted) / sum(a for a, _ in counted)
     if math.isfinite(loss) and not abs(mean - loss) <= 1e-2 * max(abs(mean), abs(loss)):

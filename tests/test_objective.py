@@ -84,8 +84,9 @@ def test_value_is_the_mean_over_samples_however_batched(sizes, weight_decay):
         nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.0]).double(), ignore_index=-1),
         functools.partial(F.cross_entropy, weight=torch.tensor([0.2, 1.0, 5.0]).double()),
         nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=1),
+        nn.CrossEntropyLoss(torch.tensor([0.0, 1.0, 5.0]).double(), label_smoothing=0.1),
     ],
-    ids=["module", "partial", "ignored"],
+    ids=["module", "partial", "ignored", "smoothed"],
 )
 def test_class_weights_average_over_all_data_not_over_batches(loss):
     model = make_model("conv")

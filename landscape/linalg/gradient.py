@@ -3,6 +3,7 @@
 A Hessian product is v ↦ ∇⟨∇L, v⟩. The graph of ∇L does not depend on v and is kept.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal, get_args
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape._checks import check_choice
-from landscape.linalg.layers import cheap_second_derivatives
+from landscape.linalg.layers import with_cheap_second_derivatives
 from landscape.parameters import ParameterSpace
 from landscape.restore import eagerly, rounding
 from landscape.trial import nodes_behind
@@ -28,7 +29,8 @@ class GradientGraph:
         depends: Whether it depends on any of the leaves.
         gradient: Its gradient, one tensor a parameter.
         weight: Factor of the loss in the objective.
-        num_bytes: Memory of the graph, where it was measured.
+        num_bytes: Memory of the graph, where it was measured; infinite where it cannot be, for a
+            model that takes derivatives by `torch.func`.
     """
 
     def __init__(
@@ -71,15 +73,27 @@ class GradientGraph:
                 )
             return tensor
 
-        with (
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(pack, unpack) if measure else nullcontext(),
-        ):
-            with (
-                torch.autocast(self._leaves[0].device.type, torch.bfloat16, precision == "bf16"),
-                cheap_second_derivatives(),
-            ):
-                value = loss()
+        def forward() -> Tensor:
+            sizes.clear()
+            return loss()
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack) if measure else nullcontext()
+        try:
+            with hooks:
+                self._differentiate(forward, precision)
+            self.num_bytes: float = sum(sizes.values())
+        except RuntimeError as error:
+            if not measure or "saved tensor hooks" not in str(error):
+                raise
+            self._differentiate(forward, precision)  # the model uses `torch.func`
+            self.num_bytes = math.inf
+        if measure:
+            check_twice_differentiable(self.gradient)
+
+    def _differentiate(self, loss: Callable[[], Tensor], precision: Precision) -> None:
+        with torch.enable_grad():
+            with torch.autocast(self._leaves[0].device.type, torch.bfloat16, precision == "bf16"):
+                value = with_cheap_second_derivatives(loss)
             self.loss, self.depends = value.detach(), value.requires_grad
             # A parameter that the loss ignores has a zero gradient, and a zero row.
             self.gradient = (
@@ -87,9 +101,6 @@ class GradientGraph:
                 if self.depends
                 else tuple(torch.zeros_like(p) for p in self._leaves)
             )
-        if measure:
-            check_twice_differentiable(self.gradient)
-        self.num_bytes = sum(sizes.values())
 
     def product(self, tangents: list[Tensor], precision: Precision = "full") -> tuple[Tensor, ...]:
         """Return the Hessian of the loss times the tangents, parameter by parameter.

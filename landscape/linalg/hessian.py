@@ -86,7 +86,8 @@ class HessianOperator(CurvatureOperator):
 
     Attributes:
         num_kept: Number of batches whose graph is kept.
-        bytes_per_sample: Memory of a graph a sample, measured on the first batch.
+        bytes_per_sample: Memory of a graph a sample, measured on the first batch; infinite, so that
+            none is kept, for a model that takes derivatives by `torch.func`.
         precision: Of the products: `"full"` is the model's, `"tf32"` lets a GPU round the factors
             of matrix products and convolutions to 10 bits, `"bf16"` runs the model under bfloat16
             autocast; both accumulate in float32. What that does to a spectrum, `hessian_spectrum`

@@ -289,10 +289,12 @@ class KrylovSpace:
         self._follow(chain, m, share)
         self._coupling[m, chain] = 1.0
         scale = np.abs(self._projection[: m + 1, : m + 1]).max()
-        if not norm[0] > self._rounding * max(scale, norm[0]) or m + 1 == self.dim:
-            # The space is invariant under A: the chain has nothing more to find.
-            self._frontier[chain] = torch.zeros_like(self._frontier[chain])
-            self._alive[chain] = False
+        ended = [] if norm[0] > self._rounding * max(scale, norm[0]) else [chain]
+        if m + 1 == self.dim:
+            ended = list(range(len(self._alive)))
+        for other in ended:  # the space is invariant under A: there is nothing more to find
+            self._frontier[other] = torch.zeros_like(self._frontier[other])
+            self._alive[other] = False
 
     def _forget(self, steps: "list[_Step]") -> None:
         """Undo steps of a chain that had nothing more to find."""

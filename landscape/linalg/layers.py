@@ -17,6 +17,7 @@ up to rounding.
 | linear, GELU, linear | row by row, in cache |
 | layer norm, attention | closed forms, with what they share computed once |
 | hard sigmoid | PyTorch has no second derivative of it |
+| batch norm of a batch, where a size is 1 | PyTorch may mistake the memory format of a gradient |
 | group norm | PyTorch's second derivative in the bias alone crashes in channels-last format |
 | weight norm | PyTorch's second derivative (2.13, 2.14) is wrong |
 | `normalize` | PyTorch's second derivative is NaN at a vector of zeros, as in padded windows |
@@ -31,6 +32,7 @@ that they do not cover (other precisions, autocast, dropout, `torch.func`) is le
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,9 +53,19 @@ _BY_POSITION = {"input", "query", "key", "value"}  # a call that names them is l
 
 
 @contextmanager
-def cheap_second_derivatives() -> Iterator[None]:
-    """Run the covered functions of PyTorch as the layers of this module."""
-    mode = _Replacing()
+def cheap_second_derivatives(
+    *, of_outputs: bool = False, channels_last: bool = True
+) -> Iterator[None]:
+    """Run the covered functions of PyTorch as the layers of this module.
+
+    Args:
+        of_outputs: Only derivatives of outputs along a vector are to come. Layers that would take
+            the whole second derivative for these are left as they are.
+        channels_last: Convolutions on a CPU may bring their outputs in this memory format.
+    """
+    mode = _Replacing(channels_last)
+    if of_outputs:
+        mode.leave(F.linear, F.gelu, F.layer_norm, F.scaled_dot_product_attention)
     try:
         with mode:
             yield
@@ -61,11 +73,32 @@ def cheap_second_derivatives() -> Iterator[None]:
         mode.forget()
 
 
+def with_cheap_second_derivatives(
+    function: Callable[[], Tensor], *, of_outputs: bool = False
+) -> Tensor:
+    """Call a function that runs a model under `cheap_second_derivatives`.
+
+    Args:
+        function: Called again where the model makes a view of activations that wants their channels
+            first in memory, as `x.view(len(x), -1)` does.
+        of_outputs: See there.
+    """
+    try:
+        with cheap_second_derivatives(of_outputs=of_outputs):
+            return function()
+    except RuntimeError as error:
+        if not re.search("view size is not compatible|last dimension with stride 1", str(error)):
+            raise
+    with cheap_second_derivatives(of_outputs=of_outputs, channels_last=False):
+        return function()
+
+
 class _Replacing(TorchFunctionMode):
     """Calls the layers of this module instead of PyTorch's functions, where they are covered."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels_last: bool = True) -> None:
         super().__init__()
+        self._channels_last = channels_last
         self._convolved: _Made | None = None
         self._normed: _Made | None = None
         self._widened: _Made | None = None  # the output of a linear layer ...
@@ -84,6 +117,11 @@ class _Replacing(TorchFunctionMode):
             torch._weight_norm: _weight_norm,
             F.normalize: _normalize,
         }
+
+    def leave(self, *functions: Any) -> None:
+        """Leave some functions as they are."""
+        for function in functions:
+            del self._layers[function]
 
     def forget(self) -> None:
         """Let go of the last layers, and of the graph that they hold."""
@@ -119,8 +157,11 @@ class _Replacing(TorchFunctionMode):
         if x.dim() != 4 or isinstance(padding, str):
             return None
         if x.device.type == "cpu":
-            # To rearrange more weights than activations, three times a product, costs more.
-            form = torch.channels_last if x.numel() >= weight.numel() else torch.contiguous_format
+            # To rearrange more weights than activations, three times a product, costs more. Of one
+            # image there is nothing to gain, and PyTorch's instance norm takes a gradient with the
+            # channels last for one with the channels first (2.13).
+            last = self._channels_last and len(x) > 1 and x.numel() >= weight.numel()
+            form = torch.channels_last if last else torch.contiguous_format
             x, weight = x.contiguous(memory_format=form), weight.contiguous(memory_format=form)
         settings = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
         out = conv(x, weight, bias, settings)
@@ -139,7 +180,15 @@ class _Replacing(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor | None:
         last, self._convolved = self._convolved, None
-        if training or running_mean is None or running_var is None or x.dim() < 2:
+        if x.dim() < 2:
+            return None
+        if training or running_mean is None or running_var is None:
+            if x.dim() != 4 or 1 not in x.shape:
+                return None
+            # PyTorch may take a gradient of this shape for one of another memory format (2.13).
+            rest = running_mean, running_var, weight, bias, training, momentum, eps
+            return F.batch_norm(x.flatten(2), *rest).reshape(x.shape)
+        if running_mean.requires_grad or running_var.requires_grad:
             return None
         scale = torch.rsqrt(running_var + eps)
         kernels = None if last is None or not last.is_still(x) else last.weight
@@ -154,7 +203,9 @@ class _Replacing(TorchFunctionMode):
         return conv(last.x, folded, shift, last.more, tuple(t.detach() for t in known))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        if x.dim() < 2 or weight.dim() != 2:
+        if x.dim() < 2 or weight.dim() != 2 or not weight.numel():
+            return None
+        if bias is not None and bias.dim() != 1:
             return None
         last = self._activated
         if last is not None and last.is_still(x) and weight.requires_grad:

@@ -10,6 +10,7 @@ weight of sample n in the mean that the loss takes (1, or by class weights and i
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.func import vmap
 from landscape.batches import PreparedBatch
 from landscape.linalg.gradient import check_twice_differentiable, twice_differentiable
 from landscape.linalg.hessian import CurvatureOperator, warn_independent
+from landscape.linalg.layers import with_cheap_second_derivatives
 from landscape.losses import makes_no_softmax, sample_weights
 
 
@@ -49,7 +51,9 @@ class _OutputCurvature(CurvatureOperator):
         leaves = {n: t.detach().requires_grad_() for n, t in space.values.items()}
         parameters = list(leaves.values())
         with torch.enable_grad():
-            outputs = self._outputs(leaves, batch)
+            outputs = with_cheap_second_derivatives(
+                partial(self._outputs, leaves, batch), of_outputs=True
+            )
             if not outputs.requires_grad:
                 return None
             dual = torch.zeros_like(outputs, requires_grad=True)

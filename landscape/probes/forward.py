@@ -21,6 +21,7 @@ from landscape.batches import Inputs, names_of_rows, rows_of
 from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
 from landscape.probes.folding import Pair, calls_of, folded
+from landscape.probes.weights import laid_out
 from landscape.restore import eagerly, is_compiled
 from landscape.trial import has_batch_statistics
 
@@ -93,7 +94,8 @@ class Forward:
         pairs = [] if is_compiled(frozen.model) else calls.pairs()
         for channels_last, folds in itertools.product(last, [pairs, []] if pairs else [[]]):
             try:
-                outputs = self._cut_logits(state, inputs, size, PART, channels_last, folds)
+                weights = laid_out({**frozen.space.fixed, **state}, channels_last)
+                outputs = self._cut_logits(weights, inputs, size, PART, channels_last, folds)
             except Exception:  # such as a `view` that wants its channels first
                 continue
             if _close(outputs, expected):

@@ -30,10 +30,7 @@ class MovedWeights:
             vectors: The d_k, as `Directions.tensors` gives them.
             channels_last: Give four-dimensional tensors this memory format.
         """
-        form = torch.channels_last if channels_last else torch.contiguous_format
-        self.start = {
-            n: t.contiguous(memory_format=form) if t.dim() == 4 else t for n, t in start.items()
-        }
+        self.start = laid_out(start, channels_last)
         groups: dict[torch.dtype, list[str]] = {}
         for name in vectors[0]:
             groups.setdefault(start[name].dtype, []).append(name)
@@ -51,6 +48,12 @@ class MovedWeights:
         for block in self._blocks:
             moved.update(block.at(point))
         return moved
+
+
+def laid_out(tensors: Mapping[str, Tensor], channels_last: bool) -> dict[str, Tensor]:
+    """Return tensors by name, the four-dimensional ones with the channels last, or in order."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return {n: t.contiguous(memory_format=form) if t.dim() == 4 else t for n, t in tensors.items()}
 
 
 class _Block:

@@ -60,6 +60,81 @@ def test_operators_equal_dense_autograd(kind, name):
     torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
 
 
+class Viewed(nn.Module):
+    """Its `view` wants channels first in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1).double()
+        self.head = nn.Linear(16, 3).double()
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(len(x), -1).tanh())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_of_a_model_that_views_its_activations(kind):
+    model, batches = Viewed(), make_batches((7, 3))
+    expected = oracles.dense(model, batches, kind=kind)
+    for settings in [{"memory": 0}, {}] if kind == "hessian" else [{}]:
+        operator = KINDS[kind](model, batches, **settings)
+        torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
+class Force(nn.Module):
+    """Its outputs are a linear map of a slope that `torch.func` takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(16, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+        self.head = nn.Linear(16, 3).double()
+
+    def forward(self, x):
+        slope = torch.func.grad(lambda z: self.energy(z).sum())
+        return self.head(torch.func.vmap(slope)(x.flatten(1)))
+
+
+def test_a_model_that_uses_torch_func():
+    model, batches = Force(), make_batches((7, 3))
+    operator = HessianOperator(model, batches)
+    assert operator.num_kept == 0  # their memory is not known
+    expected = oracles.dense(model, batches)
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+
+
+def shift_alone():
+    norm = nn.BatchNorm2d(4)
+    norm.weight = None
+    norm.running_var.fill_(0.5)
+    return nn.Sequential(nn.Conv2d(4, 4, 1), norm, nn.Tanh())
+
+
+# Second derivatives that PyTorch lacks, crashes in or gets wrong: (layers, chosen parameters).
+UNCOMMON = {
+    "hard sigmoid": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Hardsigmoid()), "*"),
+    "bias of a group norm": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)),
+        "0.1.bias",
+    ),
+    "batch norm without a scale": (shift_alone, "*"),
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "hessian"])
+@pytest.mark.parametrize("name", UNCOMMON)
+def test_operators_of_the_outputs_of_uncommon_layers(kind, name):
+    build, chosen = UNCOMMON[name]
+    model = nn.Sequential(build(), nn.Flatten(), nn.Linear(16, 3)).double()
+    model = model.to(memory_format=torch.channels_last)
+    batches = make_batches((7, 3))
+    batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in batches]
+    operator = KINDS[kind](model, batches, Objective(parameters=chosen))
+    names = operator.frozen.space.names
+    expected = oracles.dense(model, batches, kind=kind, names=names)
+    # PyTorch's hard sigmoid has its factor in float32.
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_operators_of_a_compiled_model(how, kind):

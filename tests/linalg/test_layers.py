@@ -81,6 +81,12 @@ CASES = {
         None,
     ),
     "linear of one vector": (F.linear, [(5,), (6, 5)], None),
+    "linear of nothing": (
+        lambda x, w, b: F.linear(x[:, :0], w[:, :0], b),
+        [(4, 5), (6, 5), (6,)],
+        None,
+    ),
+    "linear, bias of a row": (F.linear, [(4, 5), (6, 5), (1, 6)], None),
     "relu": (F.relu, [(3, 5)], "_Relu"),
     "normalize": (lambda x: F.normalize(x, dim=(0, -1)), [(3, 2, 5)], "Mul"),
     "normalize by another norm": (lambda x: F.normalize(x, 1.0), [(3, 5)], "Div"),
@@ -469,3 +475,63 @@ def test_a_group_norm_of_which_some_parameters_are_chosen(chosen):
     operator = HessianOperator(model, batches, Objective(parameters=chosen))
     matrix = operator @ torch.eye(operator.dim, dtype=torch.float64)
     torch.testing.assert_close(matrix, oracles.dense(model, batches, names=names))
+
+
+@pytest.mark.parametrize("learned", ["mean", "var"])
+def test_learned_statistics_are_pytorchs_to_refuse(learned):
+    x, mean, var = torch.randn(2, 6, 5), torch.zeros(6), torch.ones(6)
+    {"mean": mean, "var": var}[learned].requires_grad_()
+    with cheap_second_derivatives(), pytest.raises(RuntimeError, match="not differentiable"):
+        F.batch_norm(x, mean, var)
+
+
+class ByDefinition(nn.Module):
+    """A norm with scale and shift over some dimensions."""
+
+    def __init__(self, *dims):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+        self.dims = dims
+
+    def forward(self, x):
+        var, mean = torch.var_mean(x, self.dims, unbiased=False, keepdim=True)
+        z = (x - mean) * torch.rsqrt(var + 1e-5)
+        return torch.addcmul(self.bias[:, None, None], self.weight[:, None, None], z)
+
+
+class Column(nn.Module):
+    """Pixels in a column."""
+
+    def forward(self, x):
+        return x.flatten(2)[..., None]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (7,), (4, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("norm", "dims"),
+    [
+        (nn.InstanceNorm2d(4, affine=True), (2, 3)),
+        (nn.BatchNorm2d(4, track_running_stats=False), (0, 2, 3)),
+    ],
+    ids=["instance", "batch"],
+)
+@pytest.mark.parametrize("shaped", [nn.Identity(), Column()], ids=["image", "column"])
+@pytest.mark.filterwarnings("ignore:`model` has a batch norm without:UserWarning")
+def test_norms_in_which_a_size_is_one(sizes, norm, dims, shaped):
+    """PyTorch may take their gradient for one of another memory format."""
+    own, by_definition = (
+        nn.Sequential(
+            nn.Conv2d(4, 4, 1), nn.Tanh(), shaped, norm, shaped, nn.Tanh(), nn.Conv2d(4, 3, 1)
+        ).double()
+        for norm in (norm, ByDefinition(*dims))
+    )
+    by_definition.load_state_dict(own.state_dict())
+    for batch in make_batches(sizes):
+        operator = HessianOperator(own, [batch], Objective(loss=flat_cross_entropy))
+        matrix = operator @ torch.eye(operator.dim, dtype=torch.float64)
+        expected = oracles.dense(by_definition, [batch], loss=flat_cross_entropy)
+        torch.testing.assert_close(matrix, expected)
+
+
+def flat_cross_entropy(outputs, targets):
+    return F.cross_entropy(outputs.flatten(1), targets)

@@ -30,6 +30,28 @@ class Viewed(nn.Module):
         return self.head(self.conv(x).view(len(x), -1))
 
 
+class Standardised(Viewed):
+    """So does one of its weights, chosen or not."""
+
+    def forward(self, x):
+        w = self.conv.weight
+        w = w / w.view(len(w), -1).std(dim=1).view(-1, 1, 1, 1)
+        return self.head(F.conv2d(x, w, padding=1).flatten(1))
+
+
+def standardised():
+    model = Standardised()
+    model.conv = nn.Conv2d(4, 3, 2, padding=1)
+    model.head = nn.Linear(27, 3)
+    return model
+
+
+def standardised_and_fixed():
+    model = standardised()
+    model.conv.requires_grad_(False)
+    return model
+
+
 def batch_statistics():
     return nn.Sequential(
         nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3, track_running_stats=False)
@@ -138,10 +160,22 @@ def test_batch_norms_are_folded_where_that_changes_nothing(kind, norms, monkeypa
         (lambda: make_model("attention"), torch.float32, (True, False)),
         (lambda: make_model("tied"), torch.float64, (True, False)),
         (Viewed, torch.float32, (True, False)),
+        (standardised, torch.float32, (True, False)),
+        (standardised_and_fixed, torch.float32, (True, False)),
         (batch_statistics, torch.float32, (False, False)),
         (behind_a_head_of_zeros, torch.float32, (False, False)),
     ],
-    ids=["conv", "conv float64", "attention", "tied", "view", "batch statistics", "zeros"],
+    ids=[
+        "conv",
+        "conv float64",
+        "attention",
+        "tied",
+        "view",
+        "view of a weight",
+        "view of a fixed weight",
+        "batch statistics",
+        "zeros",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:`model` has a batch norm without:UserWarning")
 def test_batches_are_cut_only_where_that_changes_nothing(make, dtype, way):

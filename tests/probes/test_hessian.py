@@ -601,6 +601,17 @@ def test_many_probes_have_their_products_each():
     assert few.num_hvps == 30
 
 
+def test_probes_that_fill_the_whole_space_find_all_there_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2), nn.Tanh())
+    model = model.append(nn.Linear(2, 3)).double()
+    batches = make_batches((12,))
+    result = landscape.hessian_spectrum(model, batches, k=2, num_probes=8)
+    assert result.num_hvps == result.dim == 43
+    values = torch.linalg.eigvalsh(oracles.dense(model, batches))
+    np.testing.assert_allclose(result.largest.values, values[[-1, -2]], rtol=1e-9)
+
+
 def test_every_probe_is_in_the_density():
     model, batches = make_model("conv"), make_batches((6,))
     few = {"k": 1, "max_iter": 30, "tol": 1e-12, "certify": False}
