@@ -4,7 +4,8 @@ A run's folder holds
 
 - `epoch-00000.pt`, …: state dicts after that many epochs (0 is the initialisation), loadable with
   `torch.load(path, weights_only=True)`;
-- `resume-00007.pt`: everything that is needed to go on after epoch 7; the last two are kept;
+- `resume-00007.pt`: everything that is needed to go on after epoch 7 (0 is the start); the last
+  two are kept;
 - `log.csv`: one row per epoch.
 """
 
