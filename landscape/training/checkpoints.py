@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
-import pickle
 import warnings
-import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_count
+from landscape._files import load_tensors
 from landscape.results import write_atomically
 
 Named = int | Literal["init", "warmup", "last"]
@@ -120,19 +119,8 @@ def load(path: Path) -> Any:
         ValueError: If the file is truncated or a byte of it has changed.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
-            raise ValueError(f"checksum of {broken} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
+        return load_tensors(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"`{path}` is damaged ({error}).") from error
 
 
