@@ -5,6 +5,7 @@ the class name, the numbers, and where the result came from (`Provenance`).
 """
 
 import dataclasses
+import glob
 import io
 import json
 import os
@@ -193,8 +194,14 @@ class Provenance(Result):
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never half."""
+    """Write `content` to `path` so that a reader sees the old file or the new one, never half.
+
+    What processes that were killed have left half written of this file is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if _has_ended(part.suffixes[-2][1:]):
+            part.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
@@ -204,6 +211,18 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _has_ended(process: str) -> bool:
+    """Whether no process of that number runs; only POSIX systems can be asked."""
+    if os.name == "posix" and process.isdecimal():
+        try:
+            os.kill(int(process), 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:  # it is another user's
+            return False
+    return False
 
 
 def _same(a: Any, b: Any) -> bool:

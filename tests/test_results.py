@@ -1,5 +1,7 @@
 import json
+import os
 import pickle
+import subprocess
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -149,6 +151,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    names = [f".a.bin.{process.pid}.part", f".a.bin.{os.getppid()}.part", ".a.bin.part", ".b.part"]
+    for name in names:
+        (tmp_path / name).touch()
+    write_atomically(tmp_path / "a.bin", b"new")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", *names[1:]}
 
 
 def test_results_hold_no_objects():

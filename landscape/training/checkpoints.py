@@ -136,12 +136,12 @@ def save_resume(folder: Path, epoch: int, content: Mapping[str, Any]) -> None:
 
 
 def drop_old(folder: Path) -> None:
-    """Remove all states but the last and a spare, and what a killed run left half written.
+    """Remove all states but the last and a spare.
 
     Args:
         folder: Folder of the run.
     """
-    for path in (*_resume_files(folder)[:-_KEPT], *folder.glob(".*.part")):
+    for path in _resume_files(folder)[:-_KEPT]:
         path.unlink(missing_ok=True)
 
 

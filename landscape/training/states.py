@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
@@ -120,12 +121,13 @@ def write(run: Run, history: History) -> None:
         files.save_resume(folder, epoch, state)
         files.write_log(folder / "log.csv", history)
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         last = files.last_epoch(folder)
         kept = "no state" if last is None else f"the state after epoch {last}"
         raise OSError(
             error.errno,
             f"Epoch {epoch} could not be written ({error.strerror}); the folder still holds "
-            f"{kept}. Make room, then go on with `resume=True`",
+            f"{kept}. {'Make room, then go on' if full else 'Go on'} with `resume=True`",
             str(folder),
         ) from error
 

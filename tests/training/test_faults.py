@@ -121,7 +121,7 @@ def test_full_disk_ends_with_what_is_kept_and_what_to_do(whole, tmp_path, monkey
         with pytest.raises(OSError, match=f"Epoch 3 .*No space.* after epoch {kept}") as caught:
             run(tmp_path / "parts")
     assert caught.value.errno == errno.ENOSPC
-    assert "resume=True" in str(caught.value)
+    assert "Make room, then go on with `resume=True`" in str(caught.value)
     assert not list((tmp_path / "parts").glob(".*"))
     assert_same(run(tmp_path / "parts", resume=True), whole)
 
@@ -136,9 +136,16 @@ def test_limit_on_the_size_of_files(other_process, whole):
     """The kernel itself refuses to write on, in the middle of a file."""
     message = (other_process / "limit.txt").read_text()
     assert "Epoch 3 could not be written (File too large)" in message
-    assert "holds the state after epoch 2" in message
+    assert "holds the state after epoch 2. Go on with `resume=True`" in message
     assert not list((other_process / "limit").glob(".*"))
     assert_same(run(other_process / "limit", resume=True), whole)
+
+
+def test_what_another_run_is_writing_is_left_to_it(tmp_path):
+    part = tmp_path / f".resume-00002.pt.{os.getppid()}.part"
+    part.touch()
+    run(tmp_path, epochs=3)
+    assert part.exists()
 
 
 def test_nan_keeps_the_last_good_state_to_resume_from(whole, tmp_path):
