@@ -196,8 +196,10 @@ class Provenance(Result):
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never half.
 
-    What processes that were killed have left half written of this file is removed.
+    What processes that were killed have left half written of this file is removed. A link is
+    followed.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         if _has_ended(part.suffixes[-2][1:]):

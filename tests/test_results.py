@@ -139,6 +139,15 @@ def test_a_file_is_exchanged_and_not_written_over(tmp_path):
     assert path.read_bytes() != content
 
 
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "there" / "result.npz")
+    result = make_result()
+    result.save(tmp_path / "link.npz")
+    assert (tmp_path / "link.npz").is_symlink()
+    assert Result.load(tmp_path / "there" / "result.npz") == result
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
     write_atomically(path, b"old")
