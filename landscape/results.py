@@ -9,8 +9,6 @@ import glob
 import io
 import json
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -24,10 +22,6 @@ if TYPE_CHECKING:
 
 _FORMAT = "landscape result 1"
 _LARGE = 1 << 24  # bytes from which nothing is compressed: weights take long and hardly shrink
-_DAMAGE = (
-    OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, RuntimeError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 
 class _UnknownError(Exception):
@@ -118,7 +112,7 @@ class Result:
                 f"{str(path)!r}; update `landscape`, or import the module that defines the class "
                 "(`landscape.training` defines some)."
             ) from None
-        except _DAMAGE as error:
+        except Exception as error:  # damaged bytes raise anything
             raise ValueError(
                 f"`path` must be a complete file written by `Result.save`, got {str(path)!r} "
                 f"({type(error).__name__}: {error}); compute the result again."

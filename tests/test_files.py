@@ -34,6 +34,16 @@ def test_a_changed_byte_is_told(tmp_path, read):
         read(path)
 
 
+def test_a_changed_directory_is_told(tmp_path):
+    path = tmp_path / "state.pt"
+    torch.save(STATE, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 10] = 8  # stored is called deflated
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="decompressing"):
+        load_tensors(path)
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_files_without_checksums_are_read(tmp_path, mapped):
     path = tmp_path / "state.pt"

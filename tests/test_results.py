@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import subprocess
+import zipfile
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -100,6 +101,15 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         np.savez(tmp_path / "malformed.npz", meta=np.array(content))
         with pytest.raises(ValueError, match="must be a complete file"):
             Result.load(tmp_path / "malformed.npz")
+    np.save(tmp_path / "zeros.npy", np.zeros(3))
+    whole = (tmp_path / "zeros.npy").read_bytes()
+    cut = whole.replace(b"(3,)", b"(3, ")  # makes NumPy raise a TokenError
+    huge = whole.replace(b"(3,), }" + b" " * 30, b"(3" + b"0" * 30 + b",), }")  # OverflowError
+    for damaged in (cut, huge):
+        with zipfile.ZipFile(tmp_path / "header.npz", "w") as archive:
+            archive.writestr("a.npy", damaged)
+        with pytest.raises(ValueError, match="must be a complete file"):
+            Result.load(tmp_path / "header.npz")
     with pytest.raises(IsADirectoryError):
         Result.load(tmp_path)
     with pytest.raises(FileNotFoundError):
