@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from landscape.models import create_model
+from landscape.results import write_atomically
 from landscape.training import (
     DeviceImages,
     FitResult,
@@ -95,9 +96,12 @@ def work_folder(preset: str, setting: Setting) -> Path:
     stamp, description = work / "setting.json", json.dumps(asdict(setting), indent=1)
     if stamp.exists() and stamp.read_text() != description:
         print(f"{work} holds another setting; computing afresh.")
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(description)
+        old = work.with_name(f"{work.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        work.rename(old)  # all at once: emptying may be interrupted
+        shutil.rmtree(old)
+    if not stamp.exists():
+        write_atomically(stamp, description.encode())
     return work
 
 

@@ -1,19 +1,22 @@
 """Contexts that leave a model as it was found."""
 
+import functools
 import operator
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from typing import Any, TypeVarTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape._checks import check_materialised
 from landscape._locks import locked
 from landscape._streams import OwnStreams, read_streams, same_streams, write_device_streams
 
+Wanted = TypeVarTuple("Wanted")
 Cache = tuple[nn.Module, str, Any]
 """A module, the name of an attribute of it, and what that is when empty: `None` (or a new
 dictionary in the place of one), or `_NONE` where it is not there at all."""
@@ -218,44 +221,78 @@ def _held(value: Any) -> list[Tensor]:
     return values if all(isinstance(v, Tensor) for v in values) else []
 
 
-@contextmanager
-def eagerly() -> Iterator[None]:
+def for_all_threads(
+    context: Callable[[*Wanted], AbstractContextManager[Any]],
+) -> Callable[[*Wanted], AbstractContextManager[None]]:
+    """Let threads overlap in a context that switches something of PyTorch's, one for all of them.
+
+    What the latest of those inside wants holds; the last to leave puts back what was found.
+    """
+    lock, held = threading.RLock(), ExitStack()
+    inside: dict[object, tuple[*Wanted]] = {}  # what each wants
+    now: tuple[*Wanted] | None = None
+
+    def follow() -> None:
+        nonlocal now
+        latest = next(reversed(inside.values()), None)
+        if latest != now:
+            held.close()
+            now = None
+            if latest is not None:
+                held.enter_context(context(*latest))
+            now = latest
+
+    @functools.wraps(context)
+    @contextmanager
+    def shared(*wanted: *Wanted) -> Iterator[None]:
+        own = object()
+        try:
+            with lock:
+                inside[own] = wanted
+                follow()
+            yield
+        finally:
+            with lock:
+                inside.pop(own, None)
+                follow()
+
+    return shared
+
+
+def eagerly() -> AbstractContextManager[None]:
     """Run compiled modules as the Python they were made of.
 
     Compiled code can be differentiated once only, and hides the calls that it makes.
     """
-    if "torch._dynamo" not in sys.modules:  # a costly import; without it nothing is compiled
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    # A costly import; without it nothing is compiled.
+    return _force_eager() if "torch._dynamo" in sys.modules else nullcontext()
 
 
+_force_eager = for_all_threads(lambda: torch.compiler.set_stance("force_eager"))
+
+
+@for_all_threads
+def math_attention() -> AbstractContextManager[Any]:
+    """Compute attention by plain products, which can be differentiated twice and batched."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@for_all_threads
 @contextmanager
 def without_fast_path() -> Iterator[None]:
     """Keep the encoder layers of PyTorch to one function, with gradients and without.
 
-    Their fast path, taken without, sets what is padded to zero. The switch is one for all threads:
-    the first to come in turns it off, and the last to leave puts it back.
+    Their fast path, taken without, sets what is padded to zero.
     """
-    with _fast_path:
-        if not _without:
-            _without.append(torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)
-        _without.append(False)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        with _fast_path:
-            _without.pop()
-            if len(_without) == 1:
-                torch.backends.mha.set_fastpath_enabled(_without.pop())
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
-_fast_path = threading.Lock()
-_without: list[bool] = []  # what was found, and one entry for each that is inside
-
-
+@for_all_threads
 @contextmanager
 def rounding(precision: str) -> Iterator[None]:
     """Let matrix products and convolutions of a GPU round their factors to TF32, or not.

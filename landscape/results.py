@@ -5,11 +5,10 @@ the class name, the numbers, and where the result came from (`Provenance`).
 """
 
 import dataclasses
+import glob
 import io
 import json
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
 
 _FORMAT = "landscape result 1"
 _LARGE = 1 << 24  # bytes from which nothing is compressed: weights take long and hardly shrink
-_DAMAGE = (
-    OSError, LookupError, TypeError, ValueError, AttributeError, EOFError, RuntimeError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 
 class _UnknownError(Exception):
@@ -117,7 +112,7 @@ class Result:
                 f"{str(path)!r}; update `landscape`, or import the module that defines the class "
                 "(`landscape.training` defines some)."
             ) from None
-        except _DAMAGE as error:
+        except Exception as error:  # damaged bytes raise anything
             raise ValueError(
                 f"`path` must be a complete file written by `Result.save`, got {str(path)!r} "
                 f"({type(error).__name__}: {error}); compute the result again."
@@ -193,8 +188,16 @@ class Provenance(Result):
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never half."""
+    """Write `content` to `path` so that a reader sees the old file or the new one, never half.
+
+    What processes that were killed have left half written of this file is removed. A link is
+    followed.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if _has_ended(part.suffixes[-2][1:]):
+            part.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
@@ -204,6 +207,18 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _has_ended(process: str) -> bool:
+    """Whether no process of that number runs; only POSIX systems can be asked."""
+    if os.name == "posix" and process.isdecimal():
+        try:
+            os.kill(int(process), 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:  # it is another user's
+            return False
+    return False
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from landscape.blocks import Blocks
 from landscape.blocks.lesions import num_heads
 from landscape.blocks.passes import PartialPasses
 from landscape.models import alternet18, resnet20, vit_nano
+from landscape.restore import without_fast_path
 from tests.cases import assert_untouched, snapshot
 
 SMALL = {
@@ -1108,3 +1110,31 @@ def test_tokens_are_followed_though_a_mask_is_floating():
     model = build(Masked)
     inputs = {"mask": torch.zeros(4, 5, 5), "tokens": torch.randint(7, (4, 5))}
     assert Blocks(model, example=inputs).kinds == ("stem", "msa", "head")
+
+
+def test_blocks_do_not_depend_on_whether_another_thread_forbids_the_fast_path(images):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 8, 4, 4)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(self.patches(x).flatten(2).mT).mean(1))
+
+    def features(before, after):
+        with before():
+            blocks = Blocks(model, example=images)
+        with after(), torch.no_grad():
+            found = blocks.capture(images)
+            with blocks.lesion("layer.linear2"):
+                return found | {"lesion": model(images)}
+
+    model = build(Encoder).eval()
+    expected = features(nullcontext, nullcontext)
+    assert list(expected) == ["stem", "layer.self_attn", "layer.linear2", "head", "lesion"]
+    for contexts in ((without_fast_path, nullcontext), (nullcontext, without_fast_path)):
+        found = features(*contexts)
+        assert list(found) == list(expected)
+        assert all(map(torch.equal, found.values(), expected.values()))

@@ -1,5 +1,8 @@
 import json
+import os
 import pickle
+import subprocess
+import zipfile
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -98,6 +101,15 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         np.savez(tmp_path / "malformed.npz", meta=np.array(content))
         with pytest.raises(ValueError, match="must be a complete file"):
             Result.load(tmp_path / "malformed.npz")
+    np.save(tmp_path / "zeros.npy", np.zeros(3))
+    whole = (tmp_path / "zeros.npy").read_bytes()
+    cut = whole.replace(b"(3,)", b"(3, ")  # makes NumPy raise a TokenError
+    huge = whole.replace(b"(3,), }" + b" " * 30, b"(3" + b"0" * 30 + b",), }")  # OverflowError
+    for damaged in (cut, huge):
+        with zipfile.ZipFile(tmp_path / "header.npz", "w") as archive:
+            archive.writestr("a.npy", damaged)
+        with pytest.raises(ValueError, match="must be a complete file"):
+            Result.load(tmp_path / "header.npz")
     with pytest.raises(IsADirectoryError):
         Result.load(tmp_path)
     with pytest.raises(FileNotFoundError):
@@ -137,6 +149,15 @@ def test_a_file_is_exchanged_and_not_written_over(tmp_path):
     assert path.read_bytes() != content
 
 
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "there" / "result.npz")
+    result = make_result()
+    result.save(tmp_path / "link.npz")
+    assert (tmp_path / "link.npz").is_symlink()
+    assert Result.load(tmp_path / "there" / "result.npz") == result
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
     write_atomically(path, b"old")
@@ -149,6 +170,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    names = [f".a.bin.{process.pid}.part", f".a.bin.{os.getppid()}.part", ".a.bin.part", ".b.part"]
+    for name in names:
+        (tmp_path / name).touch()
+    write_atomically(tmp_path / "a.bin", b"new")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", *names[1:]}
 
 
 def test_results_hold_no_objects():

@@ -70,6 +70,33 @@ def made_up(kinds, arms, folder, comparisons):
     return found
 
 
+def test_training_is_emptied_for_another_setting_only_and_as_a_whole(tmp_path, monkeypatch):
+    trained = importlib.import_module("trained")
+    monkeypatch.chdir(tmp_path)
+    setting = trained.PRESETS["quick"]
+    other = replace(setting, surface_images=32)
+    work = trained.work_folder("quick", setting)
+    (work / "state").write_text("days of training")
+    stamp = (work / "setting.json").stat()
+    trained.work_folder("quick", setting)
+    assert (work / "setting.json").stat() == stamp  # a write may fail
+    assert (work / "state").exists()
+
+    def interrupted(folder, **arguments):
+        if folder.exists():
+            (folder / "setting.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trained.shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained.work_folder("quick", other)
+    for changed in (other, setting):
+        left = [path.name for path in trained.work_folder("quick", changed).iterdir()]
+        assert left == ["setting.json"]
+    assert [path.name for path in work.parent.iterdir()] == [work.name]
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_is_drawn_and_judged_from_its_files(name, tmp_path, comparisons):
     preset = "default"

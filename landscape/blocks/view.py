@@ -52,6 +52,7 @@ from landscape.restore import (
     eval_mode,
     keeps_tensors,
     untouched,
+    without_fast_path,
 )
 
 Choose = str | Sequence[str]
@@ -143,7 +144,7 @@ class Blocks:
         """
         with paused():  # no call of the trace
             inputs = Placement.of(self.model).place(inputs)
-        with eval_mode(self.model), emptied(self._caches), eagerly():
+        with eval_mode(self.model), emptied(self._caches), eagerly(), without_fast_path():
             return predict(self.model, inputs)
 
     def visit(self, inputs: Any, visitor: Visitor) -> Tensor:
@@ -228,7 +229,7 @@ class Blocks:
 
         before = self.model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
         after = self.model.register_forward_hook(end, always_call=True)
-        with before, after, eagerly():
+        with before, after, eagerly(), without_fast_path():
             yield
 
     def traced(self, inputs: Any) -> Traced:
@@ -239,7 +240,7 @@ class Blocks:
     def _record(self, inputs: Any) -> Trace:
         placement = Placement.of(self.model)
         example = resized(self.model, placement.place(inputs), _TRACED)
-        with paused(), untouched(self.model), eagerly(), torch.no_grad():
+        with paused(), untouched(self.model), eagerly(), without_fast_path(), torch.no_grad():
             if not keeps_tensors(self.model):
                 trace = record(self.model, example)
                 if not keeps_tensors(self.model):

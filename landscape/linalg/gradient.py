@@ -10,12 +10,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape._checks import check_choice
 from landscape.linalg.layers import with_cheap_second_derivatives
 from landscape.parameters import ParameterSpace
-from landscape.restore import eagerly, rounding
+from landscape.restore import eagerly, math_attention, rounding
 from landscape.trial import nodes_behind
 
 Precision = Literal["full", "tf32", "bf16"]
@@ -163,7 +162,7 @@ def twice_differentiable() -> Iterator[None]:
             "Curvature must be computed outside `torch.autocast`; use it in the model's forward "
             'pass, or `precision="bf16"` where a probe has it.'
         )
-    with sdpa_kernel(SDPBackend.MATH), eagerly(), rounding("full"):
+    with math_attention(), eagerly(), rounding("full"):
         yield
 
 

@@ -111,10 +111,13 @@ def spectral_density(
     points = max(points, int(np.ceil(2 * (high - low + 2 * margin) / sigma)) + 1)
     grid = np.linspace(low - margin, high + margin, points)
     bare = SpectralDensity(outliers, nodes, weights, dim, grid, grid, grid, sigma)
-    parts = [
-        _expectation(bare, _gaussian(x - outliers, sigma), _gaussian(x[..., None] - nodes, sigma))
-        for x in np.split(grid[:, None], range(_CHUNK, points, _CHUNK))
-    ]
+    with np.errstate(under="ignore"):  # far from its centre a Gaussian is 0
+        parts = [
+            _expectation(
+                bare, _gaussian(x - outliers, sigma), _gaussian(x[..., None] - nodes, sigma)
+            )
+            for x in np.split(grid[:, None], range(_CHUNK, points, _CHUNK))
+        ]
     values, stderr = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return SpectralDensity(outliers, nodes, weights, dim, grid, values, stderr, sigma)
 

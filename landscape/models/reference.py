@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_choice
+from landscape._files import load_tensors
 from landscape.models.alternet import alternet50
 from landscape.models.resnet import resnet18, resnet50
 from landscape.models.vit import vit_tiny
@@ -190,12 +191,11 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"`source` must be an existing checkpoint file, got {path}.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make torch.load raise anything from OSError on
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return load_tensors(path)
+    except ValueError as error:
         raise ValueError(
             f"`source` must be a complete checkpoint of tensors, but {path} cannot be read as "
-            f"one ({reason}); download it again."
+            f"one ({error}); download it again."
         ) from error
 
 

@@ -10,9 +10,7 @@ every floating-point entry counts but for running statistics, and entries that s
 import fnmatch
 import itertools
 import os
-import pickle
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_module, check_type
+from landscape._files import load_tensors
 
 State = Mapping[str, Tensor]
 Source = State | str | os.PathLike[str] | nn.Module
@@ -32,10 +31,6 @@ STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".tar")
-_DAMAGE = (
-    pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError,
-    AttributeError, struct.error,
-)  # fmt: skip
 _CHUNK = 1 << 23  # numbers held in float64 at once
 
 
@@ -44,7 +39,7 @@ class Trail:
     """Checkpoints in order, and the entries of them that are parameters.
 
     Attributes:
-        states: One state dict a checkpoint; those on disk are mapped, not read.
+        states: One state dict a checkpoint; those on disk are mapped.
         steps: Epoch or step of each, or its index where none is known.
         names: Entries that are parameters, tied ones once.
         ignored: All other entries.
@@ -200,17 +195,11 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 
 def _load(path: Path, name: str) -> Any:
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the older format cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except _DAMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return load_tensors(path, mapped=True)
+    except ValueError as error:
         raise ValueError(
             f"`{name}` must be files that `torch.load(…, weights_only=True)` reads, got "
-            f"{str(path)!r} ({reason}); save the state dict alone."
+            f"{str(path)!r} ({error}); save the state dict alone."
         ) from error
 
 

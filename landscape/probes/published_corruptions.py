@@ -153,6 +153,11 @@ def load_published_corruptions(path: str | os.PathLike[str]) -> PublishedCorrupt
 
 def _cifar_c(path: Path) -> PublishedCorruptions:
     labels = _array(path / "labels.npy")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"`path` must hold a whole number a sample in labels.npy, got {labels.dtype} "
+            f"{labels.shape}; fetch the file again."
+        )
     found = {name: path / f"{name}.npy" for name in CORRUPTIONS}
     arrays = {name: _array(file) for name, file in found.items() if file.is_file()}
     if not arrays:
@@ -180,7 +185,7 @@ def _cifar_c(path: Path) -> PublishedCorruptions:
 def _array(file: Path) -> np.ndarray:
     try:
         array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # damaged bytes raise anything
         raise ValueError(
             f"`path` must hold complete .npy files, got {file.name}: {error}"
         ) from error

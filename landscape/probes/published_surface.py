@@ -5,7 +5,6 @@ in order, are those of `COLUMNS`: coordinates, the sums of L1 and L2 norms of th
 the measurements on augmented training data. Fig. 1a was drawn from NLL + λ Σ_p ‖p‖ with λ = 0.05.
 """
 
-import csv
 import os
 from pathlib import Path
 
@@ -79,16 +78,19 @@ def load_published_surface(path: str | os.PathLike[str], weight_decay: float = 0
 
 def _read(path: Path) -> np.ndarray:
     rows = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), start=1):
+    with path.open(
+        encoding="utf-8-sig", errors="replace"
+    ) as file:  # what is no number is told below
+        for number, line in enumerate(file, start=1):
+            row = line.strip()
             try:
-                values = [float(cell) for cell in row]
+                values = [float(cell) for cell in row.split(",")]
             except ValueError:
                 values = []
             if row and (len(values) != len(COLUMNS) or not np.isfinite(values[:2]).all()):
                 raise ValueError(
                     f"`path` must hold {len(COLUMNS)} numbers a row, the coordinates finite, got "
-                    f"{','.join(row)[:40]!r} in row {number} of {str(path)!r}; is it a published "
+                    f"{row[:40]!r} in row {number} of {str(path)!r}; is it a published "
                     "`*_losslandscape.csv`?"
                 )
             if row:

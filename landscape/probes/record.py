@@ -54,7 +54,9 @@ class PointRecord:
             if not self._path.exists():
                 write_atomically(self._path, _line(self._header))
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-        os.write(self._descriptor, _line({"index": index, "values": list(values)}))
+        line = _line({"index": index, "values": list(values)})
+        while line:  # at the limit of a quota a part may be written
+            line = line[os.write(self._descriptor, line) :]
         os.fsync(self._descriptor)
 
     def close(self) -> None:

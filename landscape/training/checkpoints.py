@@ -4,7 +4,8 @@ A run's folder holds
 
 - `epoch-00000.pt`, …: state dicts after that many epochs (0 is the initialisation), loadable with
   `torch.load(path, weights_only=True)`;
-- `resume-00007.pt`: everything that is needed to go on after epoch 7; the last two are kept;
+- `resume-00007.pt`: everything that is needed to go on after epoch 7 (0 is the start); the last
+  two are kept;
 - `log.csv`: one row per epoch.
 """
 
@@ -12,9 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
-import pickle
 import warnings
-import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_count
+from landscape._files import load_tensors
 from landscape.results import write_atomically
 
 Named = int | Literal["init", "warmup", "last"]
@@ -119,19 +119,8 @@ def load(path: Path) -> Any:
         ValueError: If the file is truncated or a byte of it has changed.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
-            raise ValueError(f"checksum of {broken} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
+        return load_tensors(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"`{path}` is damaged ({error}).") from error
 
 
@@ -147,12 +136,12 @@ def save_resume(folder: Path, epoch: int, content: Mapping[str, Any]) -> None:
 
 
 def drop_old(folder: Path) -> None:
-    """Remove all states but the last and a spare, and what a killed run left half written.
+    """Remove all states but the last and a spare.
 
     Args:
         folder: Folder of the run.
     """
-    for path in (*_resume_files(folder)[:-_KEPT], *folder.glob(".*.part")):
+    for path in _resume_files(folder)[:-_KEPT]:
         path.unlink(missing_ok=True)
 
 

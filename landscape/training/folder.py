@@ -110,7 +110,7 @@ class FolderImages:
                     wide = np.asarray(opened).astype(np.float64) / 257
                     image = Image.fromarray(wide.round().clip(0, 255).astype(np.uint8))
                 image = image.convert("RGB")
-        except OSError as error:
+        except Exception as error:  # damaged bytes, or too many pixels
             raise ValueError(f"`root` must hold whole images, got {file} ({error}).") from error
         # Sizes and corners are rounded as torchvision does.
         short = min(image.size)

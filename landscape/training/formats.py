@@ -117,12 +117,14 @@ def _tar_files(path: Path, members: Sequence[str]) -> list[bytes]:
     """Return the contents of the named members of a gzipped tar archive, read in memory."""
     found: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with gzip.open(path) as raw, tarfile.open(fileobj=raw, mode="r:") as archive:
             for member in archive:
                 name = Path(member.name).name
                 if member.isfile() and name in members:
                     stream = archive.extractfile(member)
                     found[name] = stream.read() if stream is not None else b""
+            while raw.read(1 << 20):  # the checksum is behind the end of the archive
+                pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"`{path}` is no complete .tar.gz ({error}); fetch it again.") from error
     missing = [name for name in members if name not in found]

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape.batches import Inputs
 from landscape.parameters import call_with
+from landscape.restore import math_attention
 from landscape.training.draws import replayed
 from landscape.training.loop import Step, Tally, forward, optimized
 from landscape.training.row_adamw import RowAdamW
@@ -283,4 +283,4 @@ def _others(steps: Sequence[Step], names: Mapping[str, Any]) -> dict[str, list[T
 
 def _batched_attention(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which attention has a batching rule; the fused one of CPUs has none."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    return math_attention() if device.type == "cpu" else nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
@@ -24,7 +25,7 @@ def find(run: Run, resume: bool, latest: int | None = None) -> dict[str, Any] | 
     """
     folder = run.saves.folder
     if not resume:
-        if folder is not None and files.last_epoch(folder) is not None:
+        if folder is not None and files.last_epoch(folder):  # one of epoch 0 is no run yet
             raise ValueError(
                 f"`folder` must hold no run yet, but {folder} does; pass `resume=True` to go on "
                 "with it, or another folder."
@@ -50,7 +51,7 @@ def begin(run: Run, state: dict[str, Any] | None) -> History:
 
     Args:
         run: The run; its model, optimizer and schedule get the state.
-        state: What `find` found; `None` begins at epoch 0.
+        state: What `find` found; `None` begins at epoch 0, and writes that state.
 
     Returns:
         Values by column, empty for a run that starts.
@@ -59,8 +60,9 @@ def begin(run: Run, state: dict[str, Any] | None) -> History:
         ValueError: If weights are wanted that the run has not kept.
     """
     if state is None:
-        run.saves.write(run.step.model, 0)
-        return {column: [] for column in COLUMNS}
+        start: History = {column: [] for column in COLUMNS}
+        write(run, start)
+        return start
     history: History = state["history"]
     done = len(history["epoch"])
     _check_kept(run, done)
@@ -96,7 +98,7 @@ def write(run: Run, history: History) -> None:
 
     Args:
         run: The run.
-        history: Its history, the epoch just done included.
+        history: Its history, the epoch just done included; empty before the first.
 
     Raises:
         OSError: If it cannot be written, a full disk for instance. The states written before are
@@ -119,12 +121,13 @@ def write(run: Run, history: History) -> None:
         files.save_resume(folder, epoch, state)
         files.write_log(folder / "log.csv", history)
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         last = files.last_epoch(folder)
         kept = "no state" if last is None else f"the state after epoch {last}"
         raise OSError(
             error.errno,
-            f"Epoch {epoch} was trained but could not be written ({error.strerror}); the folder "
-            f"still holds {kept}. Make room, then go on with `resume=True`",
+            f"Epoch {epoch} could not be written ({error.strerror}); the folder still holds "
+            f"{kept}. {'Make room, then go on' if full else 'Go on'} with `resume=True`",
             str(folder),
         ) from error
 

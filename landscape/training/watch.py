@@ -74,7 +74,8 @@ class Watch:
 
     Raises:
         ValueError: If `every` is below 1, `budget` is not positive, there is no probe or one whose
-            name is no file name, or `folder` holds a record and is not to be resumed.
+            name is no file name, or `folder` holds a record and is not to be resumed, or a file of
+            that name which is none.
     """
 
     def __init__(

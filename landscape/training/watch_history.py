@@ -113,14 +113,24 @@ def _numbers(result: Result, prefix: str = "") -> Iterator[tuple[str, np.ndarray
 
 
 def read_log(path: Path) -> list[Row]:
-    """Return the rows of a log, none where there is no file; a last line cut off is none."""
+    """Return the rows of a log, none where there is no file; a last line cut off is none.
+
+    Raises:
+        ValueError: If it is no log.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [
-        Row(int(r["step"]), r["probe"], r["status"], float(r["seconds"]), float(r["training"]))
-        for r in csv.DictReader(line for line in lines if line.endswith("\n"))
-    ]
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        return [
+            Row(int(r["step"]), r["probe"], r["status"], float(r["seconds"]), float(r["training"]))
+            for r in csv.DictReader(line for line in lines if line.endswith("\n"))
+        ]
+    except Exception as error:  # of other bytes, columns or words
+        raise ValueError(
+            f"`folder` must hold the log of a Watch, got {path} ({type(error).__name__}: {error}); "
+            "remove it, or choose another folder."
+        ) from error
 
 
 def log_text(*rows: Sequence[object]) -> bytes:

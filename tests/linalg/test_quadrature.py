@@ -116,6 +116,12 @@ def test_nodes_stay_within_a_spectrum_that_is_not_centred_on_zero(dtype):
     assert density.trace_stderr == pytest.approx(spread, rel=0.3)
 
 
+def test_an_underflow_far_from_all_nodes_is_no_error():
+    nodes, weights = np.array([[0.0, 1.0]]), np.ones((1, 2)) / 2
+    with np.errstate(all="raise"):
+        assert spectral_density(nodes, weights, 2, sigma=0.01).values[0] > 0
+
+
 def test_degenerate_spectra_have_a_density():
     for spectrum in (np.zeros(50), np.full(50, 3.0)):
         density = density_of(planted(spectrum), generator=seeded(0))

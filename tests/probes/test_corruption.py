@@ -380,6 +380,15 @@ def test_damaged_files_are_refused(tmp_path):
     np.save(tmp_path / "labels.npy", np.arange(20) % 3)
     with pytest.raises(ValueError, match="the same labels for every severity"):
         load_published_corruptions(tmp_path)
+    for labels in (np.array(3), np.full(20, np.nan), np.array(["cat"] * 20)):
+        np.save(tmp_path / "labels.npy", labels)
+        with pytest.raises(ValueError, match="a whole number a sample in labels.npy, got"):
+            load_published_corruptions(tmp_path)
+    np.save(tmp_path / "labels.npy", np.arange(20))
+    header = (tmp_path / "labels.npy").read_bytes().replace(b"(20,)", b"(20, ")
+    (tmp_path / "labels.npy").write_bytes(header)
+    with pytest.raises(ValueError, match=r"complete .npy files, got labels.npy"):
+        load_published_corruptions(tmp_path)
     buffer = io.BytesIO()
     pickle.dump(np.zeros(20), buffer)
     (tmp_path / "labels.npy").write_bytes(buffer.getvalue())

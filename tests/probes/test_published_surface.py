@@ -79,6 +79,12 @@ def test_coordinates_that_differ_by_rounding_are_one(tmp_path):
     np.testing.assert_allclose(surface.y, [0, 0.7])
 
 
+def test_a_mark_of_the_byte_order_is_no_coordinate(tmp_path):
+    path = write(tmp_path / "a.csv", POINTS, range(6))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    np.testing.assert_allclose(load_published_surface(path).x, X)
+
+
 def test_surface_is_saved_and_loaded(tmp_path):
     surface = load_published_surface(write(tmp_path / "a.csv", POINTS, range(6), end="\n"))
     loaded = LossSurface.load(surface.save(tmp_path / "a.npz"))
@@ -95,12 +101,14 @@ def test_surface_is_saved_and_loaded(tmp_path):
         ("x,y,l1\n", "19 numbers a row, the coordinates finite, got 'x,y,l1' in row 1"),
         ("1,2,3\n", "got '1,2,3' in row 1"),
         (",".join(["nan"] * 19), "the coordinates finite, got 'nan,nan"),
+        (b"\x1f\x8b\x08\xff\n", "in row 1"),
+        ('"' + "1" * 200_000, "got '\"1111"),
     ],
-    ids=["empty", "header", "short", "no coordinates"],
+    ids=["empty", "header", "short", "no coordinates", "gzip", "long"],
 )
 def test_foreign_files_are_refused(tmp_path, content, message):
     path = tmp_path / "a.csv"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"`path` must hold .*{message}"):
         load_published_surface(path)
 

@@ -812,6 +812,14 @@ def test_points_of_a_loss_that_differs_a_little_are_refused(tmp_path, generator)
         line(1.0, resume=tmp_path)
 
 
+def test_a_line_of_which_a_part_is_written_is_written_to_its_end(tmp_path, monkeypatch):
+    path, write = tmp_path / "points", os.write
+    monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:7]))
+    counted_surface(Counter(), path)
+    assert len(path.read_bytes().splitlines()) == 1 + 20
+    assert_same(counted_surface(Counter(), path), counted_surface(Counter(), None))
+
+
 def test_a_call_that_fails_at_once_leaves_no_file(tmp_path):
     path, data = tmp_path / "points", [(torch.ones(4, 3), torch.ones(4))]
     arguments = {"objective": Objective(loss=lambda o, t: F.mse_loss(o[:, 0], t)), "resume": path}

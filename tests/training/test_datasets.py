@@ -168,16 +168,19 @@ def test_shifted_cifar_records_are_refused_by_their_labels(tmp_path):
         load_images("cifar10", root=tmp_path)
 
 
-def test_cut_cifar_archive_is_refused(tmp_path):
+def test_cut_or_changed_cifar_archive_is_refused(tmp_path):
     raw = cifar_records(20, 2, 100)[2]
     path = tmp_path / "cifar-100-binary.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         info = tarfile.TarInfo("cifar-100-binary/train.bin")
         info.size = len(raw)
         archive.addfile(info, io.BytesIO(raw))
-    path.write_bytes(path.read_bytes()[: len(raw) // 2])
-    with pytest.raises(ValueError, match="no complete .tar.gz"):
-        load_images("cifar100", root=tmp_path)
+    good = path.read_bytes()
+    changed = good[:-8] + bytes([good[-8] ^ 1]) + good[-7:]  # the checksum begins there
+    for damaged in (good[: len(raw) // 2], changed):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="no complete .tar.gz"):
+            load_images("cifar100", root=tmp_path)
 
 
 def test_bad_arguments_are_refused(tmp_path):

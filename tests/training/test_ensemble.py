@@ -237,7 +237,7 @@ def test_diverging_member_stops_all_at_the_last_good_epoch(data, tmp_path, metho
         for name, value in model.state_dict().items():
             assert torch.equal(value, kept[k][name])
         resumes = {path.name for path in (tmp_path / f"member-{k:03d}").glob("resume*")}
-        assert resumes == {"resume-00001.pt"}
+        assert resumes == {"resume-00000.pt", "resume-00001.pt"}
 
 
 @pytest.mark.parametrize("method", ["vmap", "loop"])

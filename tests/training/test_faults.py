@@ -32,18 +32,18 @@ def on_call(number, action, function):
     return counted
 
 
-# An epoch has three steps, and writes weights, state and log: each a sync, then a replace. Epoch 0
-# writes its weights only.
+# An epoch has three steps, and writes weights, state and log: each a sync, then a replace. So does
+# epoch 0, which has no step.
 POINTS = {
     "first step": ("step", 1),
     "fourth epoch": ("step", 11),
     "first weights half written": ("fsync", 1),
-    "first state half written": ("fsync", 3),
-    "weights written, not in place": ("replace", 8),
-    "state written, not in place": ("replace", 9),
-    "log written, not in place": ("replace", 10),
-    "before the old state is dropped": ("unlink", 11),
-    "last state half written": ("fsync", 18),
+    "first state half written": ("fsync", 2),
+    "weights written, not in place": ("replace", 10),
+    "state written, not in place": ("replace", 11),
+    "log written, not in place": ("replace", 12),
+    "before the old state is dropped": ("unlink", 10),
+    "last state half written": ("fsync", 20),
     "in the callback": ("callback", 6),
 }
 
@@ -113,32 +113,39 @@ def no_space(*args, **kwargs):
 
 @pytest.mark.parametrize("file", ["weights", "state", "log"])
 def test_full_disk_ends_with_what_is_kept_and_what_to_do(whole, tmp_path, monkeypatch, file):
-    # The third epoch's: one file before the first epoch, three an epoch.
-    number = 1 + 2 * 3 + ["weights", "state", "log"].index(file) + 1
+    # The third epoch's: three files before the first epoch, and three an epoch.
+    number = 3 + 2 * 3 + ["weights", "state", "log"].index(file) + 1
     kept = 3 if file == "log" else 2
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", on_call(number, no_space, os.fsync))
         with pytest.raises(OSError, match=f"Epoch 3 .*No space.* after epoch {kept}") as caught:
             run(tmp_path / "parts")
     assert caught.value.errno == errno.ENOSPC
-    assert "resume=True" in str(caught.value)
+    assert "Make room, then go on with `resume=True`" in str(caught.value)
     assert not list((tmp_path / "parts").glob(".*"))
     assert_same(run(tmp_path / "parts", resume=True), whole)
 
 
 def test_full_disk_before_any_state_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", on_call(3, no_space, os.fsync))
-    with pytest.raises(OSError, match="Epoch 1 .* still holds no state"):
+    monkeypatch.setattr(os, "fsync", on_call(2, no_space, os.fsync))
+    with pytest.raises(OSError, match="Epoch 0 .* still holds no state"):
         run(tmp_path)
 
 
 def test_limit_on_the_size_of_files(other_process, whole):
     """The kernel itself refuses to write on, in the middle of a file."""
     message = (other_process / "limit.txt").read_text()
-    assert "Epoch 3 was trained but could not be written (File too large)" in message
-    assert "holds the state after epoch 2" in message
+    assert "Epoch 3 could not be written (File too large)" in message
+    assert "holds the state after epoch 2. Go on with `resume=True`" in message
     assert not list((other_process / "limit").glob(".*"))
     assert_same(run(other_process / "limit", resume=True), whole)
+
+
+def test_what_another_run_is_writing_is_left_to_it(tmp_path):
+    part = tmp_path / f".resume-00002.pt.{os.getppid()}.part"
+    part.touch()
+    run(tmp_path, epochs=3)
+    assert part.exists()
 
 
 def test_nan_keeps_the_last_good_state_to_resume_from(whole, tmp_path):

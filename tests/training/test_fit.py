@@ -411,7 +411,10 @@ def test_nan_stops_with_the_last_good_weights(data, tmp_path, where):
     with pytest.raises(FloatingPointError, match=message[where]):
         fit(model, data, epochs=4, loss=loss, folder=tmp_path, callbacks=[remember], clip=None)
     assert states_equal(model.state_dict(), kept)
-    assert {path.name for path in tmp_path.glob("resume*")} == {"resume-00001.pt"}
+    assert {path.name for path in tmp_path.glob("resume*")} == {
+        "resume-00000.pt",
+        "resume-00001.pt",
+    }
 
 
 def test_pytorch_scheduler_is_stepped_once_an_epoch(data):

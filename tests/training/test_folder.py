@@ -82,6 +82,14 @@ def test_sixteen_bits_are_scaled(tmp_path):
     torch.testing.assert_close(images[0], images[1])
 
 
+def test_an_image_of_too_many_pixels_for_pillow_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "0.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="`root` must hold whole images, got .*0.png .*64 pixels"):
+        list(FolderImages(tmp_path))
+
+
 def test_what_is_no_folder_of_images_is_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / ".hidden").mkdir()

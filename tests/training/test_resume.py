@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -48,6 +49,45 @@ def test_stopped_within_an_epoch(tmp_path, after):
     with pytest.raises(Stop):
         run(tmp_path / "parts", transform=stop_there)
     assert_same(run(tmp_path / "parts", resume=True), whole)
+
+
+@pytest.mark.parametrize("ensemble", [False, True], ids=["fit", "fit_ensemble"])
+def test_stopped_in_the_first_epoch_and_called_again_with_the_same_objects(tmp_path, ensemble):
+    def training(folder):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, x, y = nn.Linear(4, 3), torch.randn(12, 4), torch.arange(12) % 3
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(3)
+        loader = DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=generator)
+
+        def train(loss=F.cross_entropy, resume=True):
+            settings = {"epochs": 2, "loss": loss, "checkpoints": ("init",), "resume": resume}
+            if ensemble:
+                fit_ensemble([model], loader, optimizers=[optimizer], folder=folder, **settings)
+            else:
+                fit(model, loader, optimizer=optimizer, folder=folder, **settings)
+            own = folder / "member-000" if ensemble else folder
+            return *torch.load(own / "epoch-00000.pt", weights_only=True).values(), model.weight
+
+        return train
+
+    @functools.wraps(F.cross_entropy)
+    def stop_at_the_second(outputs, targets):
+        calls.append(0)
+        if len(calls) == 2:
+            raise Stop
+        return F.cross_entropy(outputs, targets)
+
+    whole = training(tmp_path / "whole")()
+    calls, again = [], training(tmp_path / "parts")
+    with pytest.raises(Stop):
+        again(stop_at_the_second)
+    assert all(map(torch.equal, again(), whole))
+    calls, again = [], training(tmp_path / "afresh")
+    with pytest.raises(Stop):
+        again(stop_at_the_second)
+    again(resume=False)  # what no epoch has done is no run yet
 
 
 def test_stopped_several_times(tmp_path):

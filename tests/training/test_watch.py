@@ -371,6 +371,22 @@ def test_what_cannot_be_is_refused(tmp_path):
         wrong(nn.Linear(2, 2), 0)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x81\n",
+        b"a,b\n1,2\n",
+        b"step,probe,status,seconds,training\n1,norm\n",
+        b"step,probe,status,seconds,training\nx,norm,measured,1,2\n",
+    ],
+    ids=["bytes", "columns", "short", "word"],
+)
+def test_what_is_no_log_is_refused(tmp_path, content):
+    (tmp_path / "watch.csv").write_bytes(content)
+    with pytest.raises(ValueError, match="`folder` must hold the log of a Watch, got .*watch.csv"):
+        Watch({"norm": weight_norm}, folder=tmp_path, resume=True)
+
+
 def test_fit_calls_back_before_the_first_epoch_and_after_each(tmp_path):
     calls = []
     model, _ = train(make_data(), tmp_path, [lambda m, e: calls.append((m, e, m.training))])
