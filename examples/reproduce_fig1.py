@@ -45,8 +45,8 @@ R = TypeVar("R", bound=Result)
 NOTE = (
     "Intervals (95 %): NLL over images, as if centre and ring were independent (too wide); "
     "APE and NEP bootstrapped over mini-batches, an NEP of 0 as of independent values. One "
-    "training run a model: no interval covers the choice of seed, and overlapping intervals are called "
-    "undecided."
+    "training run a model: no interval covers the choice of seed, and overlapping intervals are "
+    "called undecided."
 )
 
 
