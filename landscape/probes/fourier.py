@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from landscape._checks import check_choice
 from landscape.blocks import Blocks
 from landscape.probes.feature_maps import BlockTable, average_maps, table_fields
+from landscape.restore import rounding
 from landscape.results import Provenance
 
 _OFFSET = 1e-6  # of the authors' notebook; keeps the logarithm of a zero finite
@@ -155,18 +156,19 @@ def _curves(maps: Tensor, window: Window | None, radial: bool) -> Tensor:
     if window is not None:
         down, across = (_hann(side, maps) for side in (height, width))
         maps = maps * down[:, None] * across
-    spectrum = torch.fft.rfft2(maps)  # of a real map: the other half mirrors this one
     if radial:
-        logs = _log(spectrum).mean(1).double()
+        spectrum = torch.fft.rfft2(maps)  # of a real map: the other half mirrors this one
+        logs = _log(spectrum.abs()).mean(1).double()
         curves = logs.flatten(1) @ _rings(height, width).to(logs.device)
     else:
-        rows, columns = _diagonal(height, width)
-        curves = _log(spectrum[..., rows, columns]).double().mean(1)
+        with rounding("full"):  # TF32 has too few digits beside the mean of a map
+            parts = maps.flatten(2) @ _waves(height, width, maps.dtype, maps.device)
+        curves = _log(torch.hypot(*parts.chunk(2, dim=2))).double().mean(1)
     return curves - curves[:, :1]
 
 
-def _log(spectrum: Tensor) -> Tensor:
-    return spectrum.abs().add_(_OFFSET).log_()
+def _log(amplitudes: Tensor) -> Tensor:
+    return amplitudes.add_(_OFFSET).log_()
 
 
 def _hann(side: int, like: Tensor) -> Tensor:
@@ -182,6 +184,20 @@ def _diagonal(height: int, width: int) -> tuple[list[int], list[int]]:
         for side in (height, width)
     )
     return rows, columns
+
+
+@functools.lru_cache(maxsize=8)  # of one network; up to 50 MB for maps of 224 × 224
+def _waves(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return cosines and sines of the frequencies of `_diagonal`, `(h · w, 2l)`.
+
+    On a CPU the product with them takes a quarter to three quarters of the time of all frequencies,
+    and has a half of their rounding errors or less.
+    """
+    rows, columns = (torch.tensor(each, device="cpu") for each in _diagonal(height, width))
+    down = (torch.arange(height, device="cpu")[:, None] * rows % height).double() / height
+    across = (torch.arange(width, device="cpu")[:, None] * columns % width).double() / width
+    angles = 2 * torch.pi * (down[:, None] + across).flatten(0, 1)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).to(device, dtype)
 
 
 @functools.cache
