@@ -193,11 +193,12 @@ def _waves(height: int, width: int, dtype: torch.dtype, device: torch.device) ->
     On a CPU the product with them takes a quarter to three quarters of the time of all frequencies,
     and has a half of their rounding errors or less.
     """
-    rows, columns = (torch.tensor(each, device="cpu") for each in _diagonal(height, width))
-    down = (torch.arange(height, device="cpu")[:, None] * rows % height).double() / height
-    across = (torch.arange(width, device="cpu")[:, None] * columns % width).double() / width
-    angles = 2 * torch.pi * (down[:, None] + across).flatten(0, 1)
-    return torch.cat([angles.cos(), angles.sin()], dim=1).to(device, dtype)
+    rows, columns = map(np.array, _diagonal(height, width))
+    down = np.arange(height)[:, None] * rows % height / height
+    across = np.arange(width)[:, None] * columns % width / width
+    angles = 2 * np.pi * (down[:, None] + across).reshape(height * width, -1)
+    waves = torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
+    return waves.to(device, dtype)
 
 
 @functools.cache
