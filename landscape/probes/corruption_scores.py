@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from landscape.probes.calibration import CalibrationBins, largest_probability
-from landscape.probes.scores import Moments, PairedScores, Truth
+from landscape.probes.scores import PairedScores, Truth
 
 
 class CorruptionScores:
@@ -23,9 +23,9 @@ class CorruptionScores:
         self.conditions = [(name, level) for name in corruptions for level in severities]
         self.count = 0
         self._names, self._levels = corruptions, severities
-        self._paired, self._mean = PairedScores(len(self.conditions)), Moments()
-        self._sums: list[Tensor] = []  # of the errors clean and under each corruption ...
-        self._products: list[Tensor] = []  # ... and of their products, one of each per batch
+        self._paired = PairedScores(len(self.conditions))
+        # Of each batch (1 + corruptions, n): error clean, and mean over severities.
+        self._wrong: list[Tensor] = []
         self._clean_bins = CalibrationBins()
         self._bins = [CalibrationBins() for _ in self.conditions]
         self._scores: list[Tensor] = []  # of the present batch under each condition
@@ -45,12 +45,8 @@ class CorruptionScores:
 
     def close_batch(self) -> None:
         """End a batch, all conditions of which were added in turn."""
-        changed = torch.stack(self._scores)
-        self._mean.add(changed.mean(0))
-        wrong = 1 - changed[..., 1].view(len(self._names), len(self._levels), -1).mean(1)
-        wrong = torch.cat([1 - self._paired.clean[None, :, 1], wrong])
-        self._sums.append(wrong.sum(1))
-        self._products.append(wrong @ wrong.T)
+        wrong = 1 - torch.stack(self._scores)[..., 1].view(len(self._names), len(self._levels), -1)
+        self._wrong.append(torch.cat([1 - self._paired.clean[None, :, 1], wrong.mean(1)]))
         self._scores = []
         self.count = self._paired.count
 
@@ -60,7 +56,9 @@ class CorruptionScores:
         Raises:
             ValueError: If a label was no class of the model.
         """
-        paired, mean = self._paired.fields(), self._mean.result().cpu().numpy()
+        paired, wrong = self._paired.fields(), torch.cat(self._wrong, dim=1)
+        centred = wrong - wrong.mean(1, keepdim=True)
+        covariance = (centred @ centred.T / (self.count * (self.count - 1))).cpu().numpy()
         ece = torch.stack([bins.error() for bins in (*self._bins, self._clean_bins)]).cpu().numpy()
         shape = (len(self._names), len(self._levels))
         tables = {
@@ -83,15 +81,7 @@ class CorruptionScores:
             "clean_nll": paired["clean_nll"],
             "clean_nll_stderr": paired["clean_nll_stderr"],
             "clean_ece": float(ece[-1]),
-            "mean_corruption_error": float(1 - mean[0, 1]),
-            "mean_corruption_error_stderr": float(mean[1, 1]),
-            "error_covariance": self._covariance(),
+            "mean_corruption_error": float(1 - paired["accuracy"].mean()),
+            "mean_corruption_error_stderr": float(np.sqrt(covariance[1:, 1:].mean().clip(0))),
+            "error_covariance": covariance,
         }
-
-    def _covariance(self) -> np.ndarray:
-        """Return the covariance of the mean errors, clean and under each corruption."""
-        sums, products = (torch.stack(each).sum(0) for each in (self._sums, self._products))
-        spread = (products - sums.outer(sums) / self.count) / self.count
-        freedom = self.count - 1
-        covariance: np.ndarray = (spread / freedom if freedom else spread * torch.nan).cpu().numpy()
-        return covariance
