@@ -13,7 +13,6 @@ turn A B A B …, medians.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable
@@ -192,8 +191,7 @@ def main() -> None:
         )
     where = machine.flat(("torch", "pillow", "numpy"), ("cpu", "cores", "threads", "python"))
     result = {"images": data.num_samples, "batch_size": BATCH_SIZE, **where, "chains": rows}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    machine.write(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The package is needed: `pip install imagecorruptions-imaug`.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import describe
+from machine import describe, write
 from torch import Tensor
 
 from landscape.corruptions import CORRUPTIONS, SEVERITIES, corrupt
@@ -176,9 +175,7 @@ def main() -> None:
     result["all"] = overall(rows, CORRUPTIONS)
     result["all but frost"] = overall(rows, tuple(n for n in CORRUPTIONS if n != "frost"))
     print(markdown(result))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
-    output.with_suffix(".md").write_text(markdown(result))
+    write(output, result, markdown(result))
 
 
 if __name__ == "__main__":

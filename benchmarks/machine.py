@@ -1,11 +1,13 @@
-"""The machine and the versions that a benchmark ran on."""
+"""The machine and the versions that a benchmark ran on, and the files of what it found."""
 
 import datetime
+import json
 import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +31,14 @@ def flat(packages: tuple[str, ...], keys: tuple[str, ...]) -> dict[str, object]:
     described = describe(packages)
     versions = {name: found for name in packages if (found := _version(name))}
     return {key: described[key] for key in keys} | versions
+
+
+def write(path: Path, result: dict[str, Any], table: str = "") -> None:
+    """Write what was measured as JSON, and its table, if there is one, as Markdown beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    if table:
+        path.with_suffix(".md").write_text(table)
 
 
 def now() -> str:

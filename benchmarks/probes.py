@@ -10,14 +10,13 @@ a ViT-Ti on images of 96 pixels.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from machine import describe
+from machine import describe, write
 from torch import nn
 from turns import seconds_of
 from workloads import Batch, batches, trained
@@ -144,9 +143,7 @@ def main() -> None:
         },
     }
     print(markdown(result))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
-    output.with_suffix(".md").write_text(markdown(result))
+    write(output, result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ model, relative, and as a share of the range of the surface.
 import argparse
 import copy
 import importlib.util
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -215,9 +214,8 @@ def main() -> None:
         "rounds": arguments.rounds,
         "training_steps": arguments.steps,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": where, "setting": setting, "models": results}
-    arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+    machine.write(arguments.output, content)
 
 
 if __name__ == "__main__":

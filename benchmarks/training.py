@@ -14,7 +14,6 @@ one.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import time
@@ -141,8 +140,7 @@ def main() -> None:
         result["cuda_device"] = torch.cuda.get_device_name()
         result["ensemble"]["cuda"] = ensembles(data, "cuda", arguments.rounds)
     result["load_at_end"] = round(os.getloadavg()[0], 2)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    machine.write(arguments.output, result)
 
 
 if __name__ == "__main__":
