@@ -23,6 +23,8 @@ ROUNDING = ((torch.backends.cuda.matmul, "tf32"), (torch.backends.cudnn.conv, "i
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # PyTorch's own, of a thread's first matrix product.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
 ]
 
 

@@ -91,7 +91,7 @@ class _Conv(Function):
         ctx.settings = settings
         out: Tensor
         if known is None:
-            out = _convolution(x, weight, bias, *settings)
+            out = _convolved(x, weight, bias, settings)
         else:
             a, scale, shift = known
             out = (a * scale[:, None, None]).add_(shift[:, None, None])
@@ -122,12 +122,11 @@ class _ConvBack(Function):
         x, weight, g = ctx.saved_tensors
         dx = dw = dg = None
         if v is not None:
-            dg = _convolution(v, weight, shift, *ctx.settings)
+            dg = _convolved(v, weight, shift, ctx.settings)
             if ctx.needs_input_grad[1]:
                 dw = _adjoints(g, v, weight, ctx.settings, (False, True, False))[1]
         if u is not None:
-            other = _convolution(x, u, shift if dg is None else None, *ctx.settings)
-            dg = other if dg is None else dg.add_(other)
+            dg = _convolved(x, u, shift if dg is None else None, ctx.settings, onto=dg)
             if ctx.needs_input_grad[0]:
                 dx = _adjoints(g, x, u, ctx.settings, (True, False, False))[0]
         if dg is None and shift is not None:
@@ -135,11 +134,38 @@ class _ConvBack(Function):
         return dx, dw, dg, None, None
 
 
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any, onto: Tensor | None = None
+) -> Tensor:
+    """Return x ∗ w + bias, added to `onto` where it is given."""
+    if has_kernels(x) and (onto is None or onto.is_contiguous()):
+        from landscape.linalg.gpu import convolution
+
+        if convolution.serves(x, weight, settings):
+            return convolution.convolve(x, weight, bias, settings[2], onto=onto)
+    out: Tensor = _convolution(x, weight, bias, *settings)
+    return out if onto is None else onto.add_(out)
+
+
 def _adjoints(
     g: Tensor, x: Tensor, weight: Tensor, settings: Any, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    found = _convolution_backward(g, x, weight, [weight.shape[0]], *settings, list(needed))
-    return tuple(t if wanted else None for t, wanted in zip(found, needed, strict=True))
+    """Return g ⋆ w, g ⋆ x and Σ g, those that are needed."""
+    found: list[Tensor | None] = [None, None, None]
+    rest = list(needed)
+    if has_kernels(g):
+        from landscape.linalg.gpu import convolution
+
+        if convolution.serves(g, weight, settings):
+            if needed[0]:
+                found[0] = convolution.convolve(g, weight, None, settings[2], back=True)
+            if needed[1] and convolution.serves_weights(x, weight):
+                found[1] = convolution.of_weight(g, x, weight)
+            rest = [wanted and t is None for wanted, t in zip(needed, found, strict=True)]
+    if any(rest):
+        made = _convolution_backward(g, x, weight, [weight.shape[0]], *settings, rest)
+        found = [t if wanted else f for t, wanted, f in zip(made, rest, found, strict=True)]
+    return tuple(found)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -55,6 +55,34 @@ def wide():
     )
 
 
+def convs():
+    """Kernels and maps of many shapes, and convolutions that there is no kernel for."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1, stride=4),
+        nn.Tanh(),
+        nn.Conv2d(64, 70, 3, padding=1, bias=False),
+        nn.BatchNorm2d(70),
+        nn.ReLU(),
+        nn.Conv2d(70, 65, 1),
+        nn.Tanh(),
+        nn.Conv2d(65, 66, (3, 5), padding=(2, 2), dilation=(2, 1)),
+        nn.Tanh(),
+        nn.Conv2d(66, 66, 3, padding=1, groups=2),
+        nn.Tanh(),
+        nn.Conv2d(66, 64, 2, stride=2),
+        nn.Tanh(),
+        nn.Conv2d(64, 300, 1),
+        nn.Tanh(),
+        nn.ZeroPad2d((0, 1, 0, 1)),
+        nn.Conv2d(300, 64, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(64, 64, 1),
+        nn.AvgPool2d(5),
+        nn.Flatten(1),
+        nn.Linear(64, 3),
+    )
+
+
 def vit(**sizes):
     return create_model("vit_nano", dim=32, depth=2, heads=2, num_classes=3, **sizes)
 
@@ -67,6 +95,8 @@ CASES = {
     "rows": (rows, 7, None),
     "wide": (wide, 33, None),
     "tokens": (Tokens, 4, None),
+    "convolutions": (convs, 5, None),
+    "weights of a convolution": (convs, 40, "13.weight"),
 }
 
 
@@ -98,7 +128,7 @@ def errors(name, device):
 
 def counting():
     """Count the calls of every kernel from now on."""
-    from landscape.linalg.gpu import attention, matmul, pointwise
+    from landscape.linalg.gpu import attention, convolution, matmul, pointwise
 
     calls = Counter()
 
@@ -111,6 +141,7 @@ def counting():
 
     for module, names in (
         (attention, ("bend", "centre")),
+        (convolution, ("convolve", "of_weight")),
         (matmul, ("multiply",)),
         (pointwise, ("bend", "norm_curvature")),
     ):

@@ -17,6 +17,8 @@ from tests.linalg.kernels import CASES, errors
 KERNELS = {
     "attention.bend",
     "attention.centre",
+    "convolution.convolve",
+    "convolution.of_weight",
     "matmul.multiply",
     "pointwise.bend",
     "pointwise.norm_curvature",
