@@ -1,6 +1,7 @@
 """Values, scales and colour bars that several drawings of a loss share."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -80,7 +81,7 @@ def color_bar(figure: FigureBase, norm: Normalize, label: str, **place: Any) -> 
     if isinstance(norm, LogNorm):
         bar.set_label(log_label(label))
     ticks = nice_ticks(norm)
-    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    bar.set_ticks(ticks, labels=tick_texts(ticks))
     bar.minorticks_off()
 
 
@@ -117,11 +118,35 @@ def nice_ticks(norm: Normalize) -> list[float]:
     """
     low, high = norm_ends(norm)
     locator: Locator = MaxNLocator(4)
-    if isinstance(norm, LogNorm):  # over many decades powers of ten alone
+    if isinstance(norm, LogNorm):
         within = (1, 2, 3, 5) if high < 20 * low else (1, 2, 5)
-        locator = LogLocator(subs=within if high < 300 * low else (1,))
+        locator = LogLocator(subs=within)
     ticks = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
+    if isinstance(norm, LogNorm) and high >= 300 * low:  # a few powers of ten alone
+        first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+        step = math.ceil((last - first + 1) / _MOST_POWERS)
+        ticks = [10.0**power for power in range(first, last + 1, step)]
     return ticks if len(ticks) > 1 else [low, high]
+
+
+def tick_texts(ticks: Sequence[float], power: str = "$10^{{{}}}$") -> list[str]:
+    """Return ticks in words, as powers where some have many digits and all are powers of ten.
+
+    Args:
+        ticks: Values.
+        power: How 10 to the power of `{}` is written.
+    """
+    plain = [f"{tick:g}" for tick in ticks]
+    if min(ticks) <= 0 or max(map(len, plain)) <= _LONGEST:
+        return plain
+    powers = [round(math.log10(tick)) for tick in ticks]
+    if not all(math.isclose(tick, 10.0**p) for tick, p in zip(ticks, powers, strict=True)):
+        return plain
+    return [power.format(p) for p in powers]
+
+
+_MOST_POWERS = 5  # on a scale, and ...
+_LONGEST = 5  # ... characters of a tick that is written plainly, as the widths of figures allow
 
 
 class SignedDecades(Locator):

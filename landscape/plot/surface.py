@@ -24,6 +24,7 @@ from landscape.plot.scale import (
     nice_ticks,
     norm_ends,
     shared_limits,
+    tick_texts,
 )
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _draw_surface3d(
     longest, (floor, ceiling) = 0, norm_ends(norm)
     if isinstance(norm, LogNorm):  # 3D axes have no log scale of their own: log10, labelled back
         ticks = nice_ticks(norm)
-        ax.set_zticks(np.log10(ticks), [f"{tick:g}" for tick in ticks])
+        ax.set_zticks(np.log10(ticks), tick_texts(ticks))
         heights, floor, ceiling = np.log10(heights), np.log10(floor), np.log10(ceiling)
         label = log_label(label)
     else:

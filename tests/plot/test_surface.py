@@ -7,7 +7,7 @@ from matplotlib.contour import QuadContourSet
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from landscape import plot
-from landscape.plot.scale import make_norm, nice_ticks
+from landscape.plot.scale import make_norm, nice_ticks, tick_texts
 from tests.plot.cases import line, surface
 
 
@@ -172,12 +172,22 @@ def test_scale_is_logarithmic_beyond_a_factor_of_ten(ends, log):
 @pytest.mark.parametrize(("low", "high"), [(1, 30), (0.02, 400), (2, 2.9), (1e-6, 1e6)])
 def test_logarithmic_ticks_are_few_and_inside(low, high):
     ticks = nice_ticks(make_norm(low, high, log=True))
-    assert 2 <= len(ticks) <= 13
+    assert 2 <= len(ticks) <= 12
     assert low <= ticks[0] < ticks[-1] <= high
 
 
 def test_a_short_logarithmic_scale_has_a_tick_near_each_end():
     assert nice_ticks(make_norm(2.2, 24, log=True)) == [3, 5, 10, 20]
+
+
+def test_many_decades_have_a_few_powers_of_ten():
+    ticks = nice_ticks(make_norm(150, 2e8, log=True))
+    assert ticks == [1e3, 1e5, 1e7]
+    assert tick_texts(ticks) == ["$10^{3}$", "$10^{5}$", "$10^{7}$"]
+    assert tick_texts(ticks, "10<sup>{}</sup>")[0] == "10<sup>3</sup>"
+    assert tick_texts([0.1, 1.0, 100.0]) == ["0.1", "1", "100"]
+    assert tick_texts([123456.0, 234567.0]) == ["123456", "234567"]
+    assert tick_texts([-200000.0, 0.0]) == ["-200000", "0"]
 
 
 def test_line_draws_the_values_and_two_standard_errors():

@@ -18,6 +18,7 @@ from landscape.plot.scale import (
     nice_ticks,
     norm_ends,
     shared_limits,
+    tick_texts,
 )
 from landscape.plot.trajectory import known_angles
 
@@ -210,7 +211,7 @@ def _button(
         "coloraxis.cmax": high,
         "coloraxis.colorbar.title.text": LABELS[quantity],
         "coloraxis.colorbar.tickvals": np.log10(ticks) if log else ticks,
-        "coloraxis.colorbar.ticktext": [f"{tick:g}" for tick in ticks],
+        "coloraxis.colorbar.ticktext": tick_texts(ticks, "10<sup>{}</sup>"),
     }
     for column in range(1, len(named) + 1):
         scene = "scene" if column == 1 else f"scene{column}"
