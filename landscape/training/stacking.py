@@ -187,6 +187,31 @@ def stacked(steps: Sequence[Step]) -> Iterator[Stack]:
             stack.unlink()
 
 
+@contextmanager
+def doubled(steps: Sequence[Step]) -> Iterator[None]:
+    """Let models be in float64; afterwards they and their optimizers have their own tensors again.
+
+    Args:
+        steps: What a step of each model does.
+    """
+    own = [
+        (tensor, tensor.data)
+        for step in steps
+        for tensor in (*step.model.parameters(), *step.model.buffers())
+    ]
+    states = [dict(step.optimizer.state) for step in steps]
+    try:
+        for tensor, data in own:
+            tensor.data = data.double() if data.is_floating_point() else data.clone()
+        yield
+    finally:
+        for tensor, data in own:
+            tensor.data = data
+        for step, state in zip(steps, states, strict=True):
+            step.optimizer.state.clear()
+            step.optimizer.state.update(state)
+
+
 def stack_batches(batches: Sequence[Any]) -> Any:
     """Return tensors, or mappings of tensors, stacked along a leading dimension of members.
 

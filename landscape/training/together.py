@@ -67,16 +67,20 @@ def run_epoch(
     bar.set_postfix(loss=f"{sum(own.loss() for own in trained) / len(runs):.4f}")
 
 
-def rehearse(stack: Stack, draws: Draws, runs: Sequence[Run]) -> tuple[bool, bool]:
+def rehearse(
+    stack: Stack, draws: Draws, runs: Sequence[Run], exactly: bool = False
+) -> tuple[bool, bool]:
     """Take gradients of the first batch together and one by one; then all is as before.
 
     What belongs to one member alone and is no tensor of its state (an attribute, the row of an
-    embedding that stays as it is, a buffer that is assigned) shows in them.
+    embedding that stays as it is, a buffer that is assigned) shows in them. So does, in float32, a
+    ReLU that rounding puts on the other side of zero.
 
     Args:
         stack: The models of the runs.
         draws: Their dropout masks.
         runs: The runs.
+        exactly: Whether the models are in float64 meanwhile, whatever the data.
 
     Returns:
         Whether they agree; and if not, whether a model by itself has other gradients again, because
@@ -94,6 +98,8 @@ def rehearse(stack: Stack, draws: Draws, runs: Sequence[Run]) -> tuple[bool, boo
     taken = [batch for batch in firsts if batch is not None]
     if len(taken) < len(runs):
         return True, False  # nothing to see
+    if exactly:
+        taken = [_doubled(batch) for batch in taken]
     try:
         inputs, targets = (stack_batches([batch[part] for batch in taken]) for part in (0, 1))
         masks = [torch.stack(own) for own in zip(*(batch[2] for batch in taken), strict=True)]
@@ -127,6 +133,17 @@ def _alone(
         gradient = stack.gradient_alone(index, loop.forward(member.step, model, *batch[:2])[0])
         kept = are_same()
     return gradient if kept else None
+
+
+def _doubled(value: Any) -> Any:
+    """Return floating tensors in mappings and sequences in float64, and the rest as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {name: _doubled(entry) for name, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_doubled, value))
+    return value
 
 
 def _put_back(stack: Stack, before: Mapping[str, Tensor]) -> None:

@@ -431,6 +431,31 @@ def test_what_vmap_would_train_otherwise_goes_in_a_loop(make, match, generator):
         assert_close(models[k], model, rtol=0.0)
 
 
+class Kink(nn.Linear):
+    """In float32 it is another function under `vmap`, as where rounding moves a ReLU's input."""
+
+    def forward(self, x):
+        batched = torch._C._functorch.is_batchedtensor(x)
+        return super().forward(1.1 * x if batched and x.dtype == torch.float32 else x)
+
+
+def test_what_rounding_makes_of_gradients_is_told_in_float64(generator):
+    data = [(torch.randn(8, 5, generator=generator), torch.arange(8) % 3)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = [Kink(5, 3) for _ in range(2)]
+    for model in models:
+        model.register_buffer("count", torch.zeros(1))
+        model.weight.grad = torch.ones_like(model.weight)
+    optimizers = make_optimizers(models)
+    before = [(t, t.data_ptr()) for m in models for t in (*m.parameters(), *m.buffers())]
+    assert fit_ensemble(models, data, epochs=2, optimizers=optimizers, method="vmap")
+    assert all(t.dtype == torch.float32 and t.data_ptr() == place for t, place in before)
+    moments = [s["exp_avg"] for o in optimizers for s in o.state.values()]
+    assert moments
+    assert all(m.dtype == torch.float32 for m in moments)
+
+
 def test_settings_that_schedulers_change_are_each_members(data):
     """OneCycleLR moves the betas of AdamW too, of each member in its own way."""
 
