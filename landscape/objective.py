@@ -137,7 +137,8 @@ class Objective:
         Returns:
             The frozen objective, after one pass over the data, a forward pass of one batch, two of
             16 of its samples (a second one of all in a batch of up to 32), one of two, and one of
-            up to 16 samples of a second batch; with `loss=None`, two of 32 samples of both.
+            up to 16 samples of a second batch; with `loss=None`, three of one batch, one of two
+            samples, and two of 32 samples of two batches, in parts too.
         """
         return FrozenObjective(self, model, data, keep_bytes, check_mean)
 

@@ -13,7 +13,7 @@ Blocks are found in the dataflow of one forward pass (`structure`), not by the n
 every residual sum ends a block, so a transformer has one behind each attention and one behind each
 MLP, after its residual addition as in Park & Kim (2022). A block is observed or removed at the very
 call that computes it, counted from the start of the pass: the model is never copied or rewritten,
-and carries no hook.
+and carries hooks inside of `lesion` alone.
 """
 
 import fnmatch

@@ -112,7 +112,7 @@ class HessianOperator(CurvatureOperator):
             data: Re-iterable of batches.
             objective: Whose Hessian.
             memory: What may be kept between products: bytes, a fraction of the free memory of the
-                device, or `"auto"` (half of it).
+                device (a float up to 1), or `"auto"` (half of it).
 
         Raises:
             ValueError: If the loss is not finite on some batch, an argument is out of range, or the
@@ -322,6 +322,6 @@ def check_memory(memory: Memory) -> None:
 def _bytes(memory: Memory, device: torch.device) -> int:
     if memory == "auto":
         memory = 0.5
-    if isinstance(memory, float):
+    if isinstance(memory, float) and memory <= 1:
         return int(memory * free_memory(device))
     return int(memory)

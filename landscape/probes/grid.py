@@ -7,7 +7,7 @@ import numpy as np
 
 from landscape._checks import as_numbers
 
-Points = int | list[float] | np.ndarray
+Points = int | Sequence[float] | np.ndarray
 
 
 def spans(
@@ -67,7 +67,7 @@ def axis(span: tuple[float, float], points: Points) -> np.ndarray:
 
 
 def axes(
-    span: float | Sequence[float], points: Points | tuple[Points, Points]
+    span: float | Sequence[float], points: Points | Sequence[Points]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the coordinates of the x and the y axis.
 

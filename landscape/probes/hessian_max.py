@@ -48,8 +48,8 @@ class HessianMaxSpectrum(Result):
         nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high); for fewer
             than ten it is a rough one, for a single one NaN. Of 0 and 1, where all resamples are
             alike, it is that of as many independent values (Clopper & Pearson 1934, with the
-            degrees of freedom of Korn & Graubard 1998). Of the 181 other spectra behind the figures
-            of this repository the median variance of NEP is 0.7 of what independent values have.
+            degrees of freedom of Korn & Graubard 1998). Of some 180 other spectra of this
+            repository's figures the median variance of NEP is 0.7 of that of independent values.
         ape: Average of the positive max eigenvalues, ∫_0^∞ λp(λ)dλ / ∫_0^∞ p(λ)dλ; NaN if none.
         ape_interval: That of `ape`.
         num_hvps: Mini-batch Hessian-vector products in all.

@@ -58,7 +58,8 @@ class LesionStudy(PairedResult):
         clean_nll: Negative log-likelihood of the whole model, in nats.
         clean_nll_stderr: Its standard error.
         skipped: Block to the reason why it has no lesion.
-        provenance: Where the result came from.
+        provenance: Where the result came from; `num_forwards` counts the clean pass and one a unit,
+            also where these begin in the middle (`shared_prefix` in the settings).
     """
 
     _plot: ClassVar[str | None] = "lesion_study"
@@ -92,8 +93,8 @@ def lesion_study(
         progress: Show a progress bar.
 
     Returns:
-        The study. Cost: about half as many forward passes over the data as units, and 3 to 4 more.
-        Memory: one batch, whatever the number of units.
+        The study. Cost: about half as many forward passes over the data as units, and 2 to 3 more
+        (in time up to 5). Memory: one batch, whatever the number of units.
 
     Raises:
         TypeError: If `data` cannot be iterated over twice, or `blocks` is no `Blocks`.

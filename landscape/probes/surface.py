@@ -137,7 +137,7 @@ def loss_surface(
     *,
     directions: Directions | None = None,
     span: float | Sequence[float] = 1.0,
-    points: Points | tuple[Points, Points] = 21,
+    points: Points | Sequence[Points] = 21,
     objective: Objective = Objective(),
     metrics: Metric | Sequence[Metric] = ("loss", "accuracy"),
     l2: L2 = "squared",
@@ -150,8 +150,8 @@ def loss_surface(
     """Loss over a plane through the model's weights (Li et al. 2018; Park & Kim 2022, Fig. 1a).
 
     The formulas stand at the top of this module. Cost: one forward pass over the data a point
-    (two with `batch_norm="recalibrate"`), fewer points with `tol`, two and a half batches at the
-    start, and memory for the directions twice and two sets of weights.
+    (two with `batch_norm="recalibrate"`), fewer points with `tol`, one batch and about 110 samples
+    at the start, and memory for the directions twice and two sets of weights.
 
     Args:
         model: Any module; left as it was found.

@@ -7,6 +7,7 @@ of them (`torch.func.stack_module_state` tells the idea, `landscape.training.sta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from landscape._checks import check_choice
+from landscape._checks import check_callable, check_choice
 from landscape._loaders import one_pass
 from landscape._progress import progress_bar
 from landscape.batches import Transform, split_batch
@@ -82,12 +83,12 @@ def fit_ensemble(
 
     `method="auto"` takes `vmap` on accelerators, and on a CPU for batches of at most 16, where
     starting operations is what takes time; at larger batches one model keeps a CPU busy, and a
-    loop over the members is faster. This is a heuristic: on one core small ResNets and ViTs were
-    faster under `vmap` at batch 8, the more so the smaller they are, and all but the smallest
-    slower at batch 32 (`benchmarks/training.py`). What `vmap` cannot run (a cross-entropy with
-    class weights and label smoothing, an LSTM), or gives other gradients of the first batch than
-    each model alone (attributes that differ), is trained in a loop too. A step under `vmap` needs
-    the memory of all members' activations. Validation goes member by member either way.
+    loop over the members is faster. This is a heuristic: on one core small ResNets and ViTs were up
+    to 1.8 times as fast under `vmap` at batch 8, a ViT of dim 48 about as fast, and all but the
+    smallest slower at batch 32 (`benchmarks/training.py`). What `vmap` cannot run (a cross-entropy
+    with class weights and label smoothing, an LSTM), or gives other gradients of the first batch
+    than each model alone (attributes that differ), is trained in a loop too. A step under `vmap`
+    needs the memory of all members' activations. Validation goes member by member either way.
 
     Args:
         models: At least one, alike in everything but their weights.
@@ -143,6 +144,8 @@ def fit_ensemble(
     }
     if callable(callbacks) or any(callable(own) for own in callbacks or ()):
         raise ValueError("`callbacks` must have one list per model, got functions; use lists.")
+    for callback in itertools.chain.from_iterable(callbacks or ()):
+        check_callable("callbacks", callback, "functions of the model and the epochs done")
     for name, values in given.items():
         got = len(values) if isinstance(values, Sized) else type(values).__name__
         if values is not None and got != count:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from landscape._checks import check_module
+from landscape._checks import check_callable, check_module
 from landscape._progress import progress_bar
 from landscape.batches import Transform
 from landscape.losses import Loss
@@ -119,6 +119,8 @@ def fit(
     if callable(callbacks):
         raise ValueError("`callbacks` must be a list of functions, got a function; put it in one.")
     check_module(model)
+    for callback in callbacks:
+        check_callable("callbacks", callback, "functions of the model and the epochs done")
     optimizer = optimizer or adamw(model)
     loop.check_optimizer(optimizer, model)
     step = loop.Step(

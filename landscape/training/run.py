@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from landscape._checks import check_callable, check_count, check_data, is_number
+from landscape._loaders import one_pass
 from landscape._names import lasting_name
 from landscape._streams import OwnStreams
 from landscape.batches import split_batch
@@ -203,7 +204,16 @@ def make_run(
         rates=tuple(group["lr"] for group in step.optimizer.param_groups),
     )
     _ = run.num_batches  # an error comes before work
+    if validation is not None and _is_empty(validation):
+        raise ValueError("`validation` must yield at least one batch, got none; is it empty?")
     return run
+
+
+def _is_empty(data: Iterable[Any]) -> bool:
+    try:
+        return not len(cast(Sized, data))
+    except TypeError:  # also of a DataLoader, if what it loads has none
+        return next(iter(one_pass(data)), None) is None
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from landscape._checks import check_count
+from landscape._checks import check_callable, check_count
 from landscape.restore import same_buffers, same_modes, same_trainable
 from landscape.results import Result, write_atomically
 from landscape.training.surroundings import same_random_state
@@ -92,7 +92,8 @@ class Watch:
             raise ValueError(f"`budget` must be positive, a share of the training, got {budget}.")
         if not probes:
             raise ValueError("`probes` must hold at least one probe, got none.")
-        for name in probes:
+        for name, probe in probes.items():
+            check_callable("probes", probe, "functions of the model")
             if not name or Path(name).name != name or name.startswith("."):
                 raise ValueError(f"`probes` must have names that are file names, got {name!r}.")
         self._probes = dict(probes)

@@ -159,7 +159,7 @@ def test_operators_in_single_precision(kind):
     torch.testing.assert_close(matrix_of(operator).double(), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("memory", [0, "auto", 0.5, PART], ids=str)
+@pytest.mark.parametrize("memory", [0, "auto", 0.5, PART, float(PART)], ids=str)
 def test_kept_and_rebuilt_graphs_give_the_same_products(memory):
     model, batches = make_model("conv"), make_batches((4, 4, 3, 1))
     operator = HessianOperator(model, batches, memory=memory)

@@ -562,6 +562,7 @@ def test_bad_arguments_are_refused_before_training(data, tmp_path, arguments, ma
         ({"schedule": 3}, "`schedule` must be a function of the epoch, or a PyTorch sch.*, got 3"),
         ({"optimizer": 3}, "`optimizer` must be a torch.optim.Optimizer, got int"),
         ({"clip": "x"}, "`clip` must be positive or None, got 'x'"),
+        ({"callbacks": [print, 3]}, "`callbacks` must be functions of the model .*, got 3"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -598,6 +599,10 @@ def test_bad_data_are_refused(data):
         def __iter__(self):
             return iter(data)
 
+    class Empty(IterableDataset):
+        def __iter__(self):
+            return iter([])
+
     with pytest.raises(ValueError, match="`data` must have a length.*pass a list, or a DataLoader"):
         fit(make_model(), DataLoader(Endless(), batch_size=None), epochs=1)
     with pytest.raises(TypeError, match="one-shot"):
@@ -606,6 +611,10 @@ def test_bad_data_are_refused(data):
         fit(make_model(), data, epochs=1, validation=3)
     with pytest.raises(TypeError, match=r"`validation` must be re-iterable .*list\(validation\)"):
         fit(make_model(), data, epochs=1, validation=iter(data))
+    few = DataLoader(TensorDataset(torch.zeros(5, 1, 6, 6)), batch_size=9, drop_last=True)
+    for validation in ([], few, DataLoader(Empty(), batch_size=None)):
+        with pytest.raises(ValueError, match="`validation` must yield at least one batch"):
+            fit(make_model(), data, epochs=1, validation=validation)
     with pytest.raises(ValueError, match="`data` must hold targets, got none in batch 0"):
         fit(make_model(), [{"input": torch.zeros(2, 1, 6, 6)}], epochs=1)
     with pytest.raises(ValueError, match="`data` must yield at least one batch"):

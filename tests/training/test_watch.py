@@ -353,6 +353,8 @@ def test_what_cannot_be_is_refused(tmp_path):
         Watch(norm, folder=tmp_path, budget=0)
     with pytest.raises(ValueError, match="`probes` must hold at least one"):
         Watch({}, folder=tmp_path)
+    with pytest.raises(TypeError, match="`probes` must be functions of the model, got 3"):
+        Watch({"norm": 3}, folder=tmp_path)
     for name in ("", "a/b", "..", ".hidden"):
         with pytest.raises(ValueError, match="names that are file names, got"):
             Watch({name: weight_norm}, folder=tmp_path)
