@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from landscape.linalg.bilinear import apply, check_last
-from landscape.linalg.gpu import has_kernels
+from landscape.linalg.gpu import LONGEST, has_kernels
 
-LONGEST = 1 << 13  # row of keys that a kernel of a GPU holds
 CACHED = 1 << 18  # attention weights at a time, a heuristic: a few such tables stay in the cache
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from landscape.linalg.bilinear import apply, check_last
-from landscape.linalg.gpu import has_kernels
+from landscape.linalg.gpu import LONGEST, has_kernels
 
 _layer_norm: Any = torch.ops.aten.native_layer_norm
 _layer_norm_backward: Any = torch.ops.aten.native_layer_norm_backward
@@ -90,7 +90,7 @@ def curvature(
         u: Tangent of the derivative in γ.
         s: Tangent of the derivative in β.
     """
-    if has_kernels(x):
+    if has_kernels(x) and x.numel() > 0 and x.shape[1] <= LONGEST:
         from landscape.linalg.gpu.pointwise import norm_curvature
 
         return norm_curvature(x, weight, g, mean, rho, v, u, s)

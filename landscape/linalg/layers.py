@@ -365,4 +365,4 @@ def _like_rows(out: Tensor, x: Tensor) -> Tensor:
 
 
 def _pair(size: int | Sequence[int]) -> list[int]:
-    return [size, size] if isinstance(size, int) else list(size)
+    return [size, size] if isinstance(size, int) else list(size) * (2 // len(size))

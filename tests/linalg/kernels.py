@@ -7,14 +7,17 @@ The interpreter has to be chosen before Triton is imported, so it has a process 
 prints the errors of all cases, beside those of PyTorch in float32, and how often each kernel ran.
 """
 
+import copy
 import json
 from collections import Counter
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from landscape import HessianOperator, Objective
-from landscape.linalg import gpu
+from landscape.linalg import gpu, layers
 from landscape.models import create_model
 
 
@@ -71,6 +74,8 @@ def convs():
         nn.Tanh(),
         nn.Conv2d(66, 64, 2, stride=2),
         nn.Tanh(),
+        nn.Conv2d(64, 64, (4, 2), padding=(3, 1), dilation=2),
+        nn.Tanh(),
         nn.Conv2d(64, 300, 1),
         nn.Tanh(),
         nn.ZeroPad2d((0, 1, 0, 1)),
@@ -81,6 +86,57 @@ def convs():
         nn.Flatten(1),
         nn.Linear(64, 3),
     )
+
+
+class Views(nn.Module):
+    """Biases and scales that are views: columns of a table, or one number for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.one = nn.Parameter(torch.randn(64, 6)), nn.Parameter(torch.ones(1))
+        sizes = (64, 64, 1, 1), (64, 64), (64, 64), (64, 64), (3, 64)
+        self.weights = nn.ParameterList(torch.randn(size) / 8 for size in sizes)
+
+    def forward(self, x):
+        conv, *linear, head = self.weights
+        columns = self.table.unbind(1)
+        x = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, 61)), conv, columns[0], padding=(0,))
+        x = x.tanh().flatten(2).mT
+        x = F.layer_norm(x, (64,), columns[1], columns[2])
+        x = F.layer_norm(x, (64,), self.one.expand(64), self.one.expand(64))
+        x = F.linear(x, linear[0], columns[3])
+        x = F.linear(F.gelu(F.linear(x, linear[1], columns[4])), linear[2], columns[5])
+        return F.linear(x.tanh().mean(1), head)
+
+
+class Experts(nn.Module):
+    """Layers of which the second gets no sample."""
+
+    def __init__(self):
+        super().__init__()
+        norm = nn.Sequential(nn.Flatten(2), nn.LayerNorm(16), nn.Unflatten(2, (4, 4)))
+        self.first, self.second = (
+            nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), copy.deepcopy(norm)) for _ in range(2)
+        )
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x):
+        x = F.pad(F.avg_pool2d(x, 8), (0, 0, 0, 0, 0, 61))
+        mine = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        out = torch.zeros_like(x)
+        out[mine], out[~mine] = self.first(x[mine]), self.second(x[~mine])
+        return self.head(out.tanh().mean((2, 3)))
+
+
+class Long(nn.Module):
+    """Norms of rows that are too long for a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(3072 * 3), nn.Linear(3072 * 3, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(x.flatten(1).repeat(1, 3)).sin())
 
 
 def vit(**sizes):
@@ -96,8 +152,23 @@ CASES = {
     "wide": (wide, 33, None),
     "tokens": (Tokens, 4, None),
     "convolutions": (convs, 5, None),
-    "weights of a convolution": (convs, 40, "13.weight"),
+    "weights of a convolution": (convs, 40, "15.weight"),
+    "views": (Views, 2, None),
+    "experts": (Experts, 4, None),
+    "long rows": (Long, 4, None),
 }
+
+
+@contextmanager
+def as_on_a_gpu(kernels):
+    """With or without kernels, and channels first, as a CPU has them last."""
+    before = gpu._runs_kernels, layers._Replacing
+    gpu._runs_kernels = lambda device: kernels
+    layers._Replacing = lambda channels_last: before[1](channels_last=False)
+    try:
+        yield
+    finally:
+        gpu._runs_kernels, layers._Replacing = before
 
 
 def errors(name, device):
@@ -114,13 +185,10 @@ def errors(name, device):
     def product(dtype, kernels=False):
         model.to(device, dtype)
         data = [(x.to(device, dtype), y.to(device))]
-        before, gpu._runs_kernels = gpu._runs_kernels, lambda device: kernels
-        try:
+        with as_on_a_gpu(kernels):
             operator = HessianOperator(model, data, objective)
             v = torch.randn(operator.dim, generator=torch.Generator().manual_seed(1))
             return operator.matvec(v.to(device, dtype)).double().cpu()
-        finally:
-            gpu._runs_kernels = before
 
     plain, ours, exact = product(torch.float32), product(torch.float32, True), product(torch.double)
     return [float((found - exact).norm() / exact.norm()) for found in (ours, plain)]

@@ -12,6 +12,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+LONGEST = 1 << 13
+"""Entries of a row, of a map or for a layer norm, that a kernel holds at most: compiling those of
+longer ones takes minutes."""
+
 
 def has_kernels(tensor: Tensor) -> bool:
     """Whether there are kernels for a tensor: of float32, on a GPU of NVIDIA's since 2020."""
@@ -30,6 +34,8 @@ def _runs_kernels(device: torch.device) -> bool:
         from landscape.linalg.gpu import pointwise
 
         pointwise.bend(*torch.zeros(4, 1, device=device))
+    except torch.OutOfMemoryError:
+        raise  # it tells nothing, and is not kept in the cache
     except Exception as error:
         warnings.warn(
             f"Hessian products run without this package's GPU kernels, as Triton fails: {error!r}.",

@@ -26,7 +26,8 @@ def bend(t: Tensor, u: Tensor, p: Tensor, centred: Tensor, scale: float) -> Tens
         D = P ∘ (A − c).
     """
     d = torch.empty_like(p)
-    (n, m, keys), rows, width = p.shape, *_tile(p.shape[2])
+    (n, m, keys), width = p.shape, triton.next_power_of_2(p.shape[2])
+    rows = _rows(width)
     _bend[(triton.cdiv(n * m, rows),)](
         t, u, p, centred, d, n * m, keys, scale, ROWS=rows, WIDTH=width
     )
@@ -42,16 +43,17 @@ def centre(a: Tensor, p: Tensor, g: Tensor, out: Tensor) -> None:
         g: Derivative in what attention returns, `(n, queries, e)`.
         out: What it returns, o.
     """
-    (n, m, keys), rows, width = p.shape, *_tile(p.shape[2])
-    e = g.shape[2]
+    (n, m, keys), e = p.shape, g.shape[2]
+    width, block_e = triton.next_power_of_2(keys), triton.next_power_of_2(e)
+    rows = _rows(max(width, block_e))
     _centre[(triton.cdiv(n * m, rows),)](
-        a, p, g, out, n * m, keys, E=e, BLOCK_E=triton.next_power_of_2(e), ROWS=rows, WIDTH=width
+        a, p, g, out, n * m, keys, E=e, BLOCK_E=block_e, ROWS=rows, WIDTH=width
     )
 
 
-def _tile(keys: int) -> tuple[int, int]:
-    width = triton.next_power_of_2(keys)
-    return max(1, _ENTRIES // width), width
+def _rows(width: int) -> int:
+    """Return the rows of this width that a program takes."""
+    return max(1, _ENTRIES // width)
 
 
 @triton.jit

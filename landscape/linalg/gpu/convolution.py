@@ -21,7 +21,7 @@ _SHORTEST = 8  # steps of a part of a sum, a heuristic
 
 
 def serves(x: Tensor, weight: Tensor, settings: Any) -> bool:
-    """Whether a convolution is made here: not rounded, not grouped, of maps that keep their size.
+    """Whether a convolution is made here: plain, not rounded, of maps that keep their size.
 
     Args:
         x: Images, or the derivative in what was made of them.
@@ -30,11 +30,11 @@ def serves(x: Tensor, weight: Tensor, settings: Any) -> bool:
     """
     cudnn: Any = torch.backends.cudnn
     stride, padding, dilation, transposed, _, groups = settings
-    same = all(
-        2 * p == d * (k - 1) for p, d, k in zip(padding, dilation, weight.shape[2:], strict=True)
-    )
+    sizes = zip(padding, dilation, weight.shape[2:], strict=True)
+    centred = all(k % 2 and p == d * (k // 2) for p, d, k in sizes)
     return (
-        same
+        centred
+        and x.numel() > 0
         and stride == [1, 1]
         and groups == 1
         and not transposed
@@ -87,7 +87,7 @@ def convolve(
     parts = max(1, min(_PROGRAMS // tiles, steps // _SHORTEST))
     into = out if parts == 1 else torch.empty(parts, *out.shape, dtype=x.dtype, device=x.device)
     _convolve[(tiles, parts)](
-        x, kernels, into, into if bias is None else bias,
+        x, kernels, into, into if bias is None else bias.contiguous(),
         n, c, o, h, w, h * w, triton.cdiv(steps, parts), *(-d if back else d for d in dilation),
         int(onto is not None and parts == 1), int(bias is not None and parts == 1),
         KH=kh, KW=kw, SPAN=span,

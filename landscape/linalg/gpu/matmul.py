@@ -43,7 +43,8 @@ def multiply(
         b = b.T.contiguous().T  # tensor cores take columns in one piece
     into = out if parts == 1 else torch.empty(parts, m, n, dtype=out.dtype, device=out.device)
     _multiply[(tiles, parts)](
-        a, b, into, bias, m, n, k, triton.cdiv(triton.cdiv(k, parts), _BLOCK_K) * _BLOCK_K,
+        a, b, into, None if bias is None else bias.contiguous(),
+        m, n, k, triton.cdiv(triton.cdiv(k, parts), _BLOCK_K) * _BLOCK_K,
         *a.stride(), *b.stride(), *into.stride()[-2:],
         ADD=add and parts == 1, BIAS=bias is not None and parts == 1,
         BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, num_warps=8, num_stages=3,
@@ -72,7 +73,7 @@ def _multiply(
     end = min(K, (part + 1) * PART)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(part * PART, end, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         a = tl.load(
             a_ptr + i[:, None] * a_row + k[None, :] * a_column,
             mask=(i < M)[:, None] & (k < end)[None, :],

@@ -33,7 +33,7 @@ def norm_curvature(
     programs = min(_PROGRAMS, triton.cdiv(rows, at_once))
     dweight = torch.empty(programs, d, dtype=x.dtype, device=x.device)
     _curve_norm[(programs,)](
-        x, weight, g, mean, rho, v, u, s, dx, dweight, dg, rows,
+        x, weight.contiguous(), g, mean, rho, v, u, s, dx, dweight, dg, rows,
         triton.cdiv(triton.cdiv(rows, at_once), programs),
         D=d, BLOCK_D=block_d, ROWS=at_once,
     )  # fmt: skip
