@@ -9,6 +9,7 @@ Only work that never waits for the device can be recorded; `unsynchronised` find
 because a recording that fails leaves CUDA's random state unusable.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,8 +93,8 @@ class Repeated:
             if not self._recordable:
                 return self._function(v)
             if self._input is None:
-                self._input = v.clone()
                 found, self._recordable = trial(lambda: self._function(v))
+                self._input = v.clone()  # not before: a trial that fails has found out nothing
                 return found
             self._input.copy_(v)
             if self._recording is None:
@@ -118,20 +119,25 @@ def side_stream(device: torch.device, place: int = 0) -> torch.cuda.Stream | Non
 
 @contextmanager
 def apart(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on a stream after all that is queued on the current one, and before what follows."""
+    """Work on a stream after all that is queued on the current one, and before what follows.
+
+    One thread at a time: what another would start on the stream meanwhile could become a part of a
+    recording, and trials (`unsynchronised`) switch what holds for all threads.
+    """
     if stream is None:
         yield
         return
-    outside = torch.cuda.current_stream(stream.device)
-    if outside == stream:
-        yield
-        return
-    stream.wait_stream(outside)
-    try:
-        with torch.cuda.stream(stream):
+    with _lock:
+        outside = torch.cuda.current_stream(stream.device)
+        if outside == stream:
             yield
-    finally:  # after an error too: what was started by then still runs
-        outside.wait_stream(stream)
+            return
+        stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:  # after an error too: what was started by then still runs
+            outside.wait_stream(stream)
 
 
 def trial(work: Callable[[], T]) -> tuple[T, bool]:
@@ -185,4 +191,5 @@ def overwrite(place: Any, value: Any) -> None:
             overwrite(entry, other)
 
 
+_lock = threading.RLock()
 _WAITS = "called a synchronizing CUDA operation"

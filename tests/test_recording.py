@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,23 @@ def test_a_repeated_function_is_recorded_at_its_second_call(waits, recorded, mon
         assert Replayed.made == (0 if waits or call == 0 else 1)
     for call, result in enumerate(results):
         assert torch.equal(result, torch.full((3,), 2.0 * call))
+
+
+def test_a_trial_that_fails_is_made_again(recorded, monkeypatch):
+    failures = [torch.OutOfMemoryError("CUDA out of memory.")]
+
+    def trial(work):
+        if failures:
+            raise failures.pop()
+        return work(), False
+
+    monkeypatch.setattr(recording, "trial", trial)
+    double = Repeated(lambda v: 2 * v, torch.device("cpu"))
+    v = torch.ones(3)
+    with pytest.raises(torch.OutOfMemoryError):
+        double(v)
+    assert [double(v)[0].item() for _ in range(3)] == [2.0] * 3
+    assert Replayed.made == 0
 
 
 class Drawing(nn.Module):
@@ -90,8 +109,61 @@ class Waiting(nn.Module):
         return out
 
 
+class Shifted(nn.Module):
+    """Reads a tensor that is an attribute, as its loss does."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 3)
+        self.offset = torch.linspace(0, 1, 16)
+
+    def forward(self, x):
+        return (self.head(x.flatten(1)) * self.offset.sum() / 8).tanh()
+
+
+class Prior(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("prior", torch.tensor([0.5, 0.1, -0.2]))
+
+    def forward(self, out, y):
+        return F.cross_entropy(out + self.prior, y)
+
+
 class TestOnAGpu:
     pytestmark = gpu
+
+    @pytest.mark.parametrize("memory", ["auto", 0])
+    def test_what_a_recording_reads_may_be_replaced(self, memory):
+        model, loss = Shifted().double().cuda(), Prior().double().cuda()
+        model.offset = model.offset.double().cuda()
+        data = make_batches((4, 4, 4))
+        operator = HessianOperator(model, data, landscape.Objective(loss=loss), memory=memory)
+        v = torch.ones(operator.dim).double().cuda()
+        before = [operator.matvec(v) for _ in range(3)][-1]
+        model.offset = torch.zeros_like(model.offset)
+        loss.cpu()
+        rest = [torch.zeros(64).double().cuda() for _ in range(64)]  # takes the memory that is free
+        assert torch.equal(operator.matvec(v), before)
+        del rest
+
+    def test_other_threads_work_on_no_stream_that_is_in_use(self):
+        stream = recording.side_stream(torch.device("cuda", torch.cuda.current_device()))
+        entered, order = threading.Event(), []
+
+        def second():
+            entered.wait(10)
+            with recording.apart(stream):
+                order.append("second")
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        with recording.apart(stream):
+            entered.set()
+            thread.join(0.2)
+            order.append("first")
+        thread.join(10)
+        assert order == ["first", "second"]
 
     @pytest.mark.parametrize("name", ["conv", "tied", "attention"])
     @pytest.mark.parametrize("memory", ["auto", 0])

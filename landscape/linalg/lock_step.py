@@ -140,7 +140,7 @@ class MiniBatchSolver:
         except StopIteration:
             return False
         except torch.OutOfMemoryError:
-            if self.size == 1:
+            if self.size == 1 or worker.item is None:  # what is not drawn cannot be left to others
                 raise
             self.size -= 1
             self._queue.leave(worker.place, worker.item)
@@ -159,6 +159,7 @@ class MiniBatchSolver:
                 yield from multiply(search.check(), hessian.exact_matvec)
             self._rows[index], first = search.pairs("top"), search.direction("top")
             self.kept += hessian.kept
+            worker.item = None
             self._tick()
 
     def _search(self, index: int, compact: bool) -> EigenSearch:
@@ -183,10 +184,10 @@ class _Worker:
         place: Number of its place.
         hessian: Its operator.
         work: What it does, in turns.
-        item: Number and data of the mini-batch at hand.
+        item: Number and data of the mini-batch at hand, `None` while the next is drawn.
     """
 
-    item: Item
+    item: Item | None = None
 
     def __init__(
         self, place: int, hessian: MiniBatchHessian, work: Callable[["_Worker"], Work]

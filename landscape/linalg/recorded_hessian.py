@@ -7,7 +7,7 @@ own: another batch is copied into place, and the gradient replayed.
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from landscape.batches import PreparedBatch, copied
 from landscape.linalg.gradient import (
@@ -19,6 +19,7 @@ from landscape.linalg.gradient import (
 )
 from landscape.objective import FrozenObjective
 from landscape.recording import Recording, apart, overwrite, shape_of, trial
+from landscape.restore import tensors_of
 
 
 class RecordedHessian:
@@ -67,6 +68,10 @@ class RecordedHessian:
 
     def record(self) -> None:
         """Record, and compute the gradient; the host takes the time of an eager one and product."""
+        loss = self._frozen.objective.loss
+        modules = (self._frozen.model, *([loss] if isinstance(loss, nn.Module) else []))
+        # What the recordings read of these may be replaced while they are in use.
+        self._held = [tensor for module in modules for tensor in tensors_of(module)]
         with twice_differentiable():
             self._gradients = Recording(self._gradient, self._stream)
             graph = self._gradients.result

@@ -254,6 +254,26 @@ def test_out_of_memory_for_one_alone_is_raised(monkeypatch):
         landscape.hessian_max_spectrum(make_model("conv"), make_batches((4, 4)), group=2)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("last", [0, 3, 7])
+def test_out_of_memory_while_a_batch_is_drawn_is_raised(monkeypatch, group, last):
+    """Batches that follow it can no longer be drawn, so the others must not go on without end."""
+
+    class Failing(lock_step._Queue):
+        def __init__(self, batches):
+            super().__init__(self.failing(batches))
+
+        def failing(self, batches):
+            for number, batch in enumerate(batches):
+                if number == last:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                yield batch
+
+    monkeypatch.setattr(lock_step, "_Queue", Failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        landscape.hessian_max_spectrum(make_model("conv"), make_batches((4,) * 8), group=group)
+
+
 def test_bad_groups_are_refused():
     model, batches = make_model("conv"), make_batches((4, 4))
     with pytest.raises(ValueError, match="`group` must be at least 1, got 0"):
