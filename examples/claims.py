@@ -100,7 +100,7 @@ def write_claims(
     (out / name).mkdir(parents=True, exist_ok=True)
     (out / name / "claims.json").write_text(json.dumps(content, indent=1) + "\n")
     table = f"{format_table(claims)}\n\n{note}\n"
-    (out / f"{name}_claims.md").write_text(table)
+    (out / f"{name}_claims.md").write_text(table, encoding="utf-8")
     return table
 
 

@@ -43,7 +43,7 @@ def main() -> None:
     found = {path.parent.name: read_claims(path) for path in folder.glob("*/claims.json")}
     if not found:
         parser.error(f"{folder} holds no figure with claims (FIGURE/claims.json).")
-    (folder / "CLAIMS.md").write_text(page(found))
+    (folder / "CLAIMS.md").write_text(page(found), encoding="utf-8")
     print(f"wrote {folder}/CLAIMS.md")
 
 

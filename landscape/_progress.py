@@ -1,5 +1,6 @@
 """The one wrapper around tqdm: progress is shown only where it was asked for."""
 
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -16,10 +17,16 @@ def track(
     Args:
         items: What to iterate over.
         description: Text in front of the bar.
-        progress: Show the bar.
+        progress: Show the bar, where there is a place for it.
         total: Number of items where `items` has no length.
     """
-    return tqdm(items, desc=description, disable=not progress, total=total, leave=False)
+    return tqdm(
+        items,
+        desc=description,
+        disable=not progress or sys.stderr is None,
+        total=total,
+        leave=False,
+    )
 
 
 def progress_bar(description: str, progress: bool, total: int) -> "tqdm[int]":

@@ -203,10 +203,8 @@ def _draw_stages(ax: Axes, result: "Architecture", places: list[_Place], points:
 
 def _size(ax: Axes) -> tuple[float, float]:
     """Return width and height of axes in points."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    box = ax.get_window_extent()
-    return box.width * 72 / figure.dpi, box.height * 72 / figure.dpi
+    box, dpi = ax.get_window_extent(), ax.figure.dpi
+    return box.width * 72 / dpi, box.height * 72 / dpi
 
 
 def _fitting(name: str, room: float) -> str:

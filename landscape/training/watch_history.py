@@ -121,7 +121,7 @@ def read_log(path: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [
             Row(int(r["step"]), r["probe"], r["status"], float(r["seconds"]), float(r["training"]))
             for r in csv.DictReader(line for line in lines if line.endswith("\n"))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pyhessian import hessian as PyHessian
+from scipy.integrate import trapezoid
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -160,7 +161,7 @@ def test_trace_and_density_agree_with_dense_autograd(case):
             moment, stderr = measure.moment(power)
             assert 0 < stderr < np.abs(exact**power).mean()
             assert abs(moment - truth) < 4 * stderr
-    assert np.trapezoid(density.values, density.grid) == pytest.approx(1, abs=1e-6)
+    assert trapezoid(density.values, density.grid) == pytest.approx(1, abs=1e-6)
 
 
 @unconverged
