@@ -1,5 +1,6 @@
 """Contexts that leave a model as it was found."""
 
+import copy
 import functools
 import operator
 import sys
@@ -11,6 +12,7 @@ from typing import Any, TypeVarTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from landscape._checks import check_materialised
 from landscape._locks import locked
@@ -18,18 +20,18 @@ from landscape._streams import OwnStreams, read_streams, same_streams, write_dev
 
 Wanted = TypeVarTuple("Wanted")
 Cache = tuple[nn.Module, str, Any]
-"""A module, the name of an attribute of it, and what that is when empty: `None` (or a new
-dictionary in the place of one), or `_NONE` where it is not there at all."""
+"""A module, the name of an attribute of it, and what that is when empty: an empty container of its
+type (`_EMPTY`), `None`, or not there at all (`_NONE`)."""
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode, and each back in its own mode afterwards.
 
-    Tensors that are plain attributes, or entries of such dictionaries, are put back too: the weight
-    that pruning or the older `torch.nn.utils.weight_norm` computes from its parameters before each
-    call, a kept feature, attention biases that LeViT looks up once and forgets in `train()`. Lists
-    and numbers that a forward pass writes are not.
+    Tensors that are plain attributes, or in such a container, are put back too: the weight that
+    pruning or the older `torch.nn.utils.weight_norm` computes from its parameters before each call,
+    a kept feature, attention biases that LeViT looks up once and forgets in `train()`. Numbers that
+    a forward pass writes, and lists of such, are not.
     """
     with exclusive(model):
         modes = [(module, module.training, _Attributes(module)) for module in model.modules()]
@@ -83,25 +85,34 @@ def emptied(caches: Sequence[Cache]) -> Iterator[None]:
     found = [(vars(module), name, vars(module).get(name, _NONE)) for module, name, _ in caches]
     try:
         for (own, name, held), (_, _, empty) in zip(found, caches, strict=True):
-            _set(own, name, {} if empty is None and isinstance(held, dict) else empty)
+            _set(own, name, _emptied(held) if empty is _EMPTY else empty)
         yield
     finally:
         for own, name, held in found:
             _set(own, name, held)
 
 
+def _emptied(held: Any) -> Any:
+    """Return what an attribute of this type holds as long as it holds nothing."""
+    if not isinstance(held, dict | list):
+        return None
+    empty = copy.copy(held)
+    empty.clear()
+    return empty
+
+
 def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False) -> list[Cache]:
     """Return the plain attributes in which modules keep what they compute at the first call.
 
-    A tensor, or a dictionary of tensors, is such a cache where a second call leaves it as it is,
-    and one after it was emptied fills it again; what is written anew at every call is kept for
-    others. LeViT looks up its attention biases once in evaluation mode, for example: with other
+    A tensor, or a container of tensors, is such a cache where a second call leaves it as it is, and
+    one after it was emptied fills it again; what is written anew at every call is kept for others.
+    LeViT looks up its attention biases once in evaluation mode, for example: with other
     parameters in place they would be those of before, and without a gradient.
 
     Args:
         model: Any module.
-        run: Calls it: once; where it then keeps tensors, once more, and once or twice for each name
-            of a cache. Most models keep none.
+        run: Calls it: once; where it then keeps tensors, once more, and up to three times for each
+            name of a cache. Most models keep none.
         learned: Only those that are filled with something that requires a gradient.
     """
     caches: list[Cache] = []
@@ -117,7 +128,7 @@ def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False
             if len(now) == len(before) and all(map(operator.is_, now, before)):
                 owners.setdefault(name, []).append(module)
         for name, modules in owners.items():
-            for empty in (None, _NONE):
+            for empty in (_EMPTY, None, _NONE):
                 found = _filled_again(run, [(module, name, empty) for module in modules], learned)
                 if found is not None:
                     caches += found
@@ -131,7 +142,7 @@ def keeps_tensors(model: nn.Module) -> bool:
 
 
 def _kept_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[Tensor]]]:
-    """Yield the plain attributes of modules that are tensors, or dictionaries of them."""
+    """Yield the plain attributes of modules that are tensors, or containers of some."""
     for module in model.modules():
         for name, value in vars(module).items():
             if name not in _OF_MODULES and (held := _held(value)):
@@ -155,19 +166,20 @@ def _filled_again(
 
 
 _OF_MODULES = frozenset(vars(nn.Module()))
-_NONE = object()
+_NONE = object()  # no attribute
+_EMPTY = object()  # an attribute as it is before it holds something
 
 
 class _Attributes:
-    """The plain attributes of a module that are tensors or dictionaries, to be put back."""
+    """The plain attributes of a module that are tensors or containers, to be put back."""
 
     def __init__(self, module: nn.Module) -> None:
         self._own = vars(module)
         self._before = dict(self._own)
         self._contents = [
-            (value, dict(value))
+            (value, copy.copy(value))
             for name, value in self._own.items()
-            if isinstance(value, dict) and name not in _OF_MODULES
+            if isinstance(value, dict | list) and name not in _OF_MODULES
         ]
 
     def are_same(self) -> bool:
@@ -178,14 +190,14 @@ class _Attributes:
         """Put back what was replaced or changed, and take away what was not there."""
         for name in self._replaced():
             _set(self._own, name, self._before.get(name, _NONE))
-        for dictionary, content in self._changed():
-            dictionary.clear()
-            dictionary.update(content)
+        for container, content in self._changed():
+            container.clear()
+            container.update(content) if isinstance(container, dict) else container.extend(content)
 
     def _replaced(self) -> list[str]:
         """Return the names of attributes that are others than before, or new, or gone."""
         own, was = self._own, self._before
-        if list(own) == list(was) and all(map(operator.is_, own.values(), was.values())):
+        if _are_same(_entries(own), _entries(was)):
             return []  # as nearly always
         found = []
         for name in self._own.keys() | self._before.keys():
@@ -194,13 +206,13 @@ class _Attributes:
                 found.append(name)
         return found
 
-    def _changed(self) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
-        """Return the dictionaries that hold something else now, each with what it held."""
+    def _changed(self) -> list[tuple[Any, Any]]:
+        """Return dictionaries, and lists of tensors, that hold others now, with what they held."""
         return [
-            (dictionary, content)
-            for dictionary, content in self._contents
-            if len(dictionary) != len(content)
-            or any(dictionary.get(key, _NONE) is not value for key, value in content.items())
+            (container, content)
+            for container, content in self._contents
+            if not _are_same(_entries(container), _entries(content))
+            and (isinstance(container, dict) or _held(container) or _held(content))
         ]
 
 
@@ -211,14 +223,25 @@ def _set(attributes: dict[str, Any], name: str, value: Any) -> None:
         attributes[name] = value
 
 
+def _entries(container: dict[Any, Any] | list[Any]) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else container
+
+
+def _are_same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
 def _is_kept(value: Any) -> bool:
-    return isinstance(value, Tensor | dict)
+    return isinstance(value, dict) or bool(_held(value))
 
 
 def _held(value: Any) -> list[Tensor]:
-    """Return the tensors of an attribute that is a tensor, or a dictionary of nothing else."""
-    values = list(value.values()) if isinstance(value, dict) else [value]
-    return values if all(isinstance(v, Tensor) for v in values) else []
+    """Return the tensors of an attribute that is one, or a container of some."""
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, dict | list | tuple):
+        return []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def for_all_threads(

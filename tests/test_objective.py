@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._pytree import tree_leaves
 
 from landscape import (
     GaussNewtonOperator,
@@ -403,6 +404,54 @@ def test_what_a_model_keeps_of_its_parameters_is_computed_again(used):
     assert model.scale is scale
     assert list(kept) == list(content)
     assert all(kept[k] is content[k] for k in kept)
+
+
+KEPT = {
+    "dict": (dict, lambda w, b: {"w": w, "b": b, "count": 2}),
+    "dict from None": (lambda: None, lambda w, b: {"w": w, "b": b}),
+    "nested": (lambda: None, lambda w, b: {"w": [w], "b": (b,)}),
+    "tuple": (lambda: None, lambda w, b: (w, b)),
+    "list": (list, lambda w, b: [w, b]),
+}
+
+
+class Fused(nn.Module):
+    """Makes a layer and its scale one at the first call; a list holds what it was given."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.head, self.scale = nn.Linear(16, 3), nn.Parameter(torch.tensor([0.5, 1.0, 2.0]))
+        self.empty, self.make = KEPT[kind] if kind else (lambda: None, lambda w, b: (w, b))
+        self.fused, self.caches, self.seen = self.empty(), kind is not None, []
+
+    def forward(self, x):
+        if not self.caches or self.fused == self.empty():
+            made = self.head.weight * self.scale[:, None], self.head.bias * self.scale
+            if self.caches:
+                self.fused = self.make(*made)
+        if self.caches:
+            made = [t for t in tree_leaves(self.fused) if isinstance(t, torch.Tensor)]
+        self.seen.append(x)
+        return F.linear(x.flatten(1), *made)
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("kind", KEPT)
+def test_weights_that_a_model_keeps_in_any_container_are_made_again(kind, used):
+    model, plain = Fused(kind).double().eval(), Fused(None).double().eval()
+    plain.load_state_dict(model.state_dict())
+    batches = make_batches((8, 3))
+    if used:
+        with torch.no_grad():
+            model(batches[0][0])
+    before, seen = model.fused, len(model.seen)
+    ours, expected = HessianOperator(model, batches), HessianOperator(plain, batches)
+    v = torch.ones(ours.dim, dtype=ours.dtype)
+    torch.testing.assert_close(ours @ v, expected @ v)
+    line = [loss_line(m, batches, points=[0.0, 1.0], metrics="loss").nll for m in (model, plain)]
+    np.testing.assert_allclose(*line, rtol=1e-12)
+    assert model.fused is before
+    assert len(model.seen) == seen
 
 
 def test_model_is_untouched_even_by_an_exception():
