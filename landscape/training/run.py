@@ -220,7 +220,13 @@ def _is_empty(data: Iterable[Any]) -> bool:
 def training(run: Run, channels_last: bool) -> Iterator[None]:
     """Train inside; memory format, flags and learning rates are put back, gradients cleared."""
     model, optimizer = run.step.model, run.step.optimizer
-    with surroundings.channels_last_format(model, channels_last), surroundings.training_mode(model):
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("Training must be outside of `torch.inference_mode`.")
+    with (
+        torch.enable_grad(),
+        surroundings.channels_last_format(model, channels_last),
+        surroundings.training_mode(model),
+    ):
         try:
             yield
         finally:

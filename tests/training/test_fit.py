@@ -594,6 +594,17 @@ def test_what_cannot_train_is_refused(data):
             fit(untrained, data, epochs=1)
 
 
+def test_gradients_that_the_caller_has_switched_off(data):
+    models = [make_model(), make_model()]
+    fit(models[0], data, epochs=1)
+    with torch.no_grad():
+        fit(models[1], data, epochs=1)
+        assert not torch.is_grad_enabled()
+    assert states_equal(models[0].state_dict(), models[1].state_dict())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of `torch.inference"):
+        fit(make_model(), data, epochs=1)
+
+
 def test_bad_data_are_refused(data):
     class Endless(IterableDataset):
         def __iter__(self):
