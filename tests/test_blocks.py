@@ -201,6 +201,64 @@ def test_layouts_become_maps(layout, generator):
     torch.testing.assert_close(features["mlp"].movedim(1, -1), after.detach())
 
 
+def test_tokens_with_their_channels_first(generator):
+    class ChannelsFirst(nn.Module):
+        """Mixes its tokens by a convolution along the sequence."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm = nn.Conv2d(3, 8, 4, 4), nn.BatchNorm1d(8)
+            self.mix = nn.Conv1d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = self.embed(x).flatten(2)
+            return (x + self.mix(self.norm(x))).mean(2)
+
+    model = build(ChannelsFirst).eval()
+    images = torch.randn(5, 3, 8, 12, generator=generator)
+    features = Blocks(model, example=images).capture(images)
+    embedded = model.embed(images)
+    mixed = model.mix(model.norm(embedded.flatten(2))).view_as(embedded)
+    torch.testing.assert_close(features["stem"], embedded.detach())
+    torch.testing.assert_close(features["mix"], (embedded + mixed).detach())
+
+
+@pytest.mark.parametrize("size", [(16, 24), [16, 24]], ids=str)
+def test_a_model_may_state_a_size_that_is_not_square(size):
+    class Stated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image_size = size
+            self.embed, self.layer = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+            self.place = nn.Parameter(torch.zeros(24, 8))
+
+        def forward(self, x):
+            x = self.embed(x).flatten(2).mT + self.place
+            return (x + self.layer(x)).mean(1)
+
+    assert Blocks(build(Stated))["layer"].grid == (4, 6)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_a_grid_of_two_rows_is_told_by_the_aspect_of_the_images(prefix, generator):
+    class Patches(nn.Module):
+        """Cuts its patches by a reshape, so that no map is ever made."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer = nn.Linear(48, 8), nn.Linear(8, 8)
+            self.extra = nn.Parameter(torch.randn(1, prefix, 8))
+
+        def forward(self, x):
+            x = x.unflatten(2, (2, 4)).unflatten(4, (3, 4)).permute(0, 2, 4, 1, 3, 5)
+            x = self.embed(x.reshape(len(x), 6, 48))
+            x = torch.cat([self.extra.expand(len(x), -1, -1), x], 1)
+            return (x + self.layer(x)).mean(1)
+
+    images = torch.randn(2, 3, 8, 12, generator=generator)
+    assert Blocks(build(Patches), example=images)["layer"].grid == (2, 3)
+
+
 class Windows(nn.Module):
     """A convolution, whose map is turned to channels last and cut in windows, as TinyViT's."""
 
@@ -526,6 +584,24 @@ def test_control_flow_that_depends_on_the_data(images):
     blocks.capture(-images.abs())
     with pytest.raises(ValueError, match="same calls for every batch"):
         blocks.capture(images.abs())
+
+
+def test_maps_whose_size_depends_on_the_data(images):
+    class Cropped(nn.Module):
+        """Looks at less of its images where they are bright."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.conv = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = self.embed(x)[..., : 4 if x.mean() > 1 else None]
+            return (x + self.conv(x)).mean((2, 3))
+
+    blocks = Blocks(build(Cropped), example=images)
+    assert blocks.capture(images)["conv"].shape == (4, 8, 8, 8)
+    with pytest.raises(ValueError, match=r"same calls for every batch, got \(4, 8, 8, 4\) at"):
+        blocks.capture(images + 5)
 
 
 def test_a_model_that_caches_at_its_first_pass(images):

@@ -1,5 +1,6 @@
 """The package as a stranger meets it: import, README, examples."""
 
+import inspect
 import json
 import os
 import re
@@ -72,6 +73,23 @@ def test_what_is_no_module_is_refused(model):
     for one in (landscape.Blocks, landscape.random_directions):
         with pytest.raises(TypeError, match="`model` must be a torch.nn.Module, got"):
             one(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "defaults"),
+    [
+        ("top_eigenpairs", {"k": 5, "which": "LM", "tol": 1e-3}),
+        ("hessian_spectrum", {"k": 5, "density": True, "tol": 1e-3, "num_probes": 1}),
+        ("hessian_spectrum", {"engine": "native"}),
+        ("hessian_max_spectrum", {"k": 5, "tol": 1e-3, "engine": "native"}),
+        ("random_directions", {"num": 2, "normalization": "filter", "ignore_1d": True}),
+        ("loss_surface", {"directions": None, "span": 1.0, "points": 21, "tol": None}),
+        ("loss_surface", {"metrics": ("loss", "accuracy"), "resume": None}),
+    ],
+)
+def test_defaults_are_those_of_the_contract(name, defaults):
+    known = inspect.signature(getattr(landscape, name)).parameters
+    assert {key: known[key].default for key in defaults} == defaults
 
 
 def test_everything_public_is_documented():

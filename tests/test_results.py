@@ -263,6 +263,24 @@ def test_a_result_prints_numbers_with_their_errors_and_long_arrays_in_short():
     assert len(settings) == 100
 
 
+def test_provenance_says_what_was_measured_and_what_it_took(generator):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, other = (landscape.models.resnet20(width=4) for _ in range(2))
+    data = [(torch.rand(6, 3, 16, 16, generator=generator), torch.arange(6))]
+    lesions = landscape.lesion_study(model, data)
+    for result, forwards in (
+        (landscape.loss_line(model, data, points=3), 3),
+        (landscape.frequency_robustness(model, data, frequencies=(0.5,), width=0.2), 1 + 1),
+        (landscape.adversarial_robustness(model, data, radii=(0.01, 0.02), steps=3), 1 + 2 * 4),
+        (lesions, 1 + len(lesions.names)),
+        (landscape.polar_trajectory([model, other], model=model), 0),
+    ):
+        assert result.provenance.model == "ResNet"
+        assert result.provenance.num_forwards == forwards
+        assert 0 < result.provenance.seconds < 60
+
+
 def test_names_that_an_archive_takes_for_itself(tmp_path):
     maps = {"x.npy": np.ones(2), "x": np.zeros(2), "meta": np.full(2, 3.0)}
     result = replace(make_result(), maps=maps)

@@ -303,6 +303,8 @@ def test_a_gap_ends_where_the_residual_of_a_neighbour_begins():
     values, r = np.array([0, 1, 2.2]), np.array([0.1, 0.2, 0.5])
     found = error_estimates(RitzPairs(values, r, np.eye(3)))
     np.testing.assert_allclose(found, r**2 / [0.8, 0.7, 1.0])
+    found = error_estimates(RitzPairs(values[:2], r[:2], np.eye(2)))
+    np.testing.assert_allclose(found, r[:2] ** 2 / [0.8, 0.9])
     found = error_estimates(RitzPairs(values / 10, r, np.eye(3)))  # within a residual there is none
     np.testing.assert_allclose(found, r)
 

@@ -54,6 +54,15 @@ def test_density_integrates_to_one(num_probes):
     assert trapezoid(narrow.values, narrow.grid) == pytest.approx(1, abs=1e-6)
 
 
+def test_progress_tells_of_every_product():
+    ticks = []
+    density_of(
+        planted(SPECTRUM), num_steps=7, num_probes=3, generator=seeded(0),
+        tick=lambda: ticks.append(1),
+    )  # fmt: skip
+    assert len(ticks) == 7 * 3
+
+
 def test_standard_errors_are_calibrated():
     """Over 150 seeds the errors of both moments, in their standard errors, have unit spread."""
     matrix = planted(SPECTRUM)

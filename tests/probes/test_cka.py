@@ -107,14 +107,15 @@ def test_rotation_and_scale_do_not_matter():
     rotation = torch.linalg.qr(random_weight(6, 6, seed=3))[0]
     weight = random_weight(6, 6, seed=4)
     model, blocks = branches(
-        plain=weight, rotated=rotation @ weight, scaled=1e-3 * weight, other=random_weight(5, 6, 5)
-    )
+        plain=weight, rotated=rotation @ weight, small=1e-20 * weight, large=1e20 * weight,
+        other=random_weight(5, 6, 5),
+    )  # fmt: skip
     result = cka(model, vectors((20, 9)), blocks_a=blocks)
     np.testing.assert_allclose(np.diag(result.values), 1, rtol=1e-12)
-    np.testing.assert_allclose(result.values[:3, :3], 1, rtol=1e-12)
-    np.testing.assert_array_less(result.values[:3, 3], 0.99)
+    np.testing.assert_allclose(result.values[:4, :4], 1, rtol=1e-12)
+    np.testing.assert_array_less(result.values[:4, 4], 0.99)
     np.testing.assert_allclose(result.values, result.values.T, rtol=1e-12)
-    np.testing.assert_allclose(result.stderr[:3, :3], 0, atol=1e-10)
+    np.testing.assert_allclose(result.stderr[:4, :4], 0, atol=1e-10)
 
 
 def test_any_linear_map_of_one_direction_is_alike():

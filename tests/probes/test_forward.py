@@ -431,8 +431,9 @@ def test_zeros_do_not_hide_that_samples_depend_on_each_other(generator):
     torch.testing.assert_close(logits, frozen.logits(moved, x))
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-11), (torch.float32, 1e-3)])
-def test_a_faster_way_is_the_same_up_to_rounding_or_not_taken(dtype, off):
-    expected = torch.linspace(0.1, 1, 10, dtype=dtype)
+def test_a_faster_way_is_the_same_up_to_rounding_or_not_taken(dtype, off, scale):
+    expected = scale * torch.linspace(0.1, 1, 10, dtype=dtype)
     assert _close(expected * (1 + torch.finfo(dtype).eps), expected)
-    assert not _close(expected + off, expected)
+    assert not _close(expected + off * scale, expected)

@@ -600,6 +600,14 @@ def test_many_probes_have_their_products_each():
     assert few.num_hvps == 30
 
 
+def test_more_probes_may_have_more_products():
+    x = torch.randn(40, 9, generator=torch.Generator().manual_seed(0))
+    model, batches = nn.Linear(9, 30).double(), [(x, torch.arange(40) % 30)]
+    result = landscape.hessian_spectrum(model, batches, k=1, num_probes=6, certify=False)
+    assert result.dim == 300
+    assert result.num_hvps >= 6 * 40  # above the 200 of a few probes
+
+
 def test_probes_that_fill_the_whole_space_find_all_there_is():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2), nn.Tanh())

@@ -128,6 +128,34 @@ def test_heads():
         assert study.nll[u] == pytest.approx(evaluate(cut, data).nll, rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_heads_of_pytorchs_attention(batch_first):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Conv2d(3, 12, 4, 4), nn.Linear(12, 5)
+            self.attend = nn.MultiheadAttention(12, 3, batch_first=batch_first)
+
+        def forward(self, x):
+            x = self.embed(x).flatten(2).permute((0, 2, 1) if batch_first else (2, 0, 1))
+            x = x + self.attend(x, x, x, need_weights=False)[0]
+            return self.head(x.mean(1 if batch_first else 0))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Net()
+        for parameter in model.attend.parameters():
+            nn.init.normal_(parameter)
+    data = images((8,))
+    study = lesion_study(model, data, units="head")
+    assert study.parts == ("head 0", "head 1", "head 2")
+    assert np.abs(study.delta_nll).min() > 1e-3
+    for head in range(3):
+        cut = copy.deepcopy(model)
+        cut.attend.out_proj.weight.data.unflatten(1, (3, -1))[:, head] = 0
+        assert study.nll[head] == pytest.approx(evaluate(cut, data).nll, rel=1e-5)
+
+
 def test_paired_error_is_that_of_the_differences():
     model, data = build("vit"), images((12,))
     study = lesion_study(model, data)

@@ -903,6 +903,8 @@ def test_a_killed_process_loses_and_doubles_no_point(tmp_path):
         ({"points": (0.5, 3)}, ValueError, "`points` must be a number or finite"),
         ({"span": 0.0}, ValueError, "`span` must be finite and increasing, got 0.0"),
         ({"span": (1, -1)}, ValueError, "`span` must be finite and increasing"),
+        ({"span": (2, 2, 0, 1)}, ValueError, "`span` must be finite and increasing"),
+        ({"span": (0, 1, 2, 2)}, ValueError, "`span` must be finite and increasing"),
         ({"span": (0, 1, 2)}, ValueError, r"`span` must be a number, \(low, high\) or"),
         ({"span": np.inf}, ValueError, "`span` must be finite"),
         ({"metrics": ("f1",)}, ValueError, "`metrics` must be one of 'loss', 'accuracy', 'ece'"),

@@ -110,11 +110,17 @@ def test_erasing_probability_and_noise():
     assert abs(noise.std() - 1) < 0.02
 
 
-def test_box_may_touch_every_border():
+def test_every_place_of_a_box_is_equally_likely():
+    """Also at the borders, and none beyond."""
     x = torch.zeros(4000, 1, 8, 8)
-    erased, _ = RandomErasing(1.0, area=(0.1, 0.2), value=1.0)(x, torch.zeros(4000), generator())
-    hit = erased.mean((0, 1)) > 0
-    assert hit.all()
+    erasing = RandomErasing(1.0, area=(0.25, 0.25), ratio=(1.0, 1.0), value=1.0)
+    erased, _ = erasing(x, torch.zeros(4000), generator())
+    inside = erased[:, 0] == 1
+    assert (inside.sum((1, 2)) == 4 * 4).all()
+    for rows in (inside.any(2), inside.any(1)):
+        first = rows.int().argmax(1).bincount(minlength=8)
+        assert not first[5:].any()
+        assert (abs(first[:5] - 800) < 4 * (4000 * 0.2 * 0.8) ** 0.5).all()
 
 
 def test_normalize_and_denormalize_are_inverse(bytes_):

@@ -114,6 +114,7 @@ def several(outputs, targets):
         (nn.BCEWithLogitsLoss(), torch.ones(8, 1), False),
         (nn.BCEWithLogitsLoss(), torch.ones(8, 3).tril(), False),
         (nn.BCEWithLogitsLoss(), torch.eye(3)[torch.arange(8) % 3], True),
+        (nn.CrossEntropyLoss(), torch.eye(2)[torch.arange(8) % 2], True),
         (nn.MSELoss(), torch.ones(8, 1), False),
         (F.mse_loss, torch.eye(3)[torch.arange(8) % 3], True),
         (several, torch.arange(24.0).view(8, 3), False),
@@ -270,6 +271,15 @@ def test_norms_that_are_frozen_stay_so_and_what_has_no_optimizer_gathers_nothing
     model.eval()
     fit(model, data, epochs=1)
     assert not torch.equal(model[2].running_mean, before)
+
+
+def test_an_optimizer_may_hold_what_is_frozen(data):
+    model = make_model()
+    model[0].requires_grad_(False)
+    before = [parameter.clone() for parameter in model.parameters()]
+    fit(model, data, epochs=1, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    same = [torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True)]
+    assert same == [True, True, False, False, False, False]
 
 
 def test_labels_of_any_integer_type_and_an_empty_batch_at_the_end(data):

@@ -102,26 +102,25 @@ def test_share_follows_the_beta_distribution(alpha):
     assert abs(share.var() - variance) < 0.006
 
 
-def test_cutmix_area_is_beta_before_it_is_cut_off():
-    """Mean pasted area, simulated sample by sample with NumPy, for Beta(0.8, 0.8)."""
-    import numpy as np
-
+def test_cutmix_box_is_beta_before_it_is_cut_off():
+    """Where is pasted how often, simulated sample by sample with NumPy, for Beta(0.8, 0.8)."""
     rng = np.random.default_rng(0)
-    areas = []
+    expected = np.zeros((24, 32))
     for _ in range(20_000):
         side = (1 - rng.beta(0.8, 0.8)) ** 0.5
         edges = []
         for size in (24, 32):
             length, middle = int(side * size), int(rng.random() * size)
             first = middle - length // 2
-            edges.append(min(max(first + length, 0), size) - min(max(first, 0), size))
-        areas.append(edges[0] * edges[1] / (24 * 32))
+            edges.append(slice(max(first, 0), first + length))
+        expected[tuple(edges)] += 1 / 20_000
     x = torch.zeros(8000, 1, 24, 32)
     x[::2] = 1  # a pasted pixel shows half of the time
     y = torch.stack((x[:, 0, 0, 0], 1 - x[:, 0, 0, 0]), 1)
     mixed, _ = CutMix(0.8, per_sample=True)(x, y, generator())
-    pasted = 2 * (mixed != x).double().mean()
-    assert abs(pasted - np.mean(areas)) < 0.015
+    pasted = 2 * (mixed != x).double().mean((0, 1)).numpy()
+    assert abs(pasted.mean() - expected.mean()) < 0.015
+    np.testing.assert_allclose(pasted, expected, atol=0.05)
 
 
 def test_one_of_draws_evenly_and_with_its_probability():
@@ -166,8 +165,9 @@ def test_recipe_has_the_papers_parts_in_order():
         "LabelSmoothing",
         "OneOf",
     ]
-    randaugment, mixing = paper(data).transforms[3], paper(data).transforms[-1]
+    *_, randaugment, _, smoothing, mixing = paper(data).transforms
     assert randaugment == RandAugment(2, 9.0, 1.0, 0.5, fill=(73, 73, 73))
+    assert smoothing == LabelSmoothing(10) == LabelSmoothing(10, 0.1)
     assert list(mixing.transforms) == [Mixup(1.0), CutMix(0.8)]
     off = paper(
         data, padding=0, flip=0, randaugment=RandAugment(num_ops=0), mixup=0, cutmix=0, smoothing=0
@@ -282,8 +282,10 @@ def test_bad_settings_are_refused():
         OneOf([])
     with pytest.raises(ValueError, match=r"`smoothing` must lie in \[0, 1\], got 1.1"):
         LabelSmoothing(10, 1.1)
-    with pytest.raises(ValueError, match="`y` must be class indices .* apply LabelSmoothing once"):
-        LabelSmoothing(3)(torch.zeros(2, 1, 2, 2), torch.zeros(2, 3), generator())
+    integers = [torch.zeros(shape, dtype=torch.int64) for shape in ((2, 1), (2, 2, 2), ())]
+    for y in (torch.zeros(2, 3), *integers):
+        with pytest.raises(ValueError, match="`y` must be class indices .* LabelSmoothing once"):
+            LabelSmoothing(3)(torch.zeros(2, 1, 2, 2), y, generator())
     with pytest.raises(ValueError, match="from 0 to num_classes - 1 = 2, got -100 to 3"):
         LabelSmoothing(3)(torch.zeros(2, 1, 2, 2), torch.tensor([-100, 3]), generator())
 

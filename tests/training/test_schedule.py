@@ -45,16 +45,19 @@ def test_bad_settings_are_refused(epochs, warmup, match):
 
 
 @pytest.mark.parametrize("decay_1d", [True, False])
-def test_adamw_decays_what_it_says(decay_1d):
+def test_adamw_trains_all_and_decays_what_it_says(decay_1d):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model.scale = nn.Parameter(torch.ones(()))
     nn.init.ones_(model[0].bias)
     model[1].requires_grad_(False)
     optimizer = adamw(model, lr=0.1, weight_decay=0.5, decay_1d=decay_1d)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert set(held) == {parameter for parameter in model.parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    decayed = {"0.weight", "0.bias"} if decay_1d else {"0.weight"}
+    decayed = {"0.weight", "0.bias", "scale"} if decay_1d else {"0.weight"}
     for name, parameter in model.named_parameters():
         factor = 1 - 0.1 * 0.5 if name in decayed else 1.0
         torch.testing.assert_close(parameter.detach(), factor * before[name])
@@ -73,6 +76,7 @@ def test_adamw_refuses_rates_by_their_names(arguments, match):
         adamw(nn.Linear(2, 2), **arguments)
 
 
-def test_adamw_defaults_are_the_papers():
+def test_defaults_are_the_papers():
+    assert WarmupCosine(305).warmup_epochs == 5
     defaults = adamw(nn.Linear(2, 2)).defaults
     assert (defaults["lr"], defaults["weight_decay"]) == (1.25e-4, 0.05)
