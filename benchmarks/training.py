@@ -46,7 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 COUNTS = (1, 4, 8, 16)
 BATCH_SIZES = (8, 32)
-MEMBER_STEPS = 8  # of all members together in an epoch, at least one each
+MEMBER_STEPS = 32  # of all members together in an epoch, at least one each
 
 
 def data_path(data: DeviceImages, rounds: int) -> dict[str, Any]:

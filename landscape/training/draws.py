@@ -3,7 +3,7 @@
 Under `vmap` PyTorch draws for all members from one stream, so that no member would see the masks
 that it sees when it is trained alone. Here the masks are drawn beforehand, for each member from its
 own stream and in the order of the forward pass, and handed in. Which masks a forward pass needs is
-recorded once for each shape of the inputs.
+recorded once for each shape of the inputs, of each model and in every epoch, as rates may change.
 
 This covers everything that ends in `torch.nn.functional.dropout`: `nn.Dropout`, and the stochastic
 depth of `landscape.models`. Other random functions are left to `vmap`.

@@ -28,7 +28,6 @@ from landscape.losses import Loss
 from landscape.results import Result
 from landscape.training import loop, run, stacking, states, surroundings, together
 from landscape.training.checkpoints import Named
-from landscape.training.draws import Draws
 from landscape.training.run import Callback, FitResult, History, Run
 from landscape.training.schedule import Schedule, adamw
 
@@ -199,7 +198,6 @@ def _train(
         histories = _begin(runs, resume)
         done, num_steps = len(histories[0]["epoch"]), len(runs) * runs[0].num_batches
         stack = contexts.enter_context(stacking.stacked(steps)) if at_once else None
-        draws = Draws(steps[0].model)
         bar = contexts.enter_context(progress_bar("Training", progress, runs[0].epochs * num_steps))
         bar.update(done * num_steps)
         together.call(callbacks, runs, done)
@@ -207,7 +205,7 @@ def _train(
             good = [run.weights(member) for member in runs]
             try:
                 if stack is not None:
-                    together.run_epoch(stack, draws, runs, epoch, histories, good, bar)
+                    together.run_epoch(stack, runs, epoch, histories, good, bar)
                 else:
                     for k, member in enumerate(runs):
                         with together.named(k):
@@ -283,17 +281,17 @@ def _rehearse(runs: Sequence[Run]) -> tuple[bool, bool]:
 
     Where gradients differ in float32, those in float64 tell whether that is rounding.
     """
-    steps, draws = [member.step for member in runs], Draws(runs[0].step.model)
+    steps = [member.step for member in runs]
     with ExitStack() as contexts:
         for member in runs:
             contexts.enter_context(run.training(member, channels_last=False))
         with stacking.stacked(steps) as stack:
-            alike, random = together.rehearse(stack, draws, runs)
+            alike, random = together.rehearse(stack, runs)
         if alike or random:
             return alike, random
         try:
             with stacking.doubled(steps), stacking.stacked(steps) as stack:
-                return together.rehearse(stack, draws, runs, exactly=True)
+                return together.rehearse(stack, runs, exactly=True)
         except Exception:  # not every model runs in float64
             return False, False
 

@@ -148,6 +148,10 @@ class Stack:
             len(now) == len(then) and all(p is q for p, q in zip(now, then, strict=True))
             for now, then in zip(map(trained, self.steps), self._trained, strict=True)
         )
+        for row, step in enumerate(self.steps):  # what is exchanged is no view of its row any more
+            own = {**dict(step.model.named_parameters()), **dict(step.model.named_buffers())}
+            for name, rows in (*self.parameters.items(), *self.state.items()):
+                same &= name in own and own[name].data_ptr() == rows[row].data_ptr()
         if not same or any(mode != modes[0] for mode in modes):
             raise ValueError(
                 "`callbacks` must leave what is trained as it is, and training flags alike in all "

@@ -26,7 +26,6 @@ _TOLERANCE = 1e-2  # of a gradient, a heuristic: what rounding makes is far belo
 
 def run_epoch(
     stack: Stack,
-    draws: Draws,
     runs: Sequence[Run],
     epoch: int,
     histories: Sequence[History],
@@ -37,7 +36,6 @@ def run_epoch(
 
     Args:
         stack: The models of the runs.
-        draws: Their dropout masks.
         runs: The runs.
         epoch: Epochs done before.
         histories: Each gets one value per column.
@@ -51,7 +49,7 @@ def run_epoch(
     bar.set_description(f"Epoch {epoch + 1}/{runs[0].epochs}")
     stack.check_alike()
     streams = [run.global_stream(member, epoch) for member in runs]
-    means = _train_epoch(stack, draws, runs, epoch, streams, bar)
+    means = _train_epoch(stack, runs, epoch, streams, bar)
     trained = [means.member(k) for k in range(len(runs))]
     for k, member in enumerate(runs):
         with named(k):
@@ -67,9 +65,7 @@ def run_epoch(
     bar.set_postfix(loss=f"{sum(own.loss() for own in trained) / len(runs):.4f}")
 
 
-def rehearse(
-    stack: Stack, draws: Draws, runs: Sequence[Run], exactly: bool = False
-) -> tuple[bool, bool]:
+def rehearse(stack: Stack, runs: Sequence[Run], exactly: bool = False) -> tuple[bool, bool]:
     """Take gradients of the first batch together and one by one; then all is as before.
 
     What belongs to one member alone and is no tensor of its state (an attribute, the row of an
@@ -78,7 +74,6 @@ def rehearse(
 
     Args:
         stack: The models of the runs.
-        draws: Their dropout masks.
         runs: The runs.
         exactly: Whether the models are in float64 meanwhile, whatever the data.
 
@@ -94,7 +89,7 @@ def rehearse(
     with ExitStack() as put_back:
         for member in runs:
             put_back.enter_context(OwnGenerators(member.data).entered())
-        firsts = [next(_batches(draws, *pair, 0), None) for pair in zip(runs, streams, strict=True)]
+        firsts = [next(_batches(*pair, 0), None) for pair in zip(runs, streams, strict=True)]
     taken = [batch for batch in firsts if batch is not None]
     if len(taken) < len(runs):
         return True, False  # nothing to see
@@ -168,7 +163,6 @@ def named(member: int) -> Iterator[None]:
 
 def _train_epoch(
     stack: Stack,
-    draws: Draws,
     runs: Sequence[Run],
     epoch: int,
     streams: Sequence[OwnStreams],
@@ -176,7 +170,7 @@ def _train_epoch(
 ) -> loop.Means:
     """Take one step a batch with all members; return means of values `(members,)`."""
     means = loop.Means()
-    batches = [_batches(draws, *pair, epoch) for pair in zip(runs, streams, strict=True)]
+    batches = [_batches(*pair, epoch) for pair in zip(runs, streams, strict=True)]
     for index in itertools.count():
         taken = [batch for own in batches if (batch := next(own, None)) is not None]
         if not taken:
@@ -200,10 +194,10 @@ def _train_epoch(
 
 
 def _batches(
-    draws: Draws, member: Run, stream: OwnStreams, epoch: int
+    member: Run, stream: OwnStreams, epoch: int
 ) -> Iterator[tuple[Any, Tensor, list[Tensor]]]:
     """Yield inputs, targets and dropout masks of one member, drawn as its own run draws them."""
-    generator = run.transform_stream(member, epoch)
+    generator, draws = run.transform_stream(member, epoch), Draws(member.step.model)
     with stream.entered():
         iterator = iter(loop.epoch_batches(member.data, epoch))
     for index in itertools.count():

@@ -2,12 +2,14 @@
 
 import copy
 import csv
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
 from landscape import evaluate
@@ -454,6 +456,88 @@ def test_what_rounding_makes_of_gradients_is_told_in_float64(generator):
     moments = [s["exp_avg"] for o in optimizers for s in o.state.values()]
     assert moments
     assert all(m.dtype == torch.float32 for m in moments)
+
+
+class Rated(nn.Module):
+    """Functional dropout, whose rate no repr tells."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate, self.first, self.norm = rate, nn.Linear(12, 8), nn.BatchNorm1d(8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.norm(self.first(x.flatten(1))).relu()
+        return self.last(F.dropout(x, self.rate, self.training))
+
+
+def less(model, done):
+    model.rate = 0.5 - 0.25 * done
+
+
+def shrink(model, done):
+    weights = parameters_to_vector(model.parameters()).detach()
+    vector_to_parameters(0.9 * weights, model.parameters())
+
+
+def forget(model, done):
+    if done == 1:
+        model.norm.running_mean = torch.zeros(8, dtype=torch.float64)
+
+
+def compare(rates, callbacks, generator):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        models = [Rated(rate).double() for rate in rates]
+    data = [
+        (torch.randn(8, 3, 2, 2, generator=generator).double(), torch.arange(8) % 3)
+        for _ in range(3)
+    ]
+    alone = [copy.deepcopy(model) for model in models]
+    for seed, model in enumerate(alone):
+        fit(model, data, epochs=3, seed=seed, callbacks=callbacks, bfloat16=False)
+    fit_ensemble(models, data, epochs=3, method="vmap", callbacks=[callbacks] * len(models))
+    for model, other in zip(models, alone, strict=True):
+        torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("callbacks", [[], [less]], ids=["as it is", "changed by a callback"])
+@pytest.mark.parametrize("rates", [(0.5, 0.5), (0.1, 0.6)], ids=["alike", "own"])
+def test_each_member_has_its_rate_of_dropout(rates, callbacks, generator):
+    compare(rates, callbacks, generator)
+
+
+@pytest.mark.parametrize("callback", [shrink, forget])
+def test_tensors_that_a_callback_exchanges_are_refused(callback, generator):
+    with pytest.raises(ValueError, match="`callbacks` must leave what is trained"):
+        compare((0.5, 0.5), [callback], generator)
+
+
+def small():
+    layers = nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_a_member_without_a_state_begins_all_anew(method, tmp_path, generator):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        models = [small() for _ in range(2)]
+    data = [(torch.randn(8, 3, 2, 2, generator=generator).double(), torch.arange(8) % 3)]
+    kept = [copy.deepcopy(model) for model in models]
+    fit_ensemble(models, data, epochs=1, method=method, folder=tmp_path)
+    shutil.rmtree(tmp_path / "member-001")
+    again = fit_ensemble(kept, data, epochs=1, method=method, folder=tmp_path, resume=True)
+    for member, model, other in zip(again.members, models, kept, strict=True):
+        assert member.epoch.tolist() == [1]
+        assert 0 < member.seconds[0] < 60
+        torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_parameters_of_two_precisions_are_not_stacked():
+    models = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).double()) for _ in range(2)]
+    with pytest.raises(ValueError, match="must have parameters of one dtype"):
+        fit_ensemble(models, [(torch.zeros(2, 3), torch.zeros(2).long())], epochs=1, method="vmap")
 
 
 def test_settings_that_schedulers_change_are_each_members(data):
