@@ -219,6 +219,7 @@ class FrozenObjective:
         self.num_samples, self.num_batches = batches.num_samples, batches.num_batches
         self.num_left_out = batches.num_drawn - batches.num_batches
         self._caches: list[Cache] = []
+        self._lent: list[tuple[str, Tensor]] = []  # in the place of parameters, while it is tried
         self.draws = False
         self._check_model(batches, check_mean)
 
@@ -313,6 +314,7 @@ class FrozenObjective:
                 if check_mean and self.num_batches > 1:
                     for one in (batch, self._other_batch(batches)):
                         self._check_own_mean(one)
+                self._lent.clear()
                 self.draws = moved()
                 return
             versions = versions_of(inputs)
@@ -329,6 +331,7 @@ class FrozenObjective:
                     f"for {size} samples."
                 )
             self._check_repeatable(once, inputs, size)
+            self._lent.clear()
             self.draws = moved()
             loss = self.objective.loss
             trial.check_targets(loss, once, batch.targets)
@@ -377,6 +380,7 @@ class FrozenObjective:
         parameters = {**self.space.fixed, **self.space.values}
         floating = {name: t for name, t in parameters.items() if t.is_floating_point()}
         leaves = {name: t.detach().requires_grad_() for name, t in floating.items()}
+        self._lent += leaves.items()
         with torch.enable_grad():
             try:
                 self._call(leaves, rows_of(inputs, size, slice(0, 2)))
@@ -405,7 +409,7 @@ class FrozenObjective:
                 raise
             self.recomputes = True
             again = run(values, data)
-        trial.check_reached(self.model, self.space.values, again)
+        trial.check_reached(self.model, self.space.values, again, self._lent)
         return again.detach()
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVarTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
 from landscape._checks import check_materialised
 from landscape._locks import locked
@@ -21,7 +21,8 @@ from landscape._streams import OwnStreams, read_streams, same_streams, write_dev
 Wanted = TypeVarTuple("Wanted")
 Cache = tuple[nn.Module, str, Any]
 """A module, the name of an attribute of it, and what that is when empty: an empty container of its
-type (`_EMPTY`), `None`, or not there at all (`_NONE`)."""
+type (`_EMPTY`), one with `None` in the place of tensors (`_BLANK`), `None`, or not there at all
+(`_NONE`)."""
 
 
 @contextmanager
@@ -83,22 +84,32 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 def emptied(caches: Sequence[Cache]) -> Iterator[None]:
     """Let a model fill caches again, and put back afterwards what it had kept there."""
     found = [(vars(module), name, vars(module).get(name, _NONE)) for module, name, _ in caches]
+    made: dict[tuple[int, object], Any] = {}  # modules that share a container share the empty one
     try:
         for (own, name, held), (_, _, empty) in zip(found, caches, strict=True):
-            _set(own, name, _emptied(held) if empty is _EMPTY else empty)
+            if (id(held), empty) not in made:
+                made[id(held), empty] = _emptied(held, empty)
+            _set(own, name, made[id(held), empty])
         yield
     finally:
         for own, name, held in found:
             _set(own, name, held)
 
 
-def _emptied(held: Any) -> Any:
-    """Return what an attribute of this type holds as long as it holds nothing."""
-    if not isinstance(held, dict | list):
-        return None
-    empty = copy.copy(held)
-    empty.clear()
-    return empty
+def _emptied(held: Any, empty: object) -> Any:
+    """Return what an attribute holds as long as it holds no tensor.
+
+    Args:
+        held: What it holds now.
+        empty: `_EMPTY`, `_BLANK`, or what it holds.
+    """
+    if empty is _BLANK:
+        return tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, held)
+    if empty is not _EMPTY:
+        return empty
+    held = copy.copy(held)
+    held.clear()
+    return held
 
 
 def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False) -> list[Cache]:
@@ -111,7 +122,7 @@ def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False
 
     Args:
         model: Any module.
-        run: Calls it: once; where it then keeps tensors, once more, and up to three times for each
+        run: Calls it: once; where it then keeps tensors, once more, and up to four times for each
             name of a cache. Most models keep none.
         learned: Only those that are filled with something that requires a gradient.
     """
@@ -128,7 +139,10 @@ def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False
             if len(now) == len(before) and all(map(operator.is_, now, before)):
                 owners.setdefault(name, []).append(module)
         for name, modules in owners.items():
-            for empty in (_EMPTY, None, _NONE):
+            held = [vars(module)[name] for module in modules]
+            clear = (_EMPTY,) if all(isinstance(value, dict | list) for value in held) else ()
+            blank = (_BLANK,) if not any(isinstance(value, Tensor) for value in held) else ()
+            for empty in (*clear, *blank, None, _NONE):
                 found = _filled_again(run, [(module, name, empty) for module in modules], learned)
                 if found is not None:
                     caches += found
@@ -154,6 +168,8 @@ def _filled_again(
 ) -> list[Cache] | None:
     """Return which of some emptied attributes a call fills; `None` if it needs what was there."""
     with emptied(emptied_ones):
+        if any(_held(vars(module).get(name)) for module, name, _ in emptied_ones):
+            return None  # a container that cannot be emptied so
         try:
             run()
         except Exception:
@@ -167,7 +183,8 @@ def _filled_again(
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 _NONE = object()  # no attribute
-_EMPTY = object()  # an attribute as it is before it holds something
+_EMPTY = object()  # a dictionary or a list without entries
+_BLANK = object()  # a container with `None` in the place of its tensors
 
 
 class _Attributes:
@@ -177,34 +194,46 @@ class _Attributes:
         self._own = vars(module)
         self._before = dict(self._own)
         self._contents = [
-            (value, copy.copy(value))
+            (container, copy.copy(container))
             for name, value in self._own.items()
-            if isinstance(value, dict | list) and name not in _OF_MODULES
+            if name not in _OF_MODULES
+            for container in _below(value)
+            if isinstance(container, dict | list)
         ]
+        self._buffers = module._buffers, dict(module._buffers)
 
     def are_same(self) -> bool:
         """Whether none was replaced, whatever the values of the tensors."""
-        return not self._replaced() and not self._changed()
+        return not self._replaced() and not self._changed() and not self._made()
 
     def put_back(self) -> None:
         """Put back what was replaced or changed, and take away what was not there."""
         for name in self._replaced():
             _set(self._own, name, self._before.get(name, _NONE))
+        buffers, before = self._buffers
+        for name in self._made():
+            _set(buffers, name, before.get(name, _NONE))
         for container, content in self._changed():
             container.clear()
             container.update(content) if isinstance(container, dict) else container.extend(content)
 
     def _replaced(self) -> list[str]:
-        """Return the names of attributes that are others than before, or new, or gone."""
+        """Return the names of attributes that are others than before, or new, or gone.
+
+        None where no tensor is among them: with one go the size or the flag that are kept beside.
+        """
         own, was = self._own, self._before
         if _are_same(_entries(own), _entries(was)):
             return []  # as nearly always
-        found = []
-        for name in self._own.keys() | self._before.keys():
-            before, now = self._before.get(name, _NONE), self._own.get(name, _NONE)
-            if now is not before and (_is_kept(before) or _is_kept(now)):
-                found.append(name)
-        return found
+        names = (own.keys() | was.keys()) - _OF_MODULES
+        found = [name for name in names if own.get(name, _NONE) is not was.get(name, _NONE)]
+        kept = any(_is_kept(values.get(name)) for name in found for values in (own, was))
+        return found if kept else []
+
+    def _made(self) -> list[str]:
+        """Return the names of buffers that are there, where none was."""
+        buffers, before = self._buffers
+        return [n for n, b in buffers.items() if b is not None and before.get(n) is None]
 
     def _changed(self) -> list[tuple[Any, Any]]:
         """Return dictionaries, and lists of tensors, that hold others now, with what they held."""
@@ -237,11 +266,17 @@ def _is_kept(value: Any) -> bool:
 
 def _held(value: Any) -> list[Tensor]:
     """Return the tensors of an attribute that is one, or a container of some."""
-    if isinstance(value, Tensor):
-        return [value]
-    if not isinstance(value, dict | list | tuple):
-        return []
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [one for one in _below(value) if isinstance(one, Tensor)]
+
+
+def _below(value: Any) -> Iterator[Any]:
+    """Yield a value and all that is in it: entries of dictionaries, lists and tuples."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        yield (one := waiting.pop())
+        if isinstance(one, dict | list | tuple) and id(one) not in seen:
+            seen.add(id(one))
+            waiting.extend(reversed(one.values() if isinstance(one, dict) else one))
 
 
 def for_all_threads(

@@ -57,12 +57,31 @@ def check_same(once: Tensor, again: Tensor) -> None:
         )
 
 
-def check_reached(model: nn.Module, chosen: Collection[str], outputs: Tensor) -> None:
-    """Refuse a model that uses a chosen parameter of its own, not what stands in its place."""
+def check_reached(
+    model: nn.Module,
+    chosen: Collection[str],
+    outputs: Tensor,
+    lent: Iterable[tuple[str, Tensor]] = (),
+) -> None:
+    """Refuse a model that uses a chosen parameter of its own, not what stands in its place.
+
+    Args:
+        model: The model.
+        chosen: Names of the chosen parameters.
+        outputs: Of a call with other tensors in their place.
+        lent: Names and tensors of earlier calls.
+    """
+    before = {id(tensor): name for name, tensor in lent}
     known = {id(p): name for name, p in model.named_parameters()}
     for node in nodes_behind([outputs]):  # none where nothing that stands in requires a gradient
-        name = known.get(id(getattr(node, "variable", None)))
-        if name in chosen:
+        variable = id(getattr(node, "variable", None))
+        if (name := before.get(variable)) in chosen:
+            raise ValueError(
+                f"`model` must compute what it keeps of its parameters where that can be found (a "
+                f"plain attribute), but it keeps something made of {name!r} from one call to the "
+                "next elsewhere (a closure, an `lru_cache`, an object); compute it at every call."
+            )
+        if (name := known.get(variable)) in chosen:
             raise ValueError(
                 f"`model` must read its parameters from attributes of its modules, but {name!r} "
                 "was reached another way (a list, a `partial`, a view made before) and cannot be "

@@ -1,3 +1,4 @@
+import copy
 import functools
 import itertools
 import random
@@ -412,6 +413,8 @@ KEPT = {
     "nested": (lambda: None, lambda w, b: {"w": [w], "b": (b,)}),
     "tuple": (lambda: None, lambda w, b: (w, b)),
     "list": (list, lambda w, b: [w, b]),
+    "places": (lambda: [None, None], lambda w, b: [w, b]),
+    "named places": (lambda: {"w": None, "b": None, "n": 2}, lambda w, b: {"w": w, "b": b, "n": 2}),
 }
 
 
@@ -452,6 +455,103 @@ def test_weights_that_a_model_keeps_in_any_container_are_made_again(kind, used):
     np.testing.assert_allclose(*line, rtol=1e-12)
     assert model.fused is before
     assert len(model.seen) == seen
+
+
+class Table(nn.Module):
+    """Weights in one dictionary that two layers share, which also holds itself."""
+
+    def __init__(self, kept=None):
+        super().__init__()
+        self.weight, self.kept, self.name = nn.Parameter(torch.randn(16, 16)), kept, f"{id(self)}"
+
+    def forward(self, x):
+        if self.kept is None:
+            return x @ self.weight.square()
+        if self.name not in self.kept:
+            self.kept[self.name] = self.weight.square()
+            self.kept["self"] = self.kept
+        return x @ self.kept[self.name]
+
+
+def test_a_dictionary_that_two_layers_share_is_emptied_once():
+    shared = {}
+    layers = [Table(shared), Table(shared)]
+    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(16, 3)).double().eval()
+    plain = nn.Sequential(nn.Flatten(), Table(), Table(), nn.Linear(16, 3)).double().eval()
+    plain.load_state_dict(model.state_dict())
+    batches = make_batches((8, 3))
+    ours, expected = HessianOperator(model, batches), HessianOperator(plain, batches)
+    v = torch.ones(ours.dim, dtype=ours.dtype)
+    torch.testing.assert_close(ours @ v, expected @ v)
+    assert not shared
+    assert layers[0].kept is layers[1].kept is shared
+
+
+class Anchored(nn.Module):
+    """Keeps a table by the size of its input, and that size beside it; fills a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.size, self.table = nn.Linear(16, 3), None, torch.zeros(())
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        if self.size != x.shape[1:]:
+            self.table, self.size = torch.linspace(0, 1, x[0].numel()).to(x), x.shape[1:]
+        if self.scale is None:
+            self.scale = self.head.weight.detach().abs().max()
+        return self.head(x.flatten(1) + self.table) * self.scale
+
+
+def test_what_is_kept_beside_a_tensor_goes_with_it():
+    model, batches = Anchored().double().eval(), make_batches((8, 3))
+    expected = copy.deepcopy(model)(batches[0][0])
+    for _ in range(2):
+        evaluate(model, batches)
+        HessianOperator(model, batches)
+        assert model.size is None
+        assert model.scale is None
+        assert model.table.dim() == 0
+    torch.testing.assert_close(model(batches[0][0]), expected)
+
+
+class Hidden(nn.Module):
+    """Keeps what it makes of its weights where nothing finds it."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.head, self.keep = nn.Linear(16, 3), keep(self)
+
+    def forward(self, x):
+        return F.linear(x.flatten(1), self.keep(), self.head.bias)
+
+
+def in_a_closure(model):
+    kept = []
+
+    def weights():
+        if not kept:
+            kept.append(model.head.weight.square())
+        return kept[0]
+
+    return weights
+
+
+HIDDEN = {
+    "closure": in_a_closure,
+    "lru_cache": lambda model: functools.lru_cache(lambda: model.head.weight.square()),
+    "object": lambda model: SimpleNamespace(call=in_a_closure(model)).call,
+}
+
+
+@pytest.mark.parametrize("keep", HIDDEN.values(), ids=HIDDEN)
+def test_weights_that_are_kept_where_nothing_finds_them_are_refused(keep):
+    model = Hidden(keep).double().eval()
+    for probe in (HessianOperator, functools.partial(loss_line, points=3)):
+        with pytest.raises(ValueError, match="keeps something made of 'head.weight'"):
+            probe(model, make_batches((8, 3)))
+        model.keep = keep(model)
+    HessianOperator(model, make_batches((8, 3)), Objective(parameters="head.bias"))
 
 
 def test_model_is_untouched_even_by_an_exception():
