@@ -23,7 +23,7 @@ from torch.utils.data import (
 import landscape
 from landscape import Objective
 from landscape._loaders import one_pass
-from landscape._streams import OwnStreams
+from landscape._streams import OwnStreams, read_streams, same_streams
 from tests.cases import assert_untouched, snapshot
 
 PROBES = {
@@ -74,6 +74,14 @@ def test_streams_that_overlap_are_put_back_after_the_last():
     first.__exit__(None, None, None)
     second.__exit__(None, None, None)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1), np.random.rand, random.random])
+def test_a_draw_from_any_stream_is_seen(draw):
+    before = read_streams()
+    assert same_streams(before, read_streams())
+    draw()
+    assert not same_streams(before, read_streams())
 
 
 @pytest.mark.parametrize("attack", ["noise", "fgsm", "pgd"])

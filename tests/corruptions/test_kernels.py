@@ -287,6 +287,14 @@ def test_snow_adds_flakes_and_their_mirror_image():
     torch.testing.assert_close(flakes, flakes.round(), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("cifar", [False, True])
+def test_frost_adds_ice_to_the_weighted_image(cifar):
+    x = torch.full((3, 3, 32, 40), 100.0)
+    frosted, ice = (weather.frost(each, 0.7, 0.6, streams(3), cifar=cifar) for each in (x, 0 * x))
+    torch.testing.assert_close(frosted - ice, 0.7 * x)
+    assert ice.max() <= 0.6 * 255
+
+
 def test_frost_has_the_moments_of_the_photographs():
     texture = frost.frost_texture(32, 32, streams(3000), small=False)
     table = frost._PHOTOGRAPHS.double()

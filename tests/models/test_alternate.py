@@ -7,7 +7,7 @@ from torch import nn
 from landscape import Blocks
 from landscape.models import alternate, alternet18, alternet50, resnet20, resnet34, vit_nano
 from landscape.models.alternet import msa_positions
-from landscape.models.residual_stages import is_msa, resnet_stages
+from landscape.models.residual_stages import block_shape, is_msa, resnet_stages
 from landscape.models.resnet import BasicBlock
 from tests.cases import assert_untouched, snapshot
 from tests.test_thirdparty import zoo
@@ -136,6 +136,17 @@ def test_new_blocks_take_over_precision_mode_and_stochastic_depth():
     other = alternate(plain, (0, 1, 1), heads=(1, 2, 4), head_dim=3, window=(9, 4, 2))
     assert other.stages[2][2].branch.attention.query.weight.shape == (4 * 3, 16, 1, 1)
     assert [other.stages[i][2].window for i in (1, 2)] == [4, 2]
+
+
+def test_a_block_that_drops_nothing_has_stochastic_depth_of_rate_0():
+    block = nn.Module()
+    block.conv1, block.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+    block.conv2, block.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+    block.drop_path = nn.Identity()
+    assert block_shape(block).drop_path == 0
+    for rate in (None, 0.25):  # None is that of timm's `DropPath()`
+        block.drop_path.drop_prob = rate
+        assert block_shape(block).drop_path == (rate or 0)
 
 
 def test_the_same_global_seed_makes_the_same_blocks():

@@ -6,6 +6,7 @@ from torch import nn
 
 from landscape import models
 from landscape.models import create_model
+from landscape.models.residual_stages import count_msas, resnet_stages
 
 SMALL = {
     **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet20"), {"width": 4}),
@@ -51,6 +52,26 @@ def test_default_sizes_have_the_published_parameter_counts(name, num_classes, pa
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "depths", "msas"),
+    [
+        ("alternet18", (2, 2, 2, 2), (0, 1, 1, 1)),
+        ("alternet34", (3, 4, 6, 4), (0, 1, 3, 2)),
+        ("alternet50", (3, 4, 6, 4), (0, 1, 3, 2)),
+    ],
+)
+def test_alternets_have_the_published_depths_and_msas(name, depths, msas):
+    with torch.device("meta"):
+        stages = resnet_stages(create_model(name))
+    assert tuple(map(len, stages)) == depths
+    assert tuple(map(count_msas, stages)) == msas
+
+
+def test_a_vision_transformer_has_twelve_blocks_by_default():
+    with torch.device("meta"):
+        assert len(models.VisionTransformer(dim=12, heads=3).blocks) == 12
 
 
 @pytest.mark.parametrize(
@@ -113,6 +134,12 @@ def test_drop_path_rates_rise_linearly_to_the_last_block():
     )
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_nothing_is_dropped_by_default(name):
+    drops = [m for m in small(name).modules() if isinstance(m, models.layers.DropPath)]
+    assert not any(drop.rate for drop in drops)
+
+
 def test_dropout_acts_in_training_only():
     model, plain = small("vit_nano", dropout=0.5), small("vit_nano")
     assert torch.equal(model(images()), plain(images()))
@@ -146,6 +173,7 @@ def test_vit_refuses_sizes_that_do_not_fit(sizes, message):
     [
         ("resnet20", {"in_channels": 0}, "`in_channels` must be at least 1, got 0"),
         ("resnet20", {"depths": ()}, "`depths` must be at least 1, got 0"),
+        ("resnet20", {"depths": (2, 0, 2)}, "`depths` must be at least 1, got 0"),
         ("resnet20", {"stem": "tiny"}, "`stem` must be one of 'cifar', 'imagenet', got 'tiny'"),
         ("resnet20", {"drop_path": -0.1}, "`drop_path` must be at least 0 and below 1, got -0.1"),
         ("alternet18", {"msas": (0, 1, 1)}, "one entry per stage, got 4, 3 and 4 entries"),

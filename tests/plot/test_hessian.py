@@ -248,6 +248,27 @@ def test_spectral_density_is_drawn_down_to_a_single_eigenvalue():
     assert ax.get_ylabel() == "Density (1/nats)"
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_spectral_density_lies_within_its_scale(scale):
+    values = scale * density().values
+    result = replace(density(dim=50, sigma=0.3), values=values, values_stderr=0.1 * values)
+    single = 1 / (50 * 0.3 * np.sqrt(2 * np.pi))
+    top = max(1.2 * values.max(), single / 10)
+    assert plot.spectral_density(result).get_ylim()[1] == pytest.approx(3 * top)
+
+
+def test_several_spectra_have_the_densities_of_their_results():
+    results = {
+        name: replace(full_spectrum(), density=density(sigma=sigma))
+        for name, sigma in (("ResNet", 0.3), ("ViT", 0.5))
+    }
+    ax = plot.hessian_spectrum(results | {"Swin": full_spectrum(with_density=False)})
+    drawn = [line for line in ax.lines if len(line.get_xdata()) > 5]  # not the eigenvalues
+    assert [line.get_color() for line in drawn] == [style.family_color(name) for name in results]
+    for line, result in zip(drawn, results.values(), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), result.density.values)
+
+
 @pytest.mark.parametrize("with_density", [True, False])
 def test_edges_have_their_residuals_and_unconverged_ones_are_hollow(with_density):
     result = full_spectrum(with_density)

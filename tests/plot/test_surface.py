@@ -162,6 +162,13 @@ def test_constant_surface_has_a_scale():
     assert low < 2 < high
 
 
+@pytest.mark.parametrize("value", [-200.0, -1e-9, 0.0, 3.0, 1e12])
+def test_scale_of_a_constant_reaches_a_hundredth_beyond_it(value):
+    norm = make_norm(value, value)
+    beyond = 0.01 * abs(value or 1.0)
+    assert (norm.vmin, norm.vmax) == pytest.approx((value - beyond, value + beyond), rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("ends", "log"), [((1, 9.9), False), ((1, 11), True), ((0, 100), False), ((-5, 100), False)]
 )

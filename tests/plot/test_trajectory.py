@@ -37,8 +37,9 @@ def test_start_and_end_are_marked_once_for_several_paths():
         ([polar(angle=(0, 1.0, 2.6, np.nan)), polar()], 180, 1.05),
         ([polar(), polar(radius=(1, 2, 0.5, 0), angle=(0, 1, 3, np.nan))], 180, 2.1),
         ([polar(radius=(1, 2, 0.5, 0)), polar()], 90, 2.1),
+        ([polar(radius=(1, 2, 0.5, 0))], 90, 2.1),
     ],
-    ids=["quarter", "half", "stays half", "grows", "far"],
+    ids=["quarter", "half", "stays half", "grows", "far", "far alone"],
 )
 def test_sector_holds_every_path(results, degrees, radius):
     ax = None

@@ -13,7 +13,9 @@ from torch import nn
 import landscape
 from landscape import Objective
 from landscape.intervals import mean_interval
+from landscape.linalg.krylov import RitzPairs
 from landscape.models import create_model
+from landscape.probes.hessian import _density
 from landscape.training import load_images
 from tests import oracles
 from tests.cases import assert_untouched, make_batches, make_model, snapshot
@@ -625,6 +627,16 @@ def test_every_probe_is_in_the_density():
     with pytest.warns(UserWarning, match="have not converged"):
         density = landscape.hessian_spectrum(model, batches, num_probes=3, **few).density
     assert len(density.nodes) == 3
+
+
+def test_a_probe_within_the_exact_part_leaves_nothing_exact():
+    ritz = RitzPairs(np.array([-1.0, 0.0, 0.5, 4.0]), np.zeros(4), np.eye(4))
+    other = [0.2, 0.3, 0.3, 0.2]
+    within = _density(ritz, np.array([[0.5, 0, 0, 0.5], other]), 50, 1)
+    assert within.outliers.size == 0
+    assert np.isfinite(within.values).all()
+    beyond = _density(ritz, np.array([[0.3, 0.2, 0.1, 0.4], other]), 50, 1)
+    np.testing.assert_array_equal(beyond.outliers, [-1, 4])
 
 
 class Scale(nn.Module):

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from landscape.training import DeviceImages, denormalize, normalize
+from landscape.training.data import _AUGMENT, _ORDER
+from landscape.training.run import _GLOBAL, _TRANSFORM
 from landscape.training.seeding import stream_seed
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -66,6 +68,7 @@ def test_order_is_a_function_of_seed_and_epoch_and_covers_every_sample(data):
     assert all(sorted(order) == list(range(50)) for order in orders.values())
     again = gather(data.with_(seed=1).batches(2))[1].tolist()
     assert again == orders[1, 2]
+    assert gather(data.batches(2))[1].tolist() == orders[0, 2]  # the default
 
 
 @pytest.mark.parametrize("augment", [None, lambda x, y, generator: (x, y)])
@@ -84,6 +87,10 @@ def test_streams_of_different_places_differ():
     seeds = {stream_seed(seed, *place) for seed in (0, 1) for place in places}
     assert len(seeds) == 2 * len(places)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_streams_of_an_epoch_differ():
+    assert len({_ORDER, _AUGMENT, _TRANSFORM, _GLOBAL}) == 4
 
 
 def test_order_does_not_depend_on_the_batch_size(data):

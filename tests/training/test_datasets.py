@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from landscape.training import datasets, load_images
+from landscape.training.formats import read_idx, write_idx
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (7, 28, 28), dtype=np.uint8)
@@ -138,6 +139,13 @@ def test_wrong_idx_file_is_refused(tmp_path, raw, match):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(raw)
     with pytest.raises(ValueError, match=match):
         load_images("fashion_mnist", root=tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4, 5), (0, 3)], ids=str)
+def test_what_is_written_as_idx_is_read_again(tmp_path, shape):
+    array = RNG.integers(0, 256, shape, dtype=np.uint8).T
+    write_idx(tmp_path / "array.gz", array)
+    np.testing.assert_array_equal(read_idx(tmp_path / "array.gz"), array, strict=True)
 
 
 def test_images_and_labels_of_different_number_are_refused(tmp_path):

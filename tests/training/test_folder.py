@@ -40,6 +40,14 @@ def test_centre_crop_and_normalisation(root):
     np.testing.assert_allclose(x.permute(1, 2, 0), expected, atol=1e-6)
 
 
+def test_normalisation_is_that_of_imagenet_by_default(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8), (255, 0, 51)).save(tmp_path / "a" / "0.png")
+    x = next(iter(FolderImages(tmp_path, size=8)))[0]
+    expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]
+    np.testing.assert_allclose(x.mean((0, 2, 3)), expected, rtol=1e-5)
+
+
 def test_a_part_is_spread_over_all(root):
     labels = torch.cat([y for _, y in FolderImages(root, size=8, max_images=2)])
     assert labels.tolist() == [0, 1]
