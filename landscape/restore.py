@@ -26,16 +26,20 @@ type (`_EMPTY`), one with `None` in the place of tensors (`_BLANK`), `None`, or 
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module, *, lists: bool = False) -> Iterator[None]:
     """Put every module in evaluation mode, and each back in its own mode afterwards.
 
     Tensors that are plain attributes, or in such a container, are put back too: the weight that
     pruning or the older `torch.nn.utils.weight_norm` computes from its parameters before each call,
     a kept feature, attention biases that LeViT looks up once and forgets in `train()`. Numbers that
-    a forward pass writes, and lists of such, are not.
+    a forward pass writes are not, nor what it adds to a list, which may be a record of its own.
+
+    Args:
+        model: Any module.
+        lists: Put back what lists of tensors held, too.
     """
     with exclusive(model):
-        modes = [(module, module.training, _Attributes(module)) for module in model.modules()]
+        modes = [(each, each.training, _Attributes(each, lists)) for each in model.modules()]
         try:
             for module, training, _ in modes:
                 if training:
@@ -127,7 +131,11 @@ def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False
         learned: Only those that are filled with something that requires a gradient.
     """
     caches: list[Cache] = []
-    with eval_mode(model), eagerly(), suppress(Exception):  # the caller reports what is wrong
+    with (
+        eval_mode(model, lists=True),
+        eagerly(),
+        suppress(Exception),
+    ):  # the caller says what is wrong
         run()
         filled = [(module, name, list(held)) for module, name, held in _kept_tensors(model)]
         if not filled:
@@ -190,7 +198,7 @@ _BLANK = object()  # a container with `None` in the place of its tensors
 class _Attributes:
     """The plain attributes of a module that are tensors or containers, to be put back."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, lists: bool = False) -> None:
         self._own = vars(module)
         self._before = dict(self._own)
         self._contents = [
@@ -198,7 +206,7 @@ class _Attributes:
             for name, value in self._own.items()
             if name not in _OF_MODULES
             for container in _below(value)
-            if isinstance(container, dict | list)
+            if isinstance(container, dict) or (lists and isinstance(container, list))
         ]
         self._buffers = module._buffers, dict(module._buffers)
 
