@@ -131,11 +131,8 @@ def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False
         learned: Only those that are filled with something that requires a gradient.
     """
     caches: list[Cache] = []
-    with (
-        eval_mode(model, lists=True),
-        eagerly(),
-        suppress(Exception),
-    ):  # the caller says what is wrong
+    # The caller reports what is wrong.
+    with eval_mode(model, lists=True), eagerly(), suppress(Exception):
         run()
         filled = [(module, name, list(held)) for module, name, held in _kept_tensors(model)]
         if not filled:
