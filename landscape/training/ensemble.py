@@ -83,7 +83,7 @@ def fit_ensemble(
     `method="auto"` takes `vmap` on accelerators, and on a CPU for batches of at most 16, where
     starting operations is what takes time; at larger batches one model keeps a CPU busy, and a
     loop over the members is faster. This is a heuristic: on one core small ResNets and ViTs were up
-    to 1.8 times as fast under `vmap` at batch 8, a ViT of dim 48 about as fast, and all but the
+    to 1.6 times as fast under `vmap` at batch 8, a ViT of dim 48 about as fast, and all but the
     smallest slower at batch 32 (`benchmarks/training.py`). What `vmap` cannot run (a cross-entropy
     with class weights and label smoothing, an LSTM), or gives other gradients of the first batch
     than each model alone (attributes that differ), is trained in a loop too. A step under `vmap`
