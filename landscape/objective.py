@@ -222,6 +222,7 @@ class FrozenObjective:
         self._lent: list[tuple[str, Tensor]] = []  # in the place of parameters, while it is tried
         self.draws = False
         self._check_model(batches, check_mean)
+        self._lent.clear()
 
     def of_batch(self, batch: PreparedBatch) -> "FrozenObjective":
         """Return the objective of one mini-batch alone, with the same parameters."""
@@ -314,7 +315,6 @@ class FrozenObjective:
                 if check_mean and self.num_batches > 1:
                     for one in (batch, self._other_batch(batches)):
                         self._check_own_mean(one)
-                self._lent.clear()
                 self.draws = moved()
                 return
             versions = versions_of(inputs)
@@ -331,7 +331,6 @@ class FrozenObjective:
                     f"for {size} samples."
                 )
             self._check_repeatable(once, inputs, size)
-            self._lent.clear()
             self.draws = moved()
             loss = self.objective.loss
             trial.check_targets(loss, once, batch.targets)

@@ -77,7 +77,7 @@ def check_reached(
         variable = id(getattr(node, "variable", None))
         if (name := before.get(variable)) in chosen:
             raise ValueError(
-                f"`model` must compute what it keeps of its parameters where that can be found (a "
+                "`model` must compute what it keeps of its parameters where that can be found (a "
                 f"plain attribute), but it keeps something made of {name!r} from one call to the "
                 "next elsewhere (a closure, an `lru_cache`, an object); compute it at every call."
             )

@@ -119,13 +119,12 @@ def nice_ticks(norm: Normalize) -> list[float]:
     low, high = norm_ends(norm)
     locator: Locator = MaxNLocator(4)
     if isinstance(norm, LogNorm):
-        within = (1, 2, 3, 5) if high < 20 * low else (1, 2, 5)
-        locator = LogLocator(subs=within)
+        if high >= 300 * low:  # over many decades a few powers of ten alone
+            first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+            step = math.ceil((last - first + 1) / _MOST_POWERS)
+            return [10.0**power for power in range(first, last + 1, step)]
+        locator = LogLocator(subs=(1, 2, 3, 5) if high < 20 * low else (1, 2, 5))
     ticks = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
-    if isinstance(norm, LogNorm) and high >= 300 * low:  # a few powers of ten alone
-        first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-        step = math.ceil((last - first + 1) / _MOST_POWERS)
-        ticks = [10.0**power for power in range(first, last + 1, step)]
     return ticks if len(ticks) > 1 else [low, high]
 
 

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_K = 32
+from landscape.linalg.gpu.matmul import gathered, parts_of
+
+_BLOCK_K = 32  # of the tiles, as measured on an H200
 _FEWEST = 64  # channels: of 32 there is nothing to gain (H200)
 _ALIGNED = 16  # pixels, of which Triton loads several at a time
-_PROGRAMS = 264  # that a convolution should have at least, a heuristic: two a multiprocessor
-_SHORTEST = 8  # steps of a part of a sum, a heuristic
 
 
 def serves(x: Tensor, weight: Tensor, settings: Any) -> bool:
@@ -84,7 +84,7 @@ def convolve(
     span = min(block_m, triton.next_power_of_2(h * w))
     tiles = triton.cdiv(n, block_m // span) * triton.cdiv(h * w, span) * triton.cdiv(o, block_n)
     steps = kh * kw * triton.cdiv(c, _BLOCK_K)
-    parts = max(1, min(_PROGRAMS // tiles, steps // _SHORTEST))
+    parts = parts_of(tiles, steps)
     into = out if parts == 1 else torch.empty(parts, *out.shape, dtype=x.dtype, device=x.device)
     _convolve[(tiles, parts)](
         x, kernels, into, into if bias is None else bias.contiguous(),
@@ -93,13 +93,8 @@ def convolve(
         KH=kh, KW=kw, SPAN=span,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_BLOCK_K, num_warps=warps, num_stages=3,
     )  # fmt: skip
-    if parts == 1:
-        return out
-    if onto is None:
-        torch.sum(into, 0, out=out)
-    else:
-        out += into.sum(0)
-    return out if bias is None else out.add_(bias[:, None, None])
+    shift = None if bias is None else bias[:, None, None]
+    return gathered(into, out, shift, add=onto is not None)
 
 
 def of_weight(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -115,7 +110,7 @@ def of_weight(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     span = min(_BLOCK_K, triton.next_power_of_2(h * w))
     tiles = triton.cdiv(o, block_m) * triton.cdiv(c, block_n)
     steps = triton.cdiv(n, _BLOCK_K // span) * triton.cdiv(h * w, span)
-    parts = max(1, min(_PROGRAMS // tiles, steps // _SHORTEST))
+    parts = parts_of(tiles, steps)
     out = torch.empty(parts, o, c, dtype=x.dtype, device=x.device)
     _of_weight[(tiles, parts)](
         g, x, out, n, c, o, h * w, triton.cdiv(steps, parts), SPAN=span,

@@ -15,6 +15,7 @@ from torch import Tensor
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 64, 32  # of the tiles, as measured on an H200
 _FEWEST = 32  # rows and columns, a heuristic
 _PROGRAMS = 264  # that a product should have at least, a heuristic: two a multiprocessor
+_SHORTEST = 8  # steps of a part of a sum, a heuristic
 
 
 def serves(a: Tensor, b: Tensor) -> bool:
@@ -37,8 +38,7 @@ def multiply(
     if out is None:
         out = torch.empty(m, n, dtype=a.dtype, device=a.device)
     tiles = triton.cdiv(m, _BLOCK_M) * triton.cdiv(n, _BLOCK_N)
-    # A sum over many rows goes in parts, which are added in an order that is always the same.
-    parts = max(1, min(_PROGRAMS // tiles, k // (8 * _BLOCK_K)))
+    parts = parts_of(tiles, k // _BLOCK_K)
     if b.stride(0) != 1 and n < m:
         b = b.T.contiguous().T  # tensor cores take columns in one piece
     into = out if parts == 1 else torch.empty(parts, m, n, dtype=out.dtype, device=out.device)
@@ -49,7 +49,24 @@ def multiply(
         ADD=add and parts == 1, BIAS=bias is not None and parts == 1,
         BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, num_warps=8, num_stages=3,
     )  # fmt: skip
-    if parts == 1:
+    return gathered(into, out, bias, add)
+
+
+def parts_of(tiles: int, steps: int) -> int:
+    """Return in how many parts sums of so many steps go, where they would make few programs."""
+    return max(1, min(_PROGRAMS // tiles, steps // _SHORTEST))
+
+
+def gathered(into: Tensor, out: Tensor, bias: Tensor | None, add: bool) -> Tensor:
+    """Return `out` with the sum of parts, added in an order that is always the same.
+
+    Args:
+        into: The parts, or `out` itself where there is one, which has all in it.
+        out: Where the sum goes.
+        bias: What is added besides, or `None`.
+        add: Whether the sum is added to what `out` holds.
+    """
+    if into is out:
         return out
     if add:
         out += into.sum(0)
