@@ -58,7 +58,7 @@ def walked_plane(peer: Any) -> None:
 
 
 def left_as_found(peer: Any) -> None:
-    """The weights are the same after a line."""
+    """The weights are the same after a line, without an option that says so."""
     model = _Recorded(6, 4)
     before = model.weight.detach().clone()
     displacement(peer, model, 1.0)
@@ -93,7 +93,7 @@ def zero_parameters(peer: Any) -> None:
     model = net()
     with torch.no_grad():
         for p in model.parameters():
-            p[0] = 0
+            (p if p.dim() == 1 else p[0]).zero_()
     batch = (torch.ones(4, 4), torch.zeros(4).long())
     values = method(peer, "random_line")(model, CROSS, [batch], 1.0)
     expect(bool(np.isfinite(values).all()), f"{np.sum(~np.isfinite(values))} points not finite")
@@ -101,9 +101,10 @@ def zero_parameters(peer: Any) -> None:
 
 def running_statistics(peer: Any) -> None:
     """Variances of batch norms do not move with the weights: far points are finite."""
-    model = net(nn.BatchNorm1d(5)).eval()
+    norm = nn.BatchNorm1d(5)
+    nn.init.constant_(norm.bias, 0.5)  # as trained: zeros are another matter
     batch = (torch.ones(4, 4), torch.zeros(4).long())
-    values = method(peer, "random_line")(model, CROSS, [batch], 20.0)
+    values = method(peer, "random_line")(net(norm).eval(), CROSS, [batch], 20.0)
     expect(bool(np.isfinite(values).all()), f"{np.sum(~np.isfinite(values))} points not finite")
 
 

@@ -419,7 +419,8 @@ def table(content: dict[str, Any]) -> str:
         "product in float32 (with its share of the peak) and in TF32; certified top 5 of one batch "
         "(W1), in gradients and products, and of four (W3), in their gradients; density of 80 "
         "steps over 80 products (W4); W5 in milliseconds a mini-batch of 16, and times as fast as "
-        "PyHessian; a point of a 9 x 9 surface (3 x 3 at 224 pixels), directions drawn, and a "
+        "PyHessian (at its defaults, the first mini-batch alone, once or twice); a point of a "
+        "9 x 9 surface (3 x 3 at 224 pixels), directions drawn, and a "
         "further point, over a forward pass of 128 images; "
         "milliseconds of a training step of 96 images in bfloat16, and with CUDA graphs. "
         "`benchmarks/gpu.py` says how each is measured. Empty: not measured.",

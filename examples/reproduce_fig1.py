@@ -1,6 +1,6 @@
 """Figure 1 of "How Do Vision Transformers Work?" (Park & Kim, ICLR 2022), from scratch.
 
-    python examples/reproduce_fig1.py                  # two CPU cores, offline, under ten minutes
+    python examples/reproduce_fig1.py                  # two CPU cores, offline, some ten minutes
     python examples/reproduce_fig1.py --quick          # the same path in little: a smoke test
     python examples/reproduce_fig1.py --preset gpu     # the paper's networks, minutes on a GPU
     python examples/reproduce_fig1.py --preset paper --dataset cifar100    # the paper's, on a GPU

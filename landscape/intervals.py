@@ -19,7 +19,9 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float,
         level: Probability that the interval is to have.
 
     Returns:
-        Mean, lower and upper end. The ends are NaN below two values, the mean too below one.
+        Mean, lower and upper end. The ends are NaN below two values, the mean too below one; and
+        where all values are the same, as proportions of 0 are: that they do not differ does not
+        tell by how little others would.
 
     Raises:
         ValueError: If `level` is not between 0 and 1.
@@ -28,7 +30,7 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float,
         raise ValueError(f"`level` must lie between 0 and 1, got {level}.")
     values = np.asarray(values, dtype=float).ravel()
     mean = float(values.mean()) if values.size else math.nan
-    if values.size < 2:
+    if values.size < 2 or np.ptp(values) == 0:
         return mean, math.nan, math.nan
     half = stats.t.ppf((1 + level) / 2, values.size - 1) * values.std(ddof=1)
     half = float(half / math.sqrt(values.size))

@@ -23,8 +23,9 @@ def test_three_runs_cover_their_mean_as_often_as_the_level_says():
         assert covered == pytest.approx(level, abs=4 * np.sqrt(level * (1 - level) / 2000))
 
 
-def test_one_run_has_no_interval_and_none_no_mean():
-    mean, low, high = mean_interval([2.0])
+@pytest.mark.parametrize("values", [[2.0], [2.0, 2.0, 2.0]], ids=str)
+def test_one_run_or_runs_that_agree_have_no_interval_and_none_no_mean(values):
+    mean, low, high = mean_interval(values)
     assert mean == 2
     assert np.isnan(low)
     assert np.isnan(high)

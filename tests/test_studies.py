@@ -13,6 +13,8 @@ from scipy import stats
 from torch import nn
 
 import landscape
+from landscape.probes.cka import CKA
+from landscape.probes.feature_maps import BlockTable
 from landscape.probes.hessian_max import HessianMaxSpectrum
 from landscape.results import Provenance
 from tests.test_package import ROOT, run
@@ -225,11 +227,27 @@ def test_intervals_that_touch_decide_nothing():
         (low, claims.estimated(4, 0.25)): "agrees",
         (claims.estimated(4, 0.25), low): "disagrees",
         (low, claims.averaged([9])): "undecided",
+        (low, claims.averaged([9, 9, 9])): "undecided",
         (low, claims.estimated(9, 0.0)): "undecided",
     }
     for (smaller, larger), verdict in verdicts.items():
         claim = claims.Claim("", "", ("a", smaller), ("b", larger), about=1)
         assert claim.verdict == verdict
+
+
+@pytest.mark.parametrize("more", [0.0, 0.1])
+def test_stages_are_alike_only_if_more_than_their_distance_says(more):
+    script = importlib.import_module("reproduce_fig10")
+    stage = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
+    kinds = ("stem", *["conv"] * 9, "head")
+    nothing = np.zeros(len(stage))
+    table = BlockTable(kinds, kinds, nothing, nothing.astype(bool), stage)
+    same, apart = stage[:, None] == stage, np.abs(np.subtract.outer(*[np.arange(11)] * 2))
+    values = 0.8**apart + more * same
+    run = CKA(values, 1e-3 * values, table, table, *[values] * 4, 0, Provenance())
+    (claim,) = script.claims({"cka": {"ResNet": [run]}, "lesion": {}})
+    assert claim.larger[1].value == pytest.approx(more)
+    assert claim.verdict == ("agrees" if more else "undecided")
 
 
 @pytest.fixture(scope="module")
