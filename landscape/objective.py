@@ -411,7 +411,9 @@ class FrozenObjective:
                 once = self.logits(awake, rows)
                 values, inputs = awake, rows
                 break
-        trial.check_same(once, self._again(values, inputs, self.logits))
+        # A model may hook its activations where gradients are enabled: they must have some.
+        leaves = {name: t.detach().requires_grad_() for name, t in values.items()}
+        trial.check_same(once, self._again(leaves, inputs, self.logits))
 
     def _again(self, values: Mapping[str, Tensor], data: Any, run: Callable[..., Tensor]) -> Tensor:
         """Return what a pass gives that records its graph, and look at that."""

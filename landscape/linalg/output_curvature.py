@@ -10,6 +10,7 @@ weight of sample n in the mean that the loss takes (1, or by class weights and i
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +18,11 @@ from torch import Tensor
 from torch.func import vmap
 
 from landscape.batches import PreparedBatch
-from landscape.linalg.gradient import check_twice_differentiable, twice_differentiable
+from landscape.linalg.gradient import (
+    check_twice_differentiable,
+    twice_differentiable,
+    unchanged_gradients,
+)
 from landscape.linalg.hessian import CurvatureOperator, warn_independent
 from landscape.linalg.layers import with_cheap_second_derivatives
 from landscape.losses import makes_no_softmax, sample_weights
@@ -34,7 +39,8 @@ class _OutputCurvature(CurvatureOperator):
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         out = self._weight_decay * vectors  # the Hessian of (λ/2)‖θ‖² is λI
-        with twice_differentiable():
+        watched = nullcontext() if self._checked else unchanged_gradients()
+        with twice_differentiable(), watched:
             for batch in self.frozen.batches:
                 product = self._multiplication(batch)
                 if product is None:
