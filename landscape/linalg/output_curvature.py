@@ -179,12 +179,24 @@ class EmpiricalFisherOperator(_OutputCurvature):
     at a minimum of a misspecified model (Kunstner et al., 2019).
 
     Raises:
-        ValueError: Besides what a `HessianOperator` raises, if the model brings its own loss.
+        ValueError: Besides what a `HessianOperator` raises, if the model brings its own loss, or it
+            is no mean over the samples of a batch, such as one that contrasts them.
     """
 
     def _setup(self) -> None:
         self._check_loss("outputs and targets for an empirical Fisher matrix")
         super()._setup()
+        batch, values = next(iter(self.frozen.batches)), self.frozen.space.values
+        with torch.no_grad():
+            loss = float(self.frozen.data_term(values, batch))
+            shares = self._shares(batch)
+            mean = float((shares[shares > 0] * self._outputs(values, batch)).sum())
+        if abs(mean - loss) > 1e-2 * max(abs(mean), abs(loss)):
+            raise ValueError(
+                "`loss` must be a mean over samples for an empirical Fisher matrix, got "
+                f"{loss:.6g} for a batch whose samples average to {mean:.6g}; see "
+                "`GaussNewtonOperator`."
+            )
 
     def _outputs(self, leaves: dict[str, Tensor], batch: PreparedBatch) -> Tensor:
         loss, targets = self.frozen.objective.loss, batch.targets

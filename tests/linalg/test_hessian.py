@@ -289,6 +289,17 @@ def test_functions_that_are_differentiable_once_are_refused(recorded):
     assert np.isfinite(landscape.loss_line(model, batches, points=3).nll).all()
 
 
+def test_the_samples_of_a_contrastive_loss_have_no_gradients_of_their_own():
+    def contrastive(outputs, targets):
+        return F.cross_entropy(outputs @ targets.T, torch.arange(len(outputs)))
+
+    (x, _), objective = make_batches((7,))[0], Objective(loss=contrastive)
+    batch = x, torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    assert GaussNewtonOperator(make_model("conv"), [batch], objective).dim
+    with pytest.raises(ValueError, match="see `GaussNewtonOperator`"):
+        EmpiricalFisherOperator(make_model("conv"), [batch], objective)
+
+
 @pytest.mark.parametrize("once", [False, True], ids=["each", "once"])
 def test_gradients_that_a_hook_changes_are_refused_and_what_only_looks_is_not(once, recorded):
     class Equilibrium(nn.Module):
