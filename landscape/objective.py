@@ -138,7 +138,7 @@ class Objective:
             The frozen objective, after one pass over the data, a forward pass of one batch, two of
             16 of its samples (a second one of all in a batch of up to 32), one of two, and one of
             up to 16 samples of a second batch; with `loss=None`, three of one batch, one of two
-            samples, and two of 32 samples of two batches, in parts too.
+            samples, and two of 32 samples of two batches, in parts too, with their gradients.
         """
         return FrozenObjective(self, model, data, keep_bytes, check_mean)
 
@@ -368,7 +368,23 @@ class FrozenObjective:
             ]
         except Exception:  # a model that needs batches of one size is spared
             return
-        trial.check_own_mean(values[0], values[1:], [rows.stop - rows.start for rows in parts])
+        sizes = [rows.stop - rows.start for rows in parts]
+        trial.check_own_mean(values[0], values[1:], sizes)
+        try:
+            whole = self._own_gradient(batch.part(slice(0, few)))
+            mean = torch.zeros_like(whole)
+            for rows, size in zip(parts, sizes, strict=True):
+                mean.add_(self._own_gradient(batch.part(rows)), alpha=size / few)
+        except Exception:  # a loss that has none
+            return
+        trial.check_own_gradient(whole, mean)
+
+    def _own_gradient(self, batch: PreparedBatch) -> Tensor:
+        leaves = {name: t.detach().requires_grad_() for name, t in self.space.values.items()}
+        with torch.enable_grad():
+            loss = self.data_term(leaves, batch)
+            gradient = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        return self.space.flatten(gradient)
 
     def _call(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
         state = self.space.state(parameters)
@@ -395,7 +411,9 @@ class FrozenObjective:
                 once = self.logits(awake, rows)
                 values, inputs = awake, rows
                 break
-        trial.check_same(once, self._again(values, inputs, self.logits))
+        # A model may hook its activations where gradients are enabled: they must have some.
+        leaves = {name: t.detach().requires_grad_() for name, t in values.items()}
+        trial.check_same(once, self._again(leaves, inputs, self.logits))
 
     def _again(self, values: Mapping[str, Tensor], data: Any, run: Callable[..., Tensor]) -> Tensor:
         """Return what a pass gives that records its graph, and look at that."""

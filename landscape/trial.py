@@ -243,6 +243,17 @@ def check_mean(
     except Exception:
         return
     _compare_mean(loss, rows, total, values)
+    amounts = [float(amount_averaged(loss, t, 1)) for _, t in rows]
+    try:
+        gradient = _gradient(loss, *whole)
+        each = [a * _gradient(loss, *row) for a, row in zip(amounts, rows, strict=True)]
+    except Exception:  # a loss that has none
+        return
+    if _differ(gradient, torch.cat(each) / sum(amounts)):
+        raise ValueError(
+            "`loss` must be a mean over samples, got one whose gradient is not the mean of those "
+            f"of single samples; {_REMEDY}."
+        )
 
 
 def check_own_mean(whole: float, parts: Sequence[float], sizes: Sequence[int]) -> None:
@@ -257,10 +268,41 @@ def check_own_mean(whole: float, parts: Sequence[float], sizes: Sequence[int]) -
     if math.isfinite(whole) and not abs(mean - whole) <= 1e-2 * max(abs(mean), abs(whole)):
         raise ValueError(
             f"`model` must return a `.loss` that is a mean over samples, got {whole:.6g} for some "
-            f"whose parts average to {mean:.6g}; pass `Objective(loss=…)` with a function of "
-            "outputs and targets (`nn.CrossEntropyLoss()` of logits (n, classes, tokens) weighs "
-            "batches by the labels that count), or all samples as one batch."
+            f"whose parts average to {mean:.6g}; {_OWN_REMEDY}."
         )
+
+
+def check_own_gradient(gradient: Tensor, mean: Tensor) -> None:
+    """Refuse a model's own loss whose gradient is not the mean of what its parts give.
+
+    Args:
+        gradient: That of some samples, in the parameters.
+        mean: The mean of those of two parts of them.
+    """
+    if _differ(gradient, mean):
+        raise ValueError(
+            "`model` must return a `.loss` that is a mean over samples, got one whose gradient is "
+            f"not the mean of those of its parts; {_OWN_REMEDY}."
+        )
+
+
+def _differ(gradient: Tensor, mean: Tensor) -> bool:
+    """Whether two gradients differ by more than rounding.
+
+    They tell means over tokens and over samples apart where the values do not: before training all
+    tokens have about the loss log(classes), so that all means are alike.
+    """
+    wide = torch.promote_types(gradient.dtype, torch.float64)
+    difference, size = (float(g.to(wide).norm()) for g in (gradient - mean, gradient))
+    precision = torch.finfo(gradient.dtype)
+    allowed = max(1e-2, 4 * precision.eps) * size + precision.tiny
+    return math.isfinite(difference) and difference > allowed
+
+
+def _gradient(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    leaf = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(loss(leaf, targets), leaf)[0]
 
 
 def _samples(outputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -284,9 +326,19 @@ def _compare_mean(
     if math.isfinite(loss) and not abs(mean - loss) <= 1e-2 * max(abs(mean), abs(loss)):
         raise ValueError(
             f"`loss` must be a mean over samples, got {loss:.6g} for a batch whose parts "
-            f"average to {mean:.6g}; pass class weights and an ignored label as "
-            "`nn.CrossEntropyLoss(weight=…, ignore_index=…)`, or all samples as one batch."
+            f"average to {mean:.6g}; {_REMEDY}."
         )
+
+
+_REMEDY = (
+    "pass class weights and an ignored label as `nn.CrossEntropyLoss(weight=…, ignore_index=…)`, "
+    "or all samples as one batch"
+)
+_OWN_REMEDY = (
+    "pass `Objective(loss=…)` with a function of outputs and targets (`nn.CrossEntropyLoss()` of "
+    "logits (n, classes, tokens) weighs batches by the labels that count), or all samples as one "
+    "batch"
+)
 
 
 def _is_same(now: Tensor, before: Tensor) -> bool:

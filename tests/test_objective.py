@@ -733,6 +733,24 @@ def root(outputs, targets):
     return F.mse_loss(outputs, F.one_hot(targets, 3).double()).sqrt()
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0])
+def test_a_mean_over_tokens_is_refused_before_training_too(scale, generator):
+    model = nn.Conv1d(4, 3, 1, bias=False).double()
+    model.weight.data *= scale
+    x = torch.randn(12, 4, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (12, 6), generator=generator)
+    y[torch.arange(6) > torch.arange(12)[:, None] % 6] = -100
+
+    def over_tokens(outputs, targets):
+        return F.cross_entropy(outputs.mT.flatten(0, 1), targets.flatten())
+
+    batches = [(x[:7], y[:7]), (x[7:], y[7:])]
+    with pytest.raises(ValueError, match="`loss` must be a mean over samples"):
+        Objective(loss=over_tokens).freeze(model, batches)
+    value = Objective().freeze(model, batches).value()
+    assert value == pytest.approx(over_tokens(model(x), y).item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("loss", [weighted, root])
 @pytest.mark.parametrize("sizes", [(20, 20, 20), (10,) * 6])
 def test_a_loss_that_is_no_mean_is_refused_though_a_batch_holds_one_class(loss, sizes, generator):
@@ -1387,6 +1405,11 @@ def test_a_loss_that_the_model_brings_is_a_mean_over_samples(generator):
         batches = [{"x": tokens[i::2], "labels": targets[i::2]} for i in range(2)]
         with context:
             Objective(loss=None).freeze(model, batches)
+    untrained = Summing("mean")  # all tokens have a loss of about log 3
+    untrained.head.weight.data *= 1e-3
+    untrained.head.bias.data.zero_()
+    with told:
+        Objective(loss=None).freeze(untrained, batches)
 
     class Turned(nn.Module):
         def __init__(self):

@@ -4,9 +4,11 @@ A Hessian product is v ↦ ∇⟨∇L, v⟩. The graph of ∇L does not depend o
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -77,15 +79,16 @@ class GradientGraph:
             return loss()
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack) if measure else nullcontext()
-        try:
-            with hooks:
-                self._differentiate(forward, precision)
-            self.num_bytes: float = sum(sizes.values())
-        except RuntimeError as error:
-            if not measure or "saved tensor hooks" not in str(error):
-                raise
-            self._differentiate(forward, precision)  # the model uses `torch.func`
-            self.num_bytes = math.inf
+        with unchanged_gradients() if measure else nullcontext():
+            try:
+                with hooks:
+                    self._differentiate(forward, precision)
+                self.num_bytes: float = sum(sizes.values())
+            except RuntimeError as error:
+                if not measure or "saved tensor hooks" not in str(error):
+                    raise
+                self._differentiate(forward, precision)  # the model uses `torch.func`
+                self.num_bytes = math.inf
         if measure:
             check_twice_differentiable(self.gradient)
 
@@ -134,6 +137,42 @@ def check_twice_differentiable(gradient: Sequence[Tensor]) -> None:
             "`model` must be twice differentiable, got a function marked with "
             "`once_differentiable`; write its backward pass in differentiable operations."
         )
+
+
+@contextmanager
+def unchanged_gradients() -> Iterator[None]:
+    """Refuse a model that hooks its activations to put another gradient in the place of theirs.
+
+    Deep equilibrium models do: what the hook solves for is a number to autograd, whose derivative
+    is left out of the second derivative.
+
+    Raises:
+        ValueError: If a gradient that is taken inside is changed.
+    """
+    changed = threading.Event()
+    register: Callable[..., Any] = Tensor.register_hook
+
+    def watched(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        def noted(gradient: Tensor) -> Tensor | None:
+            other = hook(gradient)
+            known = bool(gradient.any())  # of zeros it does not show
+            if other is not None and not (known and torch.equal(other, gradient)):
+                changed.set()
+            return other
+
+        return register(tensor, noted)
+
+    with _one_at_a_time, patch.object(Tensor, "register_hook", watched):
+        yield
+    if changed.is_set():
+        raise ValueError(
+            "`model` must be twice differentiable, got one that changes a gradient by a hook "
+            "(`register_hook`), which has no derivative of its own; let autograd differentiate the "
+            "operations, or the last iterations of a fixed point."
+        )
+
+
+_one_at_a_time = threading.RLock()  # patches of two threads would put each other back
 
 
 def hessian_product(

@@ -10,6 +10,7 @@ weight of sample n in the mean that the loss takes (1, or by class weights and i
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +18,11 @@ from torch import Tensor
 from torch.func import vmap
 
 from landscape.batches import PreparedBatch
-from landscape.linalg.gradient import check_twice_differentiable, twice_differentiable
+from landscape.linalg.gradient import (
+    check_twice_differentiable,
+    twice_differentiable,
+    unchanged_gradients,
+)
 from landscape.linalg.hessian import CurvatureOperator, warn_independent
 from landscape.linalg.layers import with_cheap_second_derivatives
 from landscape.losses import makes_no_softmax, sample_weights
@@ -34,7 +39,8 @@ class _OutputCurvature(CurvatureOperator):
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         out = self._weight_decay * vectors  # the Hessian of (λ/2)‖θ‖² is λI
-        with twice_differentiable():
+        watched = nullcontext() if self._checked else unchanged_gradients()
+        with twice_differentiable(), watched:
             for batch in self.frozen.batches:
                 product = self._multiplication(batch)
                 if product is None:
@@ -173,12 +179,24 @@ class EmpiricalFisherOperator(_OutputCurvature):
     at a minimum of a misspecified model (Kunstner et al., 2019).
 
     Raises:
-        ValueError: Besides what a `HessianOperator` raises, if the model brings its own loss.
+        ValueError: Besides what a `HessianOperator` raises, if the model brings its own loss, or it
+            is no mean over the samples of a batch, such as one that contrasts them.
     """
 
     def _setup(self) -> None:
         self._check_loss("outputs and targets for an empirical Fisher matrix")
         super()._setup()
+        batch, values = next(iter(self.frozen.batches)), self.frozen.space.values
+        with torch.no_grad():
+            loss = float(self.frozen.data_term(values, batch))
+            shares = self._shares(batch)
+            mean = float((shares[shares > 0] * self._outputs(values, batch)).sum())
+        if abs(mean - loss) > 1e-2 * max(abs(mean), abs(loss)):
+            raise ValueError(
+                "`loss` must be a mean over samples for an empirical Fisher matrix, got "
+                f"{loss:.6g} for a batch whose samples average to {mean:.6g}; see "
+                "`GaussNewtonOperator`."
+            )
 
     def _outputs(self, leaves: dict[str, Tensor], batch: PreparedBatch) -> Tensor:
         loss, targets = self.frozen.objective.loss, batch.targets

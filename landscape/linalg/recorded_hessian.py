@@ -16,6 +16,7 @@ from landscape.linalg.gradient import (
     check_twice_differentiable,
     hessian_product,
     twice_differentiable,
+    unchanged_gradients,
 )
 from landscape.objective import FrozenObjective
 from landscape.recording import Recording, apart, overwrite, shape_of, trial
@@ -60,7 +61,8 @@ class RecordedHessian:
     def try_out(self) -> bool:
         """Return whether it can be recorded; a gradient and a product."""
         with apart(self._stream), twice_differentiable():
-            graph, recordable = trial(self._gradient)
+            with unchanged_gradients():
+                graph, recordable = trial(self._gradient)
             check_twice_differentiable(graph.gradient)
             return recordable and all(
                 trial(partial(self._product, graph, precision))[1] for precision in self._precisions

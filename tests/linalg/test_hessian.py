@@ -289,6 +289,54 @@ def test_functions_that_are_differentiable_once_are_refused(recorded):
     assert np.isfinite(landscape.loss_line(model, batches, points=3).nll).all()
 
 
+def test_the_samples_of_a_contrastive_loss_have_no_gradients_of_their_own():
+    def contrastive(outputs, targets):
+        return F.cross_entropy(outputs @ targets.T, torch.arange(len(outputs)))
+
+    (x, _), objective = make_batches((7,))[0], Objective(loss=contrastive)
+    batch = x, torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    assert GaussNewtonOperator(make_model("conv"), [batch], objective).dim
+    with pytest.raises(ValueError, match="see `GaussNewtonOperator`"):
+        EmpiricalFisherOperator(make_model("conv"), [batch], objective)
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["each", "once"])
+def test_gradients_that_a_hook_changes_are_refused_and_what_only_looks_is_not(once, recorded):
+    class Equilibrium(nn.Module):
+        """Solves its backward pass in a hook, which some remove when it has been called."""
+
+        def __init__(self, slope):
+            super().__init__()
+            self.first, self.head = nn.Linear(16, 4).double(), nn.Linear(4, 3).double()
+            self.slope = slope
+
+        def forward(self, x):
+            z = torch.tanh(self.first(x.flatten(1)))
+            if torch.is_grad_enabled():
+                handle = z.register_hook(lambda g: self.solved(g, handle))
+            return self.head(z)
+
+        def solved(self, gradient, handle):
+            if once:
+                handle.remove()
+            return None if self.slope is None else gradient / (1 - self.slope)
+
+    batches = make_batches((7, 3))
+    v = torch.ones(83, dtype=torch.float64)
+    model = Equilibrium(0.5)
+    for memory in ("auto", 0):
+        with pytest.raises(ValueError, match="changes a gradient by a hook"):
+            HessianOperator(model, batches, memory=memory)
+    for kind in (GaussNewtonOperator, FisherOperator, EmpiricalFisherOperator):
+        with pytest.raises(ValueError, match="changes a gradient by a hook"):
+            kind(model, batches).matvec(v)
+    with pytest.raises(ValueError, match="changes a gradient by a hook"):
+        landscape.hessian_max_spectrum(model, batches, k=1)
+    assert np.isfinite(landscape.loss_line(model, batches, points=3).nll).all()
+    for kind in (HessianOperator, GaussNewtonOperator):
+        assert kind(Equilibrium(None), batches).matvec(v).isfinite().all()
+
+
 def test_many_vectors_share_one_forward_pass():
     model, batches = make_model("conv"), make_batches((7, 3))
     operator = GaussNewtonOperator(model, batches)

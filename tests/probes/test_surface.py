@@ -229,10 +229,10 @@ def test_the_model_is_left_as_found(name, batch_norm, error):
     if error is None:
         loss_surface(model, make_batches((5, 3)), **arguments)
     else:
-        objective = Objective(loss=Interruption(error, after=20))
+        objective = Objective(loss=Interruption(error, after=30))
         with pytest.raises(type(error)):
             loss_surface(model, make_batches((5, 3)), objective=objective, **arguments)
-        assert objective.loss.calls == 21
+        assert objective.loss.calls == 31
     assert_untouched(model, before)
 
 
