@@ -153,6 +153,21 @@ def test_ignored_labels_count_for_nothing():
         np.testing.assert_allclose(result.validation_loss, [loss(model(x), y).item()], rtol=1e-6)
 
 
+def test_a_batch_of_ignored_labels_alone_ends_no_training(generator):
+    x, y = torch.randn(12, 4, generator=generator), torch.arange(12) % 3
+    ignored = torch.full((6,), -100)
+    model = nn.Linear(4, 3)
+    start = model.weight.detach().clone()
+    settings = {"epochs": 1, "schedule": lambda t: 1.0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match="loss of step 1 in epoch 1 became NaN"):
+        fit(model, [(x[:6], ignored)], optimizer=optimizer, **settings)
+    assert torch.equal(model.weight, start)
+    expected = F.cross_entropy(model(x[6:]), y[6:])
+    result = fit(model, [(x[:6], ignored), (x[6:], y[6:])], optimizer=optimizer, **settings)
+    assert result.train_loss[0] == pytest.approx(expected.item())
+
+
 def test_an_ignored_class_counts_for_nothing_where_it_is_predicted():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(30, 4, generator=generator), torch.arange(30) % 3
