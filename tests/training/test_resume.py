@@ -261,7 +261,11 @@ def test_other_run_in_the_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "match"),
-    [({"lr": 0.5}, "there `learning_rates` is"), ({"weight_decay": 0.5}, "there `weight_decays`")],
+    [
+        ({"lr": 0.5}, "there `learning_rates` is"),
+        ({"weight_decay": 0.5}, "there `weight_decays`"),
+        ({"momentum": 0.5}, "there `optimizer_defaults` is"),
+    ],
 )
 def test_a_run_does_not_go_on_with_other_settings(changes, match, tmp_path):
     def training(epochs_kept, resume=False, **settings):
