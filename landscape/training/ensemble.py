@@ -207,9 +207,10 @@ def _train(
                 if stack is not None:
                     together.run_epoch(stack, runs, epoch, histories, good, bar)
                 else:
-                    for k, member in enumerate(runs):
-                        with together.named(k):
-                            run.run_epoch(member, epoch, histories[k], bar)
+                    with together.same_generators(runs) as generators:
+                        for k, member in enumerate(runs):
+                            with together.named(k), generators[k].entered():
+                                run.run_epoch(member, epoch, histories[k], bar)
             except FloatingPointError:
                 for member, weights in zip(runs, good, strict=True):
                     member.step.model.load_state_dict(weights)
