@@ -89,6 +89,12 @@ class OwnGenerators:
                 for generator, state in zip(self._generators, found, strict=True):
                     generator.set_state(state)
 
+    def keep(self) -> None:
+        """Leave them where the pass has got to, instead of where they were found."""
+        if self._inside is not None:
+            for generator, state in zip(self._generators, self._inside, strict=True):
+                generator.set_state(state)
+
 
 def generators_of(data: Any) -> list[torch.Generator]:
     """Return what data draw from: the attributes `generator` of a loader and of its parts.

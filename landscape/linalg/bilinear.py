@@ -4,6 +4,7 @@ Both are bilinear in input and weights, so the second derivatives are the layer 
 adjoints, with the kernels of the first derivative.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -163,9 +164,26 @@ def _adjoints(
                 found[1] = convolution.of_weight(g, x, weight)
             rest = [wanted and t is None for wanted, t in zip(needed, found, strict=True)]
     if any(rest):
+        if rest[1] and breaks_channels_last(weight, settings[0]):
+            x = x.contiguous()
         made = _convolution_backward(g, x, weight, [weight.shape[0]], *settings, rest)
         found = [t if wanted else f for t, wanted, f in zip(made, rest, found, strict=True)]
     return tuple(found)
+
+
+def breaks_channels_last(weight: Tensor, stride: Sequence[int]) -> bool:
+    """Return whether PyTorch must not take a gradient in kernels with channels-last images.
+
+    On a CPU that of strided 1x1 kernels is wrong, crashes or never ends where there are fewer
+    channels than a block has (oneDNN's issue 6035, PyTorch 2.13 and 2.14): 4 to 7 were seen on
+    AVX2; the largest blocks have 16.
+
+    Args:
+        weight: Kernels, `(out, channels / groups, kh, kw)`.
+        stride: Stride in each direction.
+    """
+    small = weight.shape[1] < 16 and weight.shape[2:] == (1, 1)
+    return small and max(stride) > 1 and weight.device.type == "cpu"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

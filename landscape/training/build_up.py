@@ -27,6 +27,7 @@ from torch import nn
 from landscape._checks import check_choice, check_data
 from landscape._digest import bytes_of
 from landscape._loaders import one_pass
+from landscape._names import lasting_name
 from landscape._progress import track
 from landscape._streams import OwnStreams
 from landscape.models.alternate import alternate
@@ -255,7 +256,10 @@ def _describe(train: Train | Mapping[str, Any]) -> str:
     if not isinstance(train, Mapping):
         return getattr(train, "__qualname__", type(train).__name__)
     plain = int | float | str | None
-    return ", ".join(
-        f"{name}={value if isinstance(value, plain) else type(value).__name__}"
-        for name, value in sorted(train.items())
-    )
+
+    def text(value: Any) -> str:
+        if isinstance(value, plain):
+            return str(value)
+        return lasting_name(value) if callable(value) else type(value).__name__
+
+    return ", ".join(f"{name}={text(value)}" for name, value in sorted(train.items()))

@@ -193,7 +193,7 @@ def _train(
     steps = [member.step for member in runs]
     with ExitStack() as contexts:
         for member in runs:
-            last = not at_once and surroundings.is_convolutional(member.step.model)
+            last = not at_once and surroundings.prefers_channels_last(member.step.model)
             contexts.enter_context(run.training(member, channels_last=last))
         histories = _begin(runs, resume)
         done, num_steps = len(histories[0]["epoch"]), len(runs) * runs[0].num_batches
@@ -207,9 +207,10 @@ def _train(
                 if stack is not None:
                     together.run_epoch(stack, runs, epoch, histories, good, bar)
                 else:
-                    for k, member in enumerate(runs):
-                        with together.named(k):
-                            run.run_epoch(member, epoch, histories[k], bar)
+                    with together.same_generators(runs) as generators:
+                        for k, member in enumerate(runs):
+                            with together.named(k), generators[k].entered():
+                                run.run_epoch(member, epoch, histories[k], bar)
             except FloatingPointError:
                 for member, weights in zip(runs, good, strict=True):
                     member.step.model.load_state_dict(weights)

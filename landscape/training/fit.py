@@ -90,7 +90,8 @@ def fit(
         bfloat16: Forward pass under bfloat16 autocast; by default on CUDA only (slower on CPUs).
             `fit_ensemble` has it off by default.
         channels_last: Train in channels-last memory format; by default where the model has a
-            convolution with overlapping windows.
+            convolution with overlapping windows and, on a CPU, no strided 1x1 convolution of fewer
+            than 16 channels, whose gradient PyTorch may get wrong in this format.
         cuda_graphs: On a CUDA device, record forward and backward pass in every epoch and replay
             them for all batches of the first one's shape: faster where operations take less time
             than their launch. What a model does in Python (hooks, counters, branches) happens as it
@@ -140,7 +141,7 @@ def fit(
         seed=seed,
     )
     if channels_last is None:
-        channels_last = surroundings.is_convolutional(model)
+        channels_last = surroundings.prefers_channels_last(model)
     with run.training(this, channels_last):
         history = _train(this, resume, callbacks, progress)
     return run.result(this, history)

@@ -11,7 +11,8 @@ from torch import Tensor
 from landscape._checks import check_count
 from landscape.training.data import check_mean_and_std, normalize
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+# Those of torchvision's `ImageFolder`.
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -132,14 +132,18 @@ class Means:
         return own
 
     def first_bad(self) -> int | None:
-        """Return the index of the first batch whose loss is not finite, or `None`."""
-        bad = (~self._columns()[0].isfinite()).nonzero()
+        """Return the index of the first batch whose loss is not finite, or `None`.
+
+        The mean over ignored labels alone is NaN, but has no weight and no gradient; it is bad
+        where no batch has another.
+        """
+        value, amount, _, _ = self._columns()
+        bad = (~value.isfinite() & ((amount != 0) | (amount == 0).all())).nonzero()
         return int(bad[0]) if len(bad) else None
 
     def loss(self) -> float:
         """Return the mean loss per sample."""
         value, amount, _, _ = self._columns()
-        # The mean over ignored labels alone is NaN, but has no weight.
         return float((torch.where(amount > 0, value, 0.0) * amount).sum() / amount.sum())
 
     def accuracy(self) -> float:

@@ -46,6 +46,8 @@ COLUMNS = (
     "validation_accuracy",
     "seconds",
 )
+# Of an optimizer's settings; those after the first two decide on how a step is computed alone.
+_COMPARED_OR_ALIKE = {"lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"}
 _TRANSFORM, _GLOBAL = 2, 3  # random streams of an epoch; 0 and 1 are those of `DeviceImages`
 
 
@@ -119,6 +121,7 @@ class Run:
             "num_batches": self.num_batches,
             # A scheduler may have moved the rates of an optimizer that is handed in again.
             "learning_rates": None if has_state else self.rates,
+            "optimizer_defaults": _defaults(step.optimizer),
             "weight_decays": tuple(g.get("weight_decay") for g in step.optimizer.param_groups),
             "schedule": type(schedule).__name__ if has_state else lasting_name(schedule),
             "loss": lasting_name(step.loss),
@@ -140,6 +143,24 @@ class Run:
     def _identity_of_data(self) -> dict[str, Any]:
         """What the data are, which is looked at once."""
         return identity_of(data=self.data, validation=self.validation)
+
+
+def _defaults(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what an optimizer was made with that decides on its steps, but rates and decays.
+
+    Its groups have these too, but schedulers may move them.
+    """
+
+    def is_plain(value: object) -> bool:
+        if isinstance(value, tuple):
+            return all(map(is_plain, value))
+        return isinstance(value, bool | int | float | str)
+
+    return {
+        name: value
+        for name, value in optimizer.defaults.items()
+        if is_plain(value) and name not in _COMPARED_OR_ALIKE
+    }
 
 
 def make_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from landscape._loaders import generators_of
@@ -70,6 +71,8 @@ def begin(run: Run, state: dict[str, Any] | None) -> History:
     run.step.optimizer.load_state_dict(state["optimizer"])
     if isinstance(run.schedule, LRScheduler):
         run.schedule.load_state_dict(state["schedule"])
+    if isinstance(run.step.loss, nn.Module) and state.get("loss"):
+        run.step.loss.load_state_dict(state["loss"])
     generators = generators_of(run.data)
     for generator, drawn in zip(generators, state.get("generators", ()), strict=False):
         generator.set_state(drawn)  # of a loader that shuffles with one of its own
@@ -113,6 +116,7 @@ def write(run: Run, history: History) -> None:
         "model": run.step.model.state_dict(),
         "optimizer": run.step.optimizer.state_dict(),
         "schedule": None if scheduler is None else scheduler.state_dict(),
+        "loss": run.step.loss.state_dict() if isinstance(run.step.loss, nn.Module) else None,
         "generators": [generator.get_state() for generator in generators_of(run.data)],
         "history": history,
     }

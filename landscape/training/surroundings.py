@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from landscape._streams import read_streams, write_streams
+from landscape.linalg.bilinear import breaks_channels_last
 from landscape.restore import cuda_devices_of, same_modes
 
 
@@ -67,10 +68,11 @@ def channels_last_format(model: nn.Module, wanted: bool) -> Iterator[None]:
             weight.data = data.copy_(weight.data)
 
 
-def is_convolutional(model: nn.Module) -> bool:
-    """Return whether a convolution has overlapping windows; a ViT's patch embedding has not."""
-    return any(
-        isinstance(module, nn.Conv2d)
-        and any(k > s for k, s in zip(module.kernel_size, module.stride, strict=True))
-        for module in model.modules()
-    )
+def prefers_channels_last(model: nn.Module) -> bool:
+    """Return whether a convolution has overlapping windows, and none a gradient that may break.
+
+    A ViT's patch embedding has windows side by side.
+    """
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    overlap = any(k > s for m in convs for k, s in zip(m.kernel_size, m.stride, strict=True))
+    return overlap and not any(breaks_channels_last(m.weight, m.stride) for m in convs)

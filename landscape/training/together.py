@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,10 +86,10 @@ def rehearse(stack: Stack, runs: Sequence[Run], exactly: bool = False) -> tuple[
     """
     before = {name: tensor.clone() for name, tensor in stack.state.items()}
     streams = [run.global_stream(member, 0) for member in runs]
-    with ExitStack() as put_back:
-        for member in runs:
-            put_back.enter_context(OwnGenerators(member.data).entered())
-        firsts = [next(_batches(*pair, 0), None) for pair in zip(runs, streams, strict=True)]
+    firsts = [
+        next(_batches(member, stream, OwnGenerators(member.data), 0), None)
+        for member, stream in zip(runs, streams, strict=True)
+    ]
     taken = [batch for batch in firsts if batch is not None]
     if len(taken) < len(runs):
         return True, False  # nothing to see
@@ -153,6 +153,21 @@ def call(callbacks: Sequence[Sequence[Callback]], runs: Sequence[Run], done: int
 
 
 @contextmanager
+def same_generators(runs: Sequence[Run]) -> Iterator[list[OwnGenerators]]:
+    """Yield what each member's data draw from, as if it had them alone for an epoch.
+
+    So members see one order of a loader that shuffles with a generator of its own.
+
+    Args:
+        runs: The runs.
+    """
+    generators = [OwnGenerators(member.data) for member in runs]
+    yield generators
+    for own in generators:
+        own.keep()
+
+
+@contextmanager
 def named(member: int) -> Iterator[None]:
     """Say which member it was whose training diverged."""
     try:
@@ -169,8 +184,21 @@ def _train_epoch(
     bar: tqdm[Any],
 ) -> loop.Means:
     """Take one step a batch with all members; return means of values `(members,)`."""
+    with same_generators(runs) as generators:
+        batches = [_batches(*each, epoch) for each in zip(runs, streams, generators, strict=True)]
+        return _take_steps(stack, runs, epoch, streams, batches, bar)
+
+
+def _take_steps(
+    stack: Stack,
+    runs: Sequence[Run],
+    epoch: int,
+    streams: Sequence[OwnStreams],
+    batches: Sequence[Iterator[tuple[Any, Tensor, list[Tensor]]]],
+    bar: tqdm[Any],
+) -> loop.Means:
+    """Take the steps of an epoch with the batches of each member."""
     means = loop.Means()
-    batches = [_batches(*pair, epoch) for pair in zip(runs, streams, strict=True)]
     for index in itertools.count():
         taken = [batch for own in batches if (batch := next(own, None)) is not None]
         if not taken:
@@ -194,14 +222,14 @@ def _train_epoch(
 
 
 def _batches(
-    member: Run, stream: OwnStreams, epoch: int
+    member: Run, stream: OwnStreams, generators: OwnGenerators, epoch: int
 ) -> Iterator[tuple[Any, Tensor, list[Tensor]]]:
     """Yield inputs, targets and dropout masks of one member, drawn as its own run draws them."""
     generator, draws = run.transform_stream(member, epoch), Draws(member.step.model)
-    with stream.entered():
+    with stream.entered(), generators.entered():
         iterator = iter(loop.epoch_batches(member.data, epoch))
     for index in itertools.count():
-        with stream.entered():
+        with stream.entered(), generators.entered():
             raw = next(iterator, None)
             if raw is None:
                 return

@@ -11,6 +11,7 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape import HessianOperator, Objective
+from landscape.linalg import bilinear
 from landscape.linalg.layer_norm import layer_norm
 from landscape.linalg.layers import cheap_second_derivatives
 from tests import oracles
@@ -535,3 +536,26 @@ def test_norms_in_which_a_size_is_one(sizes, norm, dims, shaped):
 
 def flat_cross_entropy(outputs, targets):
     return F.cross_entropy(outputs.flatten(1), targets)
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_kernels_that_break_in_channels_last_format_get_images_in_the_other(
+    channels, generator, monkeypatch
+):
+    """oneDNN writes beyond a buffer: such a gradient would be wrong, or end the process."""
+    formats = []
+
+    def spy(g, x, weight, *rest):
+        if weight.shape[2:] == (1, 1) and rest[-1][1]:
+            formats.append(x.is_contiguous())
+        return torch.ops.aten.convolution_backward(g, x.contiguous(), weight, *rest)
+
+    monkeypatch.setattr(bilinear, "_convolution_backward", spy)
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.ReLU(), nn.Conv2d(channels, 8, 1, stride=2), nn.Flatten()
+    )
+    data = [(torch.randn(6, 3, 9, 9, generator=generator), torch.arange(6))]
+    operator = HessianOperator(model, data)
+    operator.matvec(torch.randn(operator.dim, generator=generator))
+    assert len(formats) > 1
+    assert set(formats) == {channels < 16}

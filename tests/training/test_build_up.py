@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from landscape import evaluate
 from landscape.models import alternate, alternet18, resnet20
-from landscape.training import BuildUp, DeviceImages, build_up, fit
+from landscape.training import BuildUp, DeviceImages, LabelSmoothing, build_up, fit
 from landscape.training.build_up import next_step
 from tests.cases import assert_untouched, snapshot
 
@@ -251,6 +251,18 @@ def test_a_folder_of_another_build_up_is_refused(data, tmp_path):
         full = {**own, **SIZES, **arguments}
         with pytest.raises(ValueError, match=f"`folder` must hold the same build-up, .*{what}"):
             build_up(folder=tmp_path, **full)
+
+
+def test_a_build_up_does_not_go_on_with_another_augmentation(data, tmp_path):
+    def grow(smoothing):
+        settings = {**SETTINGS, "transform": LabelSmoothing(3, smoothing)}
+        return build_up(
+            make_model(), data, validation=data, train=settings, folder=tmp_path, **SIZES
+        )
+
+    tables_equal(grow(0.1), grow(0.1))
+    with pytest.raises(ValueError, match="`train` is .*smoothing=0.1.* and here .*smoothing=0.2"):
+        grow(0.2)
 
 
 def test_what_cannot_be_is_refused_before_any_training(data):

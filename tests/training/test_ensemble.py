@@ -297,6 +297,27 @@ def test_shuffling_loader_mappings_and_frozen_or_unused_parameters(data):
     assert not torch.allclose(models[0].net[1].weight, models[1].net[1].weight)
 
 
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_members_see_the_order_of_a_loader_with_a_generator_as_if_alone(method, shared, generator):
+    x, y = torch.randn(24, 6, generator=generator, dtype=torch.float64), torch.arange(24) % 3
+
+    def loader():
+        own = torch.Generator().manual_seed(5)
+        return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, generator=own)
+
+    start = [nn.Linear(6, 3, dtype=torch.float64) for _ in range(2)]
+    together, alone = (copy.deepcopy(start) for _ in range(2))
+    data = loader() if shared else [loader(), loader()]
+    fit_ensemble(together, data, epochs=3, method=method)
+    for k, model in enumerate(alone):
+        expected = loader()
+        fit(model, expected, epochs=3, seed=k)
+        torch.testing.assert_close(together[k].weight, model.weight)
+        used = data if shared else data[k]
+        assert torch.equal(used.generator.get_state(), expected.generator.get_state())
+
+
 def test_weighted_loss_with_ignored_labels_and_uneven_batches(data):
     loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).double(), ignore_index=1)
     models, alone = make_models("vit_nano"), make_models("vit_nano")

@@ -153,6 +153,21 @@ def test_ignored_labels_count_for_nothing():
         np.testing.assert_allclose(result.validation_loss, [loss(model(x), y).item()], rtol=1e-6)
 
 
+def test_a_batch_of_ignored_labels_alone_ends_no_training(generator):
+    x, y = torch.randn(12, 4, generator=generator), torch.arange(12) % 3
+    ignored = torch.full((6,), -100)
+    model = nn.Linear(4, 3)
+    start = model.weight.detach().clone()
+    settings = {"epochs": 1, "schedule": lambda t: 1.0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match="loss of step 1 in epoch 1 became NaN"):
+        fit(model, [(x[:6], ignored)], optimizer=optimizer, **settings)
+    assert torch.equal(model.weight, start)
+    expected = F.cross_entropy(model(x[6:]), y[6:])
+    result = fit(model, [(x[:6], ignored), (x[6:], y[6:])], optimizer=optimizer, **settings)
+    assert result.train_loss[0] == pytest.approx(expected.item())
+
+
 def test_an_ignored_class_counts_for_nothing_where_it_is_predicted():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(30, 4, generator=generator), torch.arange(30) % 3
@@ -480,21 +495,32 @@ def test_options_for_speed_change_only_rounding(data, option):
         assert not np.array_equal(losses[True], losses[False])
 
 
-def test_channels_last_is_the_default_for_conv_nets_only(data):
+@pytest.mark.parametrize(
+    ("kernel", "after", "channels_last"),
+    [
+        (3, nn.Identity(), True),
+        (2, nn.Identity(), False),  # patches side by side
+        (3, nn.Conv2d(4, 4, 1), True),
+        (3, nn.Conv2d(4, 4, 1, stride=2), False),  # its gradient would be wrong or crash
+    ],
+)
+def test_channels_last_is_the_default_for_conv_nets_that_it_does_not_break(
+    kernel, after, channels_last, data
+):
     formats = []
 
     def spy(outputs, targets):
-        formats.append(model[0].weight.is_contiguous())
+        formats.append(not model[0].weight.is_contiguous())
         return F.cross_entropy(outputs, targets)
 
-    for kernel in (3, 2):  # overlapping windows, and patches side by side
-        conv = nn.Conv2d(2, 4, kernel, stride=2)
-        widen = DeviceImages(
-            data.images.repeat(1, 2, 1, 1), data.labels, mean=(0.5,) * 2, std=(0.3,) * 2
-        )
-        model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-        fit(model, widen, epochs=1, loss=spy)
-    assert formats == [False, True]
+    pool = nn.AdaptiveAvgPool2d(1)
+    conv = nn.Conv2d(2, 4, kernel, stride=2)
+    model = nn.Sequential(conv, after, pool, nn.Flatten(), nn.Linear(4, 3))
+    widen = DeviceImages(
+        data.images.repeat(1, 2, 1, 1), data.labels, mean=(0.5,) * 2, std=(0.3,) * 2
+    )
+    fit(model, widen, epochs=1, loss=spy)
+    assert formats == [channels_last]
 
 
 def test_every_weight_gets_its_own_memory_format_back(data):

@@ -81,6 +81,12 @@ def test_sizes_and_corners_are_rounded_as_torchvision_does(root, resize, width, 
     np.testing.assert_allclose(next(iter(images))[0][2].permute(1, 2, 0), pixels, atol=1e-6)
 
 
+@pytest.mark.parametrize("suffix", [".JPEG", ".bmp", ".pgm", ".png", ".ppm", ".tif", ".tiff"])
+def test_images_have_the_suffixes_of_torchvision(root, suffix):
+    Image.new("L", (8, 8)).save(root / "a" / f"more{suffix}")
+    assert FolderImages(root, size=8).num_samples == 6
+
+
 def test_sixteen_bits_are_scaled(tmp_path):
     (tmp_path / "a").mkdir()
     wide = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)

@@ -100,6 +100,32 @@ def test_stopped_several_times(tmp_path):
     assert [line.split(",")[0] for line in lines] == ["epoch", *(f"{e}.0" for e in range(1, 7))]
 
 
+def test_stopped_between_epochs_with_a_loss_that_is_trained(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, outputs, targets):
+            return F.cross_entropy(outputs * self.scale, targets)
+
+    def training(folder, callbacks=(), resume=False):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, x = nn.Linear(4, 3), torch.randn(12, 4)
+        both = nn.ModuleList([model, Scaled()])
+        optimizer = torch.optim.SGD(both.parameters(), lr=0.5, momentum=0.9)
+        settings = {"folder": folder, "callbacks": callbacks, "resume": resume, "loss": both[1]}
+        settings["validation"] = data = [(x, torch.arange(12) % 3)]
+        return both, optimizer, fit(model, data, epochs=6, optimizer=optimizer, **settings)
+
+    whole = training(tmp_path / "whole")
+    with pytest.raises(Stop):
+        training(tmp_path / "parts", stop_after(3))
+    assert_same(training(tmp_path / "parts", resume=True), whole)
+    assert_same(training(tmp_path / "parts", resume=True), whole)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "changed"])
 def test_damaged_latest_state_is_refused_and_the_one_before_is_used(tmp_path, damage):
     whole = run(tmp_path / "whole")
@@ -235,7 +261,11 @@ def test_other_run_in_the_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "match"),
-    [({"lr": 0.5}, "there `learning_rates` is"), ({"weight_decay": 0.5}, "there `weight_decays`")],
+    [
+        ({"lr": 0.5}, "there `learning_rates` is"),
+        ({"weight_decay": 0.5}, "there `weight_decays`"),
+        ({"momentum": 0.5}, "there `optimizer_defaults` is"),
+    ],
 )
 def test_a_run_does_not_go_on_with_other_settings(changes, match, tmp_path):
     def training(epochs_kept, resume=False, **settings):
