@@ -5,8 +5,6 @@ takes longer than doing them. K models stacked along a new dimension need as man
 of them (`torch.func.stack_module_state` tells the idea, `landscape.training.stacking` does it).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack

@@ -10,8 +10,6 @@ a run that was killed and resumed equals the uninterrupted one bit for bit on a 
 number of threads; but for what lives elsewhere, as a buffer that the model's state leaves out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from os import PathLike

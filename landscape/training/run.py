@@ -1,7 +1,5 @@
 """One training run from epoch to epoch: what it is made of and what an epoch does."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
@@ -236,7 +234,7 @@ def training(run: Run, channels_last: bool) -> Iterator[None]:
                     group["lr"] = rate
 
 
-def run_epoch(run: Run, epoch: int, history: History, bar: tqdm[Any]) -> None:
+def run_epoch(run: Run, epoch: int, history: History, bar: "tqdm[Any]") -> None:
     """Train and validate for one epoch and append a row to the history.
 
     Args:
