@@ -154,17 +154,6 @@ def make_run(
 ) -> Run:
     """Return a run after checking what `fit` was given; its arguments are explained there.
 
-    Args:
-        step: What every step does.
-        data: Re-iterable of batches.
-        schedule: Schedule, or `None` for the paper's.
-        epochs: Number of epochs.
-        validation: Re-iterable of batches, or `None`.
-        folder: Where the run is kept, or `None`.
-        checkpoints: Epochs whose weights are kept.
-        trajectory: Every how many epochs weights are kept besides.
-        seed: Seed of the run.
-
     Raises:
         ValueError: If an argument is out of range.
         TypeError: If one is of another type.
