@@ -4,6 +4,7 @@ Both are bilinear in input and weights, so the second derivatives are the layer 
 adjoints, with the kernels of the first derivative.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -163,9 +164,21 @@ def _adjoints(
                 found[1] = convolution.of_weight(g, x, weight)
             rest = [wanted and t is None for wanted, t in zip(needed, found, strict=True)]
     if any(rest):
+        if rest[1] and overruns(weight, settings[0]):
+            g, x = g.contiguous(), x.contiguous()
         made = _convolution_backward(g, x, weight, [weight.shape[0]], *settings, rest)
         found = [t if wanted else f for t, wanted, f in zip(made, rest, found, strict=True)]
     return tuple(found)
+
+
+def overruns(weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether the gradient in these kernels may be written beyond its memory, channels last.
+
+    oneDNN (PyTorch 2.13 and 2.14) does so on CPUs that have AVX2 but no AVX-512, for kernels of one
+    pixel with a stride, and fewer channels than a register holds.
+    """
+    single = weight.shape[2:].numel() == 1 and max(stride) > 1
+    return weight.device.type == "cpu" and single and weight.shape[1] < 8
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -191,7 +191,7 @@ def _train(
     steps = [member.step for member in runs]
     with ExitStack() as contexts:
         for member in runs:
-            last = not at_once and surroundings.is_convolutional(member.step.model)
+            last = not at_once and surroundings.suits_channels_last(member.step.model)
             contexts.enter_context(run.training(member, channels_last=last))
         histories = _begin(runs, resume)
         done, num_steps = len(histories[0]["epoch"]), len(runs) * runs[0].num_batches

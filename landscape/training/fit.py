@@ -134,7 +134,7 @@ def fit(
         seed=seed,
     )
     if channels_last is None:
-        channels_last = surroundings.is_convolutional(model)
+        channels_last = surroundings.suits_channels_last(model)
     with run.training(this, channels_last):
         history = _train(this, resume, callbacks, progress)
     return run.result(this, history)

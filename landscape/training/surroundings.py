@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from landscape._streams import read_streams, write_streams
+from landscape.linalg.bilinear import overruns
 from landscape.restore import cuda_devices_of, same_modes
 
 
@@ -65,10 +66,13 @@ def channels_last_format(model: nn.Module, wanted: bool) -> Iterator[None]:
             weight.data = data.copy_(weight.data)
 
 
-def is_convolutional(model: nn.Module) -> bool:
-    """Return whether a convolution has overlapping windows; a ViT's patch embedding has not."""
-    return any(
-        isinstance(module, nn.Conv2d)
-        and any(k > s for k, s in zip(module.kernel_size, module.stride, strict=True))
-        for module in model.modules()
+def suits_channels_last(model: nn.Module) -> bool:
+    """Return whether a convolution has overlapping windows; a ViT's patch embedding has not.
+
+    But not where a gradient would be written beyond its memory in that format.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    overlap = any(
+        k > s for each in layers for k, s in zip(each.kernel_size, each.stride, strict=True)
     )
+    return overlap and not any(overruns(each.weight, each.stride) for each in layers)

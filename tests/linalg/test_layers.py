@@ -11,6 +11,7 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from landscape import HessianOperator, Objective
+from landscape.linalg import bilinear
 from landscape.linalg.layer_norm import layer_norm
 from landscape.linalg.layers import cheap_second_derivatives
 from tests import oracles
@@ -535,3 +536,22 @@ def test_norms_in_which_a_size_is_one(sizes, norm, dims, shaped):
 
 def flat_cross_entropy(outputs, targets):
     return F.cross_entropy(outputs.flatten(1), targets)
+
+
+def test_gradient_in_narrow_kernels_of_one_pixel_stays_within_its_memory(monkeypatch):
+    formats = {}
+
+    def spy(g, x, weight, *rest):
+        if rest[-1][1]:
+            last = any(t.is_contiguous(memory_format=torch.channels_last) for t in (g, x))
+            formats.setdefault(tuple(weight.shape[1:3]), set()).add(last)
+        return torch.ops.aten.convolution_backward(g, x, weight, *rest)
+
+    monkeypatch.setattr(bilinear, "_convolution_backward", spy)
+    narrow, wide = nn.Conv2d(4, 8, 1, stride=2), nn.Conv2d(8, 2, 1, stride=2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), narrow, nn.GELU(), wide, nn.Flatten())
+    batches = [(torch.randn(5, 3, 10, 10), torch.randint(8, (5,)))]
+    operator = HessianOperator(model, batches)
+    assert (operator @ torch.randn(operator.dim)).isfinite().all()
+    assert formats[4, 1] == {False}  # with channels last, oneDNN may end the process
+    assert True in formats[8, 1] & formats[3, 3]

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from landscape.models import resnet20
 from landscape.training import DeviceImages, FitResult, WarmupCosine, fit, fit_ensemble
+from landscape.training.surroundings import suits_channels_last
 
 
 def make_model(seed=0, dropout=0.2):
@@ -495,6 +497,12 @@ def test_channels_last_is_the_default_for_conv_nets_only(data):
         model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
         fit(model, widen, epochs=1, loss=spy)
     assert formats == [False, True]
+
+
+@pytest.mark.parametrize(("width", "suited"), [(2, False), (8, True)])
+def test_channels_last_is_no_default_where_a_gradient_would_overrun(width, suited):
+    model = resnet20(width=width, depths=(1, 1))  # whose projection has `width` channels
+    assert suits_channels_last(model) is suited
 
 
 def test_every_weight_gets_its_own_memory_format_back(data):
