@@ -21,16 +21,7 @@ def provenance(
     num_forwards: float = 0.0,
     settings: dict[str, Any] | None = None,
 ) -> Provenance:
-    """Return the provenance of a probe.
-
-    Args:
-        frozen: The objective that was probed.
-        seed: Initial seed of the probe's generator.
-        seconds: Wall time.
-        num_hvps: Hessian-vector products over all of the data.
-        num_forwards: Forward passes over all of the data.
-        settings: Other arguments of the probe.
-    """
+    """Return the provenance of a probe of an objective; `Provenance` explains the arguments."""
     return Provenance(
         landscape=_version(),
         torch=torch.__version__,
@@ -57,16 +48,7 @@ def forward_provenance(
     num_forwards: float = 0.0,
     settings: dict[str, Any] | None = None,
 ) -> Provenance:
-    """Return the provenance of a probe that takes forward passes and no objective.
-
-    Args:
-        model: The model that was probed.
-        num_samples: Number of samples in the data.
-        seed: Initial seed of the probe's generator.
-        seconds: Wall time.
-        num_forwards: Forward passes over all of the data.
-        settings: Other arguments of the probe.
-    """
+    """Return the provenance of a probe that takes forward passes and no objective."""
     placement = Placement.of(model)
     return Provenance(
         landscape=_version(),
@@ -85,21 +67,13 @@ def forward_provenance(
 
 def weights_provenance(
     *,
-    model: str = "",
-    num_parameters: int = 0,
+    model: str,
+    num_parameters: int,
+    seconds: float,
     seed: int | None = None,
-    seconds: float = 0.0,
     settings: dict[str, Any] | None = None,
 ) -> Provenance:
-    """Return the provenance of a result that weights alone went into, no data.
-
-    Args:
-        model: Class of the model, where it is known.
-        num_parameters: Number of parameters concerned.
-        seed: Initial seed of the generator.
-        seconds: Wall time.
-        settings: Other arguments.
-    """
+    """Return the provenance of a result that weights alone went into, no data."""
     return Provenance(
         landscape=_version(),
         torch=torch.__version__,

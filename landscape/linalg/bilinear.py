@@ -165,7 +165,7 @@ def _adjoints(
             rest = [wanted and t is None for wanted, t in zip(needed, found, strict=True)]
     if any(rest):
         if rest[1] and breaks_channels_last(weight, settings[0]):
-            x = x.contiguous()
+            g, x = g.contiguous(), x.contiguous()
         made = _convolution_backward(g, x, weight, [weight.shape[0]], *settings, rest)
         found = [t if wanted else f for t, wanted, f in zip(made, rest, found, strict=True)]
     return tuple(found)

@@ -166,7 +166,8 @@ class HessianOperator(CurvatureOperator):
         budget = _bytes(self.memory, self.device)
         self._graphs: list[GradientGraph] = []
         # Leaves of our own: the user's parameters and their `.grad` take no part.
-        self._leaves = {n: v.requires_grad_() for n, v in _copies(self.frozen).items()}
+        values = self.frozen.space.values
+        self._leaves = {n: v.clone().requires_grad_() for n, v in values.items()}
         self._multiply_kept = self._repeated()
         self._recorded: RecordedHessian | None = None  # of batches that are not kept, in turns
         self._recordable = self._multiply_kept.stream is not None and not self.frozen.draws
@@ -304,10 +305,6 @@ def _check_finite(losses: list[Tensor]) -> None:
             f"`model` must have a finite loss on every batch, got {float(losses[bad[0]])} on batch "
             f"{bad[0]} ({len(bad)} of {len(losses)} batches)."
         )
-
-
-def _copies(frozen: FrozenObjective) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in frozen.space.values.items()}
 
 
 def check_memory(memory: Memory) -> None:

@@ -66,19 +66,10 @@ class MiniBatchSolver:
         first: torch.Tensor | None,
         precision: Precision,
     ) -> None:
-        """Set up without a product; the arguments are those of `hessian_max_spectrum`.
+        """Set up without a product.
 
-        Args:
-            frozen: The objective.
-            k: Eigenvalues of each mini-batch, the largest by magnitude.
-            tol: Relative error at which a search stops.
-            max_iter: Most products of a mini-batch.
-            certify: Whether to look for missed values, or the probability of a miss to admit.
-            memory: What may be kept between products, as in `HessianOperator`.
-            generator: Source of a seed for each mini-batch.
-            group: Mini-batches side by side; `None` chooses by the free memory.
-            first: Start vector of the first mini-batch, `(dim,)`, or `None`.
-            precision: As in `HessianOperator`.
+        The arguments are those of `hessian_max_spectrum`; `first` is the start vector `(dim,)` of
+        the first mini-batch.
         """
         self._frozen, self._k, self._certify, self._memory = frozen, k, certify, memory
         self._precision: Precision = precision

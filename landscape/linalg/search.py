@@ -150,13 +150,7 @@ class EigenSearch:
         min_iter: int = 0,
         first: torch.Tensor | None = None,
     ) -> Products:
-        """Search as `run` does, with products from outside.
-
-        Args:
-            starts: As in `run`, like the arguments below.
-            certify: Look for multiple and missed eigenvalues afterwards.
-            min_iter: Fewest products.
-            first: Start vector, shape `(dim,)`, as `start_vector` returns it.
+        """Search as `run` does, with products from outside; `first` is what `start_vector` returns.
 
         Raises:
             ValueError: If `certify` is a number outside (0, 1), or a product is not finite.

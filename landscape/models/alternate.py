@@ -18,8 +18,6 @@ Heads and channels follow the paper's network, which is 64 channels wide: stage 
 heads, each of as many channels as the 3x3 convolutions of the first stage.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Sequence
 

@@ -257,8 +257,7 @@ def alternet18(**sizes: Unpack[AlterNetSizes]) -> AlterNet:
     """Return Alter-ResNet-18.
 
     Args:
-        **sizes: `depths`, `msas`, `heads`, `head_dim`, `window`, `width`, `num_classes`,
-            `in_channels`, `stem` and `drop_path` of `AlterNet`.
+        **sizes: Arguments of `AlterNet` but `block`.
     """
     defaults = AlterNetSizes(depths=(2, 2, 2, 2), msas=(0, 1, 1, 1))
     return AlterNet(PreActBasicBlock, **(defaults | sizes))
@@ -268,8 +267,7 @@ def alternet34(**sizes: Unpack[AlterNetSizes]) -> AlterNet:
     """Return Alter-ResNet-34.
 
     Args:
-        **sizes: `depths`, `msas`, `heads`, `head_dim`, `window`, `width`, `num_classes`,
-            `in_channels`, `stem` and `drop_path` of `AlterNet`.
+        **sizes: Arguments of `AlterNet` but `block`.
     """
     defaults = AlterNetSizes(depths=(3, 4, 6, 4), msas=(0, 1, 3, 2))
     return AlterNet(PreActBasicBlock, **(defaults | sizes))
@@ -279,8 +277,7 @@ def alternet50(**sizes: Unpack[AlterNetSizes]) -> AlterNet:
     """Return Alter-ResNet-50 (Park & Kim, 2022, Fig. 11).
 
     Args:
-        **sizes: `depths`, `msas`, `heads`, `head_dim`, `window`, `width`, `num_classes`,
-            `in_channels`, `stem` and `drop_path` of `AlterNet`.
+        **sizes: Arguments of `AlterNet` but `block`.
     """
     defaults = AlterNetSizes(depths=(3, 4, 6, 4), msas=(0, 1, 3, 2))
     return AlterNet(PreActBottleneck, **(defaults | sizes))

@@ -1,7 +1,5 @@
 """The stages of a ResNet of any origin, and what an MSA takes over from a block of them."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

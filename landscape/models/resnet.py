@@ -150,7 +150,7 @@ def resnet18(**sizes: Unpack[ResNetSizes]) -> ResNet:
     """Return a ResNet-18 (He et al., 2016, Table 1).
 
     Args:
-        **sizes: `depths`, `width`, `num_classes`, `in_channels`, `stem`, `drop_path` of `ResNet`.
+        **sizes: Arguments of `ResNet` but `block`.
     """
     return ResNet(BasicBlock, **(ResNetSizes(depths=(2, 2, 2, 2)) | sizes))
 
@@ -159,7 +159,7 @@ def resnet34(**sizes: Unpack[ResNetSizes]) -> ResNet:
     """Return a ResNet-34 (He et al., 2016, Table 1).
 
     Args:
-        **sizes: `depths`, `width`, `num_classes`, `in_channels`, `stem`, `drop_path` of `ResNet`.
+        **sizes: Arguments of `ResNet` but `block`.
     """
     return ResNet(BasicBlock, **(ResNetSizes(depths=(3, 4, 6, 3)) | sizes))
 
@@ -168,7 +168,7 @@ def resnet50(**sizes: Unpack[ResNetSizes]) -> ResNet:
     """Return a ResNet-50 (He et al., 2016, Table 1).
 
     Args:
-        **sizes: `depths`, `width`, `num_classes`, `in_channels`, `stem`, `drop_path` of `ResNet`.
+        **sizes: Arguments of `ResNet` but `block`.
     """
     return ResNet(Bottleneck, **(ResNetSizes(depths=(3, 4, 6, 3)) | sizes))
 
@@ -177,7 +177,7 @@ def resnet101(**sizes: Unpack[ResNetSizes]) -> ResNet:
     """Return a ResNet-101 (He et al., 2016, Table 1).
 
     Args:
-        **sizes: `depths`, `width`, `num_classes`, `in_channels`, `stem`, `drop_path` of `ResNet`.
+        **sizes: Arguments of `ResNet` but `block`.
     """
     return ResNet(Bottleneck, **(ResNetSizes(depths=(3, 4, 23, 3)) | sizes))
 
@@ -189,7 +189,7 @@ def resnet20(**sizes: Unpack[ResNetSizes]) -> ResNet:
     in the networks of Table 1: 272,474 parameters for 10 classes instead of 269,722.
 
     Args:
-        **sizes: `depths`, `width`, `num_classes`, `in_channels`, `stem`, `drop_path` of `ResNet`.
+        **sizes: Arguments of `ResNet` but `block`.
     """
     return ResNet(BasicBlock, **(ResNetSizes(depths=(3, 3, 3), width=16) | sizes))
 

@@ -225,9 +225,7 @@ def vit_small(**sizes: Unpack[ViTSizes]) -> VisionTransformer:
     """Return a ViT-S with patches of 2.
 
     Args:
-        **sizes: `image_size`, `patch_size`, `dim`, `depth`, `heads`, `mlp_ratio`,
-            `num_classes`, `in_channels`, `pool`, `window`, `qkv_bias`, `dropout`, `drop_path` and
-            `norm_eps` of `VisionTransformer`.
+        **sizes: Arguments of `VisionTransformer`.
     """
     return VisionTransformer(**(ViTSizes(dim=384, depth=12, heads=6) | sizes))
 
@@ -236,9 +234,7 @@ def vit_tiny(**sizes: Unpack[ViTSizes]) -> VisionTransformer:
     """Return the CIFAR ViT-Ti of Park & Kim (2022).
 
     Args:
-        **sizes: `image_size`, `patch_size`, `dim`, `depth`, `heads`, `mlp_ratio`,
-            `num_classes`, `in_channels`, `pool`, `window`, `qkv_bias`, `dropout`, `drop_path` and
-            `norm_eps` of `VisionTransformer`.
+        **sizes: Arguments of `VisionTransformer`.
     """
     return VisionTransformer(**(ViTSizes(dim=192, depth=12, heads=3) | sizes))
 
@@ -247,9 +243,7 @@ def vit_micro(**sizes: Unpack[ViTSizes]) -> VisionTransformer:
     """Return a ViT that one CPU core trains.
 
     Args:
-        **sizes: `image_size`, `patch_size`, `dim`, `depth`, `heads`, `mlp_ratio`,
-            `num_classes`, `in_channels`, `pool`, `window`, `qkv_bias`, `dropout`, `drop_path` and
-            `norm_eps` of `VisionTransformer`.
+        **sizes: Arguments of `VisionTransformer`.
     """
     return VisionTransformer(**(ViTSizes(patch_size=4, dim=96, depth=6, heads=3) | sizes))
 
@@ -258,8 +252,6 @@ def vit_nano(**sizes: Unpack[ViTSizes]) -> VisionTransformer:
     """Return a ViT for tests and demonstrations.
 
     Args:
-        **sizes: `image_size`, `patch_size`, `dim`, `depth`, `heads`, `mlp_ratio`,
-            `num_classes`, `in_channels`, `pool`, `window`, `qkv_bias`, `dropout`, `drop_path` and
-            `norm_eps` of `VisionTransformer`.
+        **sizes: Arguments of `VisionTransformer`.
     """
     return VisionTransformer(**(ViTSizes(patch_size=4, dim=48, depth=4, heads=3) | sizes))

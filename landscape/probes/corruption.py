@@ -235,17 +235,15 @@ def corruption_robustness(
             table.close_batch()
     scale.finish()
     maker.finish(table.count)
-    fields = table.fields()
-    seed = maker.seed
     result = CorruptionRobustness(
-        **fields,
+        **table.fields(),
         profile=maker.name,
-        seed=seed,
+        seed=maker.seed,
         relative=None,
         provenance=forward_provenance(
             model,
             num_samples=table.count,
-            seed=seed,
+            seed=maker.seed,
             seconds=time.perf_counter() - began,
             num_forwards=1 + len(table.conditions),
             settings=scale.settings(),
@@ -262,20 +260,15 @@ class _Maker:
     corruptions, severities = CORRUPTIONS, SEVERITIES
 
     def __init__(self, profile: Profile, seed: int) -> None:
-        self.name: str = profile
-        self.seed: int | None = seed
-        self._seed = seed
-        self._profile: Profile = profile
-        self._generator = torch.Generator()
+        self.name: Profile = profile
+        self.seed = seed
 
     def check(self, pixels: Tensor) -> None:
         check_images(pixels, "data")
 
     def take(self, name: str, severity: int, start: int, pixels: Tensor, labels: Tensor) -> Tensor:
-        generator = self._generator.manual_seed(self._seed)
-        return corrupt(
-            pixels, name, severity, profile=self._profile, generator=generator, start=start
-        )
+        generator = torch.Generator().manual_seed(self.seed)
+        return corrupt(pixels, name, severity, profile=self.name, generator=generator, start=start)
 
     def finish(self, count: int) -> None:
         """Accept any number of samples."""

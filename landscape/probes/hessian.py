@@ -144,14 +144,14 @@ def hessian_spectrum(
     check_count("max_iter", max_iter, 1)
     check_basis(max_basis, basis_dtype, basis_device)
     check_native(engine, max_basis=max_basis, basis_dtype=basis_dtype, basis_device=basis_device)
-    first = start_vectors(start)
-    if first is not None and density:
+    given = start_vectors(start)
+    if given is not None and density:
         raise ValueError("`start` needs `density=False`, got `density=True`.")
     seed = generator.initial_seed()
     check_objective(objective)
     frozen = objective.freeze(model, data)
     k = min(k, frozen.space.dim)
-    first = first if first is None else start_vector(first, frozen.space.dim)
+    first = None if given is None else start_vector(given, frozen.space.dim)
     if engine == "pyhessian":
         from landscape.probes import pyhessian_engine
 
@@ -327,7 +327,7 @@ def _provenance(
 
 def start_vectors(
     start: HessianSpectrum | Eigenpairs | np.ndarray | torch.Tensor | None,
-) -> torch.Tensor | None:
+) -> np.ndarray | torch.Tensor | None:
     """Return the vectors to start from, shape `(m, dim)` or `(dim,)`.
 
     Args:
@@ -337,10 +337,8 @@ def start_vectors(
         ValueError: If a result was computed without vectors.
         TypeError: If it is neither.
     """
-    if start is None or isinstance(start, torch.Tensor):
+    if start is None or isinstance(start, np.ndarray | torch.Tensor):
         return start
-    if isinstance(start, np.ndarray):
-        return torch.from_numpy(start)
     kind = HessianSpectrum | Eigenpairs
     check_type("start", start, kind, "vectors, a HessianSpectrum, Eigenpairs or None")
     parts = [start.largest, start.smallest] if isinstance(start, HessianSpectrum) else [start]
@@ -349,7 +347,7 @@ def start_vectors(
         raise ValueError(
             "`start` must hold eigenvectors, got none; compute it with `vectors=True`."
         )
-    return torch.from_numpy(np.concatenate(vectors))
+    return np.concatenate(vectors)
 
 
 def remedy(precision: Precision) -> str:

@@ -143,12 +143,12 @@ def hessian_max_spectrum(
     if group is not None:
         check_count("group", group, 1)
     check_native(engine, group=group)
-    first = start_vectors(start)
+    given = start_vectors(start)
     seed = generator.initial_seed()
     check_objective(objective)
     frozen = objective.freeze(model, data, check_mean=False)
     check_precision(precision, frozen.space)
-    first = first if first is None else start_vector(first, frozen.space.dim)
+    first = None if given is None else start_vector(given, frozen.space.dim)
     if k > frozen.space.dim:
         raise ValueError(
             f"`k` must be at most the dimension {frozen.space.dim}, got {k}; lower `k`."

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_count, check_positive
+from landscape._streams import OwnStreams
 from landscape.batches import PreparedBatch
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, warn_unconverged
 from landscape.linalg.gradient import twice_differentiable
@@ -80,10 +80,10 @@ def spectrum(
         PyHessian's products; `k` more by the operator check the residuals.
 
     Raises:
-        ValueError: If an argument is out of range, or PyHessian does not know the device.
+        ValueError: If `k` is above the dimension, or PyHessian does not know the device.
     """
     seed = generator.initial_seed()
-    _check(operator, k, tol, max_iter)
+    _check(operator, k)
     steps = min(_DENSITY_STEPS, max_iter, operator.dim)
     with _pyhessian(operator.frozen, generator) as run:
         found = run.engine.eigenvalues(maxIter=max_iter, tol=tol, top_n=k)
@@ -138,9 +138,9 @@ def top_eigenpairs(
         is at most that to the smallest magnitude found: PyHessian has not seen what lies below.
 
     Raises:
-        ValueError: If an argument is out of range, or PyHessian does not know the device.
+        ValueError: If `k` is above the dimension, or PyHessian does not know the device.
     """
-    _check(operator, k, tol, max_iter)
+    _check(operator, k)
     with _pyhessian(operator.frozen, generator) as run:
         found = run.engine.eigenvalues(maxIter=max_iter, tol=tol, top_n=k)
         spent = run.num_matvecs
@@ -236,20 +236,13 @@ def _pyhessian(frozen: FrozenObjective, generator: torch.Generator) -> Iterator[
             stack.enter_context(torch.cuda.device(device))
         if torch.get_default_device().type not in ("cpu", device.type):
             stack.enter_context(torch.device("cpu"))  # it makes its vectors without a device
-        cuda = [device] if device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        stack.enter_context(OwnStreams(seed, [device]).entered())
         yield _Run(frozen, loss)
 
 
-def _check(operator: HessianOperator, k: int, tol: float, max_iter: int) -> None:
-    check_count("k", k, 1)
+def _check(operator: HessianOperator, k: int) -> None:
     if k > operator.dim:
         raise ValueError(f"`k` must be at most the dimension {operator.dim}, got {k}; lower `k`.")
-    check_count("max_iter", max_iter, 1)
-    check_positive("tol", tol)
     if operator.device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"`model` must be on the CPU or a CUDA device for engine='pyhessian', got "

@@ -41,19 +41,8 @@ def scan(
 ) -> dict[str, Any]:
     """Measure an objective at the points θ + Σ_k a_k d_k.
 
-    Args:
-        model: The model at θ.
-        data: Re-iterable of batches.
-        axes: Coordinates along each direction; the grid is their product, the last one fastest.
-        directions: As many as there are coordinates; `None` draws random ones.
-        objective: See `landscape.probes.surface`, like the arguments below.
-        metrics: What to measure.
-        l2: Definition of the L2 term.
-        batch_norm: What becomes of running statistics.
-        tol: Error allowed at points that are interpolated; `None` measures every point.
-        resume: File of finished points.
-        generator: Source of random directions.
-        progress: Show a bar.
+    The arguments are those of `loss_surface` but for `axes`, the coordinates along each direction:
+    the grid is their product, the last one running fastest.
 
     Returns:
         The fields that the results of lines and surfaces share, arrays in the order of the grid.

@@ -13,8 +13,6 @@ and `Objective(transform=…)` get batches that are normalised already: begin wi
 end with `Normalize`, or take `recipe`, which does.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ in a stage while its MSAs help and it has room, and then goes to the one before,
 stage is done (Fig. 12a).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

@@ -1,7 +1,5 @@
 """The table of a build-up: a row per step, and the way from a file back to its rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path

@@ -9,8 +9,6 @@ A run's folder holds
 - `log.csv`: one row per epoch.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import warnings

@@ -7,8 +7,6 @@ Augmentation, if any, acts on the bytes of a batch before normalisation: `x = (b
 / std`, per channel.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import zlib
@@ -246,7 +244,7 @@ class DeviceImages:
         *,
         stratified: bool = True,
         generator: torch.Generator | None = None,
-    ) -> DeviceImages:
+    ) -> "DeviceImages":
         """Return some of the images, in the order they have here.
 
         Args:
@@ -282,7 +280,7 @@ class DeviceImages:
         index = order[:which].sort().values.to(self.device)
         return self.with_(images=self.images[index], labels=self.labels[index])
 
-    def with_(self, **changes: Any) -> DeviceImages:
+    def with_(self, **changes: Any) -> "DeviceImages":
         """Return a copy with some attributes changed; the images are shared, not copied.
 
         Args:
@@ -293,7 +291,7 @@ class DeviceImages:
         """
         return dataclasses.replace(self, **changes)
 
-    def to(self, device: torch.device | str) -> DeviceImages:
+    def to(self, device: torch.device | str) -> "DeviceImages":
         """Return the same images on another device.
 
         Args:
@@ -304,7 +302,7 @@ class DeviceImages:
         """
         return self.with_(images=self.images.to(device), labels=self.labels.to(device))
 
-    def resized(self, size: int | None = None, channels: int | None = None) -> DeviceImages:
+    def resized(self, size: int | None = None, channels: int | None = None) -> "DeviceImages":
         """Return the images padded with zeros to `size` and repeated to `channels`.
 
         Nothing is resampled. Mean and standard deviation stay those of the unpadded images.

@@ -1,7 +1,5 @@
 """Image data sets by name: an embedded one, verified downloads, or a local folder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike

@@ -9,8 +9,6 @@ This covers everything that ends in `torch.nn.functional.dropout`: `nn.Dropout`,
 depth of `landscape.models`. Other random functions are left to `vmap`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -5,8 +5,6 @@ takes longer than doing them. K models stacked along a new dimension need as man
 of them (`torch.func.stack_module_state` tells the idea, `landscape.training.stacking` does it).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
@@ -133,13 +131,13 @@ def fit_ensemble(
     models = list(models)
     _check_models(models)
     check_choice("method", method, ("auto", "vmap", "loop"))
-    count = len(models)
+    count, one_each = len(models), _one_each(data)
     given: dict[str, Sequence[Any] | None] = {
         "optimizers": optimizers,
         "schedule": schedule if isinstance(schedule, Sequence) else None,
         "seeds": seeds,
         "callbacks": callbacks,
-        "data": _one_each(data),
+        "data": one_each,
     }
     if callable(callbacks) or any(callable(own) for own in callbacks or ()):
         raise ValueError("`callbacks` must have one list per model, got functions; use lists.")
@@ -157,7 +155,7 @@ def fit_ensemble(
     runs = [
         run.make_run(
             loop.Step(model, optimizers[k], loss, transform, clip, bfloat16),
-            (_one_each(data) or [data] * count)[k],
+            data if one_each is None else one_each[k],
             schedule=schedule[k] if isinstance(schedule, Sequence) else schedule,
             epochs=epochs,
             validation=validation,

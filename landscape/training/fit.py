@@ -10,10 +10,7 @@ a run that was killed and resumed equals the uninterrupted one bit for bit on a 
 number of threads; but for what lives elsewhere, as a buffer that the model's state leaves out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -124,13 +121,10 @@ def fit(
         check_callable("callbacks", callback, "functions of the model and the epochs done")
     optimizer = optimizer or adamw(model)
     loop.check_optimizer(optimizer, model)
-    step = loop.Step(
-        model, optimizer, loss, transform, clip, bfloat16=False, cuda_graphs=cuda_graphs
-    )
-    if bfloat16 or (bfloat16 is None and step.device.type == "cuda"):
-        step = replace(step, bfloat16=True)
+    if bfloat16 is None:
+        bfloat16 = next(model.parameters()).device.type == "cuda"
     this = run.make_run(
-        step,
+        loop.Step(model, optimizer, loss, transform, clip, bool(bfloat16), cuda_graphs),
         data,
         schedule=schedule,
         epochs=epochs,

@@ -9,8 +9,6 @@ kind. Nothing is unpickled and no archive is unpacked to disk.
   One label byte for CIFAR-10; coarse then fine label for CIFAR-100.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import tarfile

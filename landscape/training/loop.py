@@ -1,7 +1,5 @@
 """One epoch of training and one of validation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -125,7 +123,7 @@ class Means:
         """Number of batches counted."""
         return len(self._tallies)
 
-    def member(self, index: int) -> Means:
+    def member(self, index: int) -> "Means":
         """Return the means of one member, where values of several `(members,)` were counted."""
         own = Means()
         own._tallies = [tally[:, index] for tally in self._tallies]

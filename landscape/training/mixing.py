@@ -1,7 +1,5 @@
 """Soft targets, mixup and cutmix, and the paper's whole recipe as one transform."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -16,8 +16,6 @@ tensor operations a batch however many samples draw it, and operations of one fo
 - an *affine* map of coordinates, sampled bilinearly; what lies outside gets `fill`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate

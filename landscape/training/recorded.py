@@ -6,8 +6,6 @@ then lie in memory of the recording, and what it reads of the model besides its 
 tensors that are attributes) is kept as it was then.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial

@@ -10,8 +10,6 @@ elementwise; η and λ are those of the row's optimizer, its parameter groups in
 ten operations, however many parameters and models there are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """One training run from epoch to epoch: what it is made of and what an epoch does."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
@@ -177,17 +175,6 @@ def make_run(
 ) -> Run:
     """Return a run after checking what `fit` was given; its arguments are explained there.
 
-    Args:
-        step: What every step does.
-        data: Re-iterable of batches.
-        schedule: Schedule, or `None` for the paper's.
-        epochs: Number of epochs.
-        validation: Re-iterable of batches, or `None`.
-        folder: Where the run is kept, or `None`.
-        checkpoints: Epochs whose weights are kept.
-        trajectory: Every how many epochs weights are kept besides.
-        seed: Seed of the run.
-
     Raises:
         ValueError: If an argument is out of range.
         TypeError: If one is of another type.
@@ -257,7 +244,7 @@ def training(run: Run, channels_last: bool) -> Iterator[None]:
                     group["lr"] = rate
 
 
-def run_epoch(run: Run, epoch: int, history: History, bar: tqdm[Any]) -> None:
+def run_epoch(run: Run, epoch: int, history: History, bar: "tqdm[Any]") -> None:
     """Train and validate for one epoch and append a row to the history.
 
     Args:

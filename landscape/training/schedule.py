@@ -5,8 +5,6 @@ third epoch), and returns the factor on the initial learning rate. It has no sta
 saving and can be drawn before training.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

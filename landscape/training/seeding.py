@@ -4,8 +4,6 @@ The stream of epoch 7 can so be had without running epochs 0 to 6, which is what
 run equal the uninterrupted one.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -9,8 +9,6 @@ validation, sees an ordinary model; the step sees tensors with a leading dimensi
 No gradient crosses between members, so the gradient of the sum holds that of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """The state of a run on disk: what it is resumed from, found again, written, tidied up."""
 
-from __future__ import annotations
-
 import errno
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What training happens in: random streams, flags and memory format, all put back afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """One epoch of several training runs at once."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +28,7 @@ def run_epoch(
     epoch: int,
     histories: Sequence[History],
     good: Sequence[dict[str, Tensor]],
-    bar: tqdm[Any],
+    bar: "tqdm[Any]",
 ) -> None:
     """Train and validate every member for one epoch and append a row to each history.
 
@@ -181,7 +179,7 @@ def _train_epoch(
     runs: Sequence[Run],
     epoch: int,
     streams: Sequence[OwnStreams],
-    bar: tqdm[Any],
+    bar: "tqdm[Any]",
 ) -> loop.Means:
     """Take one step a batch with all members; return means of values `(members,)`."""
     with same_generators(runs) as generators:

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex, to_rgb
 from landscape._checks import check_choice
 from landscape.plot import style
 from landscape.plot.build_up import SCORE_LABELS
-from landscape.plot.interactive.look import LOOK, plotly_line
+from landscape.plot.interactive.look import LOOK, named_line, plotly_line
 from landscape.plot.scale import LABELS, Quantity, finite_values
 from landscape.plot.spectrum import density_floor
 from landscape.plot.training_history import COLUMNS, PALE, Column, curves, height_label
@@ -49,7 +49,7 @@ def loss_line(
 
     named = style.named(result, "LossLine")
     styles = style.line_styles(named)
-    figure = go.Figure()
+    figure = go.Figure(layout=LOOK)
     for name, one in named.items():
         values = finite_values(one, quantity, log=log).filled(np.nan)
         if quantity in {"loss", "nll"}:
@@ -62,17 +62,13 @@ def loss_line(
             go.Scatter(
                 x=one.x,
                 y=values,
-                name=name,
-                legendgroup=name,
-                mode="lines+markers",
                 marker={"size": 4},
-                line=plotly_line(styles[name]),
+                **named_line(name, styles[name]),
                 hovertemplate=f"a = %{{x:.3g}}<br>{quantity} = %{{y:.4g}}",
             )
         )
     figure.update_xaxes(title_text="a")
     figure.update_yaxes(title_text=LABELS[quantity], type="log" if log else "linear")
-    figure.update_layout(**LOOK)
     return figure
 
 
@@ -101,7 +97,7 @@ def training_history(
     check_choice("quantity", quantity, COLUMNS)
     named = style.named(result, "FitResult")
     styles = style.line_styles(named)
-    figure = go.Figure()
+    figure = go.Figure(layout=LOOK)
     for name, one in named.items():
         training, validation = curves(one, quantity)
         parts = [("training", training)] + (
@@ -112,18 +108,15 @@ def training_history(
                 go.Scatter(
                     x=one.epoch,
                     y=values,
-                    name=f"{name}, {part}" if name else part,
-                    mode="lines+markers",
                     marker={"size": 4},
                     opacity=PALE if len(parts) > 1 and part == "training" else 1.0,
-                    line=plotly_line(styles[name]),
+                    **named_line(f"{name}, {part}" if name else part, styles[name]),
                     hovertemplate=f"epoch %{{x:d}}<br>{quantity} = %{{y:.4g}}",
                 )
             )
     figure.update_xaxes(title_text="epoch")
     label = height_label(next(iter(named.values())), quantity)
     figure.update_yaxes(title_text=label, type="log" if log else "linear")
-    figure.update_layout(**LOOK)
     return figure
 
 
@@ -144,7 +137,7 @@ def trajectory(result: "Trajectory | Mapping[str, Trajectory]") -> "Figure":
 
     named = style.named(result, "Trajectory")
     styles = style.line_styles(named)
-    figure = go.Figure()
+    figure = go.Figure(layout=LOOK)
     for name, one in named.items():
         coordinates = np.asarray(one.coordinates)
         if coordinates.ndim != 2 or coordinates.shape[1] != 2:
@@ -158,16 +151,13 @@ def trajectory(result: "Trajectory | Mapping[str, Trajectory]") -> "Figure":
                 x=coordinates[:, 0],
                 y=coordinates[:, 1],
                 customdata=one.steps,
-                name=name,
-                mode="lines+markers",
                 marker={"symbol": ends, "size": 8},
-                line=plotly_line(styles[name]),
+                **named_line(name, styles[name]),
                 hovertemplate="step %{customdata}<br>a = %{x:.3g}<br>b = %{y:.3g}",
             )
         )
     figure.update_xaxes(title_text="a")
     figure.update_yaxes(title_text="b")
-    figure.update_layout(**LOOK)
     return figure
 
 
@@ -191,7 +181,7 @@ def spectral_density(result: "SpectralDensity | Mapping[str, SpectralDensity]") 
 def _densities(named: dict[str, Any], styles: Mapping[str, dict[str, Any]]) -> "Figure":
     from plotly import graph_objects as go
 
-    figure = go.Figure()
+    figure = go.Figure(layout=LOOK)
     lowest, highest = np.inf, 0.0
     for name, result in named.items():
         floor = density_floor(result)
@@ -213,7 +203,6 @@ def _densities(named: dict[str, Any], styles: Mapping[str, dict[str, Any]]) -> "
     figure.update_xaxes(title_text="Hessian eigenvalue λ")
     span = np.log10([lowest, 3 * max(highest, lowest)]).tolist()
     figure.update_yaxes(title_text="Density (1/nats)", type="log", range=span)
-    figure.update_layout(**LOOK)
     return figure
 
 
@@ -295,7 +284,7 @@ def build_up(result: "BuildUp") -> "Figure":
     value = 100 * result.accuracy if accuracy else result.nll
     error = 200 * result.accuracy_stderr if accuracy else 2 * result.nll_stderr
     steps = np.arange(len(value))
-    figure = go.Figure()
+    figure = go.Figure(layout=LOOK)
     for chosen, name, mode, color, symbol in (
         (result.kept, "kept", "lines+markers", style.family_color("alternet"), "circle"),
         (~result.kept, "refused", "markers", to_hex(style.MUTED), "circle-open"),
@@ -315,7 +304,6 @@ def build_up(result: "BuildUp") -> "Figure":
         )
     figure.update_xaxes(title_text="Network")
     figure.update_yaxes(title_text=SCORE_LABELS[result.criterion])
-    figure.update_layout(**LOOK)
     return figure
 
 

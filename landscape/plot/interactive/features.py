@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 
 from landscape.plot import features, style
-from landscape.plot.interactive.look import LOOK, plotly_line
+from landscape.plot.interactive.look import LOOK, named_line
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -41,13 +41,8 @@ def fourier_amplitude(result: "FourierAmplitude | Mapping[str, FourierAmplitude]
     from plotly import graph_objects as go
 
     by_label = style.named(result, "FourierAmplitude")
-    figure = _panels(
-        by_label,
-        [
-            {"not finite": ~np.isfinite(np.concatenate(each.delta_log_amplitude))}
-            for each in by_label.values()
-        ],
-    )
+    values = [np.concatenate(each.delta_log_amplitude) for each in by_label.values()]
+    figure = _panels(by_label, [{"not finite": ~np.isfinite(each)} for each in values])
     colors = features.depth_map()
     for column, one in enumerate(by_label.values(), start=1):
         for i, name in enumerate(one.names):
@@ -258,9 +253,7 @@ def _against_depth(
             y=mean,
             error_y={"array": 2 * stderr, "thickness": 1},
             customdata=list(zip(table.names, table.kinds, stderr, strict=True)),
-            mode="lines+markers",
-            line=plotly_line(styles[name]),
-            name=name,
+            **named_line(name, styles[name]),
             showlegend=False,
             hovertemplate=f"{_BLOCK}<br>%{{y:.4g}} ± %{{customdata[2]:.2g}}<extra></extra>",
         )

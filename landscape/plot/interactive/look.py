@@ -12,6 +12,11 @@ LOOK: dict[str, Any] = {
 """Layout of every figure."""
 
 
+def named_line(name: str, line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line with points, named in the legend, in a style of `style.line_styles`."""
+    return {"mode": "lines+markers", "name": name, "legendgroup": name, "line": plotly_line(line)}
+
+
 def plotly_line(line: dict[str, Any]) -> dict[str, str]:
     """Return the colour and dashes of a line of `style.line_styles` in plotly's terms."""
     drawn, named = line["linestyle"], {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}

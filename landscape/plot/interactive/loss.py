@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from landscape.plot import style
 from landscape.plot.density import half_density
 from landscape.plot.hessian import MAX_LABEL, number
-from landscape.plot.interactive.look import LOOK, plotly_line
+from landscape.plot.interactive.look import LOOK, named_line, plotly_line
 from landscape.plot.scale import (
     LABELS,
     Quantity,
@@ -111,9 +111,7 @@ def polar_trajectory(result: "PolarTrajectory | Mapping[str, PolarTrajectory]") 
                 r=one.radius,
                 theta=np.degrees(known_angles(one)),
                 customdata=one.steps,
-                mode="lines+markers",
-                name=name,
-                line=plotly_line(styles[name]),
+                **named_line(name, styles[name]),
                 hovertemplate="step %{customdata}<br>r = %{r:.3g}<br>θ = %{theta:.3g}°",
             )
         )

@@ -1,14 +1,14 @@
 """Robustness and calibration as plotly figures; plotly is imported when called."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from landscape.plot import style
 from landscape.plot.corruption import corruption_title, grouped_rows
-from landscape.plot.interactive.look import LOOK, plotly_line
+from landscape.plot.interactive.look import LOOK, named_line
 from landscape.plot.robustness import (
     CONFIDENCE_LABEL,
     DELTA_LABEL,
@@ -69,7 +69,7 @@ def frequency_robustness(
             error_y={"array": 200 * one.delta_accuracy_stderr},
             customdata=np.stack(columns, axis=-1),
             hovertemplate=hover,
-            **_curve(labels[name], style.line_styles(by_label)[name]),
+            **named_line(labels[name], style.line_styles(by_label)[name]),
         )
         figure.add_trace(curve)
     figure.update_layout(**LOOK, title=common, xaxis_title=FREQUENCY_LABEL)
@@ -110,7 +110,7 @@ def adversarial_robustness(
             error_y={"array": 200 * error},
             customdata=np.stack([100 * error, radii], axis=-1),
             hovertemplate=hover,
-            **_curve(labels[name], style.line_styles(by_label)[name]),
+            **named_line(labels[name], style.line_styles(by_label)[name]),
         )
         figure.add_trace(curve)
     figure.update_layout(**LOOK, title=common, xaxis_title=RADIUS_LABELS[norm])
@@ -153,7 +153,7 @@ def reliability_diagram(result: "Evaluation | Mapping[str, Evaluation]") -> "Fig
             error_y={"symmetric": False, **bars},
             customdata=_bins(one),
             hovertemplate=hover,
-            **_curve(labels[name], look),
+            **named_line(labels[name], look),
         )
         columns = go.Bar(
             x=(one.bin_edges[1:] + one.bin_edges[:-1]) / 2,
@@ -219,11 +219,6 @@ def corruption_robustness(
     bar = {"cmin": 0, "cmax": 100, "colorscale": style.SEQUENTIAL.capitalize()}
     figure.update_layout(**LOOK, coloraxis={**bar, "colorbar": {"title": {"text": "Error (%)"}}})
     return figure
-
-
-def _curve(label: str, look: dict[str, str]) -> dict[str, Any]:
-    line = plotly_line(look)
-    return {"mode": "lines+markers", "name": label, "legendgroup": label, "line": line}
 
 
 def _bins(result: "Evaluation") -> NDArray[np.float64]:
