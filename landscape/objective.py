@@ -371,13 +371,12 @@ class FrozenObjective:
         sizes = [rows.stop - rows.start for rows in parts]
         trial.check_own_mean(values[0], values[1:], sizes)
         try:
-            whole = self._own_gradient(batch.part(slice(0, few)))
-            mean = torch.zeros_like(whole)
-            for rows, size in zip(parts, sizes, strict=True):
-                mean.add_(self._own_gradient(batch.part(rows)), alpha=size / few)
+            whole, *each = [
+                self._own_gradient(batch.part(rows)) for rows in (slice(0, few), *parts)
+            ]
         except Exception:  # a loss that has none
             return
-        trial.check_own_gradient(whole, mean)
+        trial.check_own_gradient(whole, each, sizes)
 
     def _own_gradient(self, batch: PreparedBatch) -> Tensor:
         leaves = {name: t.detach().requires_grad_() for name, t in self.space.values.items()}

@@ -249,7 +249,7 @@ def check_mean(
         each = [a * _gradient(loss, *row) for a, row in zip(amounts, rows, strict=True)]
     except Exception:  # a loss that has none
         return
-    if _differ(gradient, torch.cat(each) / sum(amounts)):
+    if _differ(gradient, torch.cat(each) / sum(amounts), _norm(gradient)):
         raise ValueError(
             "`loss` must be a mean over samples, got one whose gradient is not the mean of those "
             f"of single samples; {_REMEDY}."
@@ -272,31 +272,37 @@ def check_own_mean(whole: float, parts: Sequence[float], sizes: Sequence[int]) -
         )
 
 
-def check_own_gradient(gradient: Tensor, mean: Tensor) -> None:
+def check_own_gradient(whole: Tensor, parts: Sequence[Tensor], sizes: Sequence[int]) -> None:
     """Refuse a model's own loss whose gradient is not the mean of what its parts give.
 
     Args:
-        gradient: That of some samples, in the parameters.
-        mean: The mean of those of two parts of them.
+        whole: The gradient of some samples, in the parameters.
+        parts: That of two parts of them.
+        sizes: Samples in each.
     """
-    if _differ(gradient, mean):
+    shares = [n / sum(sizes) for n in sizes]
+    mean = sum((share * g for share, g in zip(shares, parts, strict=True)), 0 * whole)
+    # At a minimum the parts cancel, and rounding is that of the parts.
+    if _differ(whole, mean, sum(a * _norm(g) for a, g in zip(shares, parts, strict=True))):
         raise ValueError(
             "`model` must return a `.loss` that is a mean over samples, got one whose gradient is "
             f"not the mean of those of its parts; {_OWN_REMEDY}."
         )
 
 
-def _differ(gradient: Tensor, mean: Tensor) -> bool:
-    """Whether two gradients differ by more than rounding.
+def _differ(gradient: Tensor, mean: Tensor, size: float) -> bool:
+    """Whether two gradients differ by more than rounding, beside a size.
 
     They tell means over tokens and over samples apart where the values do not: before training all
     tokens have about the loss log(classes), so that all means are alike.
     """
-    wide = torch.promote_types(gradient.dtype, torch.float64)
-    difference, size = (float(g.to(wide).norm()) for g in (gradient - mean, gradient))
-    precision = torch.finfo(gradient.dtype)
+    difference, precision = _norm(gradient - mean), torch.finfo(gradient.dtype)
     allowed = max(1e-2, 4 * precision.eps) * size + precision.tiny
     return math.isfinite(difference) and difference > allowed
+
+
+def _norm(gradient: Tensor) -> float:
+    return float(gradient.to(torch.promote_types(gradient.dtype, torch.float64)).norm())
 
 
 def _gradient(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def _take_steps(
     epoch: int,
     streams: Sequence[OwnStreams],
     batches: Sequence[Iterator[tuple[Any, Tensor, list[Tensor]]]],
-    bar: tqdm[Any],
+    bar: "tqdm[Any]",
 ) -> loop.Means:
     """Take the steps of an epoch with the batches of each member."""
     means = loop.Means()

@@ -390,8 +390,7 @@ def hooked(first, x):
     return y
 
 
-@pytest.mark.parametrize("cut", [under_no_grad, detached, begun_again, hooked])
-@pytest.mark.parametrize(
+made_with_neighbours = pytest.mark.parametrize(
     "layers",
     [
         lambda: (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
@@ -401,6 +400,18 @@ def hooked(first, x):
     ],
     ids=["conv", "layer norm", "mlp", "gelu"],
 )
+
+
+@made_with_neighbours
+def test_a_hook_between_layers_is_noticed(layers):
+    model, batches = Cut(hooked, *layers()).double(), make_batches((7,))
+    model(batches[0][0])
+    with pytest.raises(ValueError, match="changes a gradient by a hook"):
+        HessianOperator(model, batches)
+
+
+@pytest.mark.parametrize("cut", [under_no_grad, detached, begun_again])
+@made_with_neighbours
 def test_a_cut_between_layers_stays_one(layers, cut, generator):
     model, batches = Cut(cut, *layers()), make_batches((7,))
     x, y = batches[0]
