@@ -323,8 +323,15 @@ def rows_of(
         size: Number of samples.
         rows: Which of them, a slice or indices.
         names: Of a mapping, which entries may have a row per sample; by default those as long.
+
+    Raises:
+        IndexError: If an entry may hold the numbers of samples, as the edges of a graph do, on a
+            GPU, which does not survive a number that is out of range.
     """
     if isinstance(inputs, Mapping):
+        for name, value in inputs.items():
+            if _may_number(value, size):
+                raise IndexError(f"`{name}` may hold the numbers of samples, which would change.")
         return {
             name: rows_of(value, size, rows) if names is None or name in names else value
             for name, value in inputs.items()
@@ -337,6 +344,14 @@ def names_of_rows(inputs: Inputs, size: int) -> frozenset[str]:
     if not isinstance(inputs, Mapping):
         return frozenset()
     return frozenset(name for name, value in inputs.items() if _has_rows(value, size))
+
+
+def _may_number(value: Any, size: int) -> bool:
+    """Whether a table on a GPU, not of positions alone, may hold the numbers of samples."""
+    if not isinstance(value, Tensor) or value.device.type != "cuda" or value.dim() < 2:
+        return False
+    whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return whole and len(value) not in (1, size)
 
 
 def _has_rows(value: Any, size: int) -> bool:

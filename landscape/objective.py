@@ -403,12 +403,13 @@ class FrozenObjective:
 
     def _check_repeatable(self, once: Tensor, inputs: Inputs, size: int) -> None:
         values, awake = self.space.values, self.space.awake
-        few = [rows_of(inputs, size, slice(0, trial.FEW))] if size > 2 * trial.FEW else []
+        few = [slice(0, trial.FEW)] if size > 2 * trial.FEW else []
         # A model that needs batches of one size is called with all of it again.
-        for rows in few if awake is values else [*few, inputs]:
+        for rows in few if awake is values else [*few, slice(0, size)]:
             with suppress(Exception):
-                once = self.logits(awake, rows)
-                values, inputs = awake, rows
+                part = rows_of(inputs, size, rows) if rows.stop < size else inputs
+                once = self.logits(awake, part)
+                values, inputs = awake, part
                 break
         # A model may hook its activations where gradients are enabled: they must have some.
         leaves = {name: t.detach().requires_grad_() for name, t in values.items()}

@@ -378,3 +378,29 @@ def test_a_generator_may_be_on_the_device():
         generator = torch.Generator(DEVICE).manual_seed(1)
         line = landscape.loss_line(model, data, points=3, generator=generator)
         assert np.isfinite(line.loss).all()
+
+
+@pytest.mark.parametrize("loss", [nn.functional.cross_entropy, None], ids=["ours", "its own"])
+def test_a_graph_of_samples_is_not_cut(loss):
+    class Graph(nn.Module):
+        """An edge that points nowhere would end the process's use of the device."""
+
+        def __init__(self):
+            super().__init__()
+            self.head, self.broken = nn.Linear(4, 3), 0
+
+        def forward(self, x, edges, labels=None):
+            self.broken += int(edges.max()) >= len(x)
+            edges = edges.clamp_max(len(x) - 1)
+            logits = self.head(x.index_add(0, edges[1], x[edges[0]]))
+            if loss is not None:
+                return logits
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    draw = torch.Generator().manual_seed(0)
+    x, edges = torch.randn(40, 4, generator=draw), torch.randint(40, (2, 90), generator=draw)
+    batch = {"x": x, "edges": edges, "labels": torch.randint(3, (40,), generator=draw)}
+    model = Graph().to(DEVICE)
+    spectrum = landscape.hessian_spectrum(model, [batch], objective=Objective(loss=loss), k=2)
+    assert np.isfinite(spectrum.largest.values).all()
+    assert model.broken == 0
