@@ -289,7 +289,7 @@ def _stream(placement: Placement, data: Iterable[Any]) -> "Iterator[_Drawn]":
     total = 0
     for index, raw in enumerate(one_pass(data)):
         inputs, targets = split_batch(raw, index)
-        inputs, targets = placement.place(inputs), placement.place_targets(targets)
+        inputs, targets = copied(placement.place(inputs)), placement.place_targets(targets)
         size = _size(inputs, targets)
         total += size
         if size:
@@ -377,7 +377,7 @@ def transformed(
 
 
 def copied(values: Any) -> Any:
-    """Return a tensor, or a mapping of tensors, that a transform may change in place."""
+    """Return a tensor, or a mapping of tensors, that may be changed in place."""
     if isinstance(values, Mapping):
         return {name: copied(value) for name, value in values.items()}
     return values.clone() if isinstance(values, Tensor) else values

@@ -129,8 +129,21 @@ def save_resume(folder: Path, epoch: int, content: Mapping[str, Any]) -> None:
         folder: Folder of the run.
         epoch: Number of epochs done.
         content: State of model, optimizer and schedule, and the history.
+
+    Raises:
+        ValueError: If the first of a run could not be read again.
     """
-    save(folder / f"resume-{epoch:05d}.pt", dict(content))
+    path = folder / f"resume-{epoch:05d}.pt"
+    save(path, dict(content))
+    if epoch == 0:
+        try:
+            load(path)
+        except ValueError as error:
+            path.unlink()
+            raise ValueError(
+                "`folder` must be left out where the state of model, optimizer, loss or schedule "
+                f"holds more than tensors, numbers, text and containers of these ({error})."
+            ) from error
 
 
 def drop_old(folder: Path) -> None:

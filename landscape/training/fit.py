@@ -110,7 +110,8 @@ def fit(
             mean, `data` have no length or targets that `loss` cannot take, or `folder` holds
             another run.
         FloatingPointError: If loss or weights become NaN or infinite. The model then holds the
-            weights of the end of the last good epoch, and so does the state in `folder`.
+            weights of the end of the last good epoch, and so does the state in `folder`; the
+            optimizer's moments are of no more use.
         OSError: If an epoch cannot be written to `folder`, a full disk for instance; the states
             written before are left as they were.
     """

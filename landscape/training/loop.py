@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from landscape import trial
 from landscape._checks import check_module, check_type
 from landscape._loaders import with_own_workers
-from landscape.batches import Inputs, Placement, Transform, call_on, split_batch, transformed
+from landscape.batches import (
+    Inputs,
+    Placement,
+    Transform,
+    call_on,
+    copied,
+    split_batch,
+    transformed,
+)
 from landscape.losses import Loss, amount_averaged, is_classification, is_probability, loss_settings
 from landscape.objective import as_logits
 from landscape.recording import apart
@@ -257,8 +265,8 @@ def prepare(
         targets = targets.long()
     if step.transform is not None and generator is not None:
         inputs, targets = transformed(step.transform, inputs, targets, generator)
-        inputs, targets = placement.place(inputs), placement.place(targets)
-    return inputs, targets
+        return placement.place(inputs), placement.place(targets)
+    return copied(inputs), targets  # a model may write into them
 
 
 def forward(step: Step, call: Callable[..., Any], inputs: Inputs, targets: Tensor) -> Tally:

@@ -1,5 +1,6 @@
 """One training run from epoch to epoch: what it is made of and what an epoch does."""
 
+import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
@@ -373,12 +374,15 @@ def _num_samples(data: Iterable[Any]) -> int:
     return 0
 
 
-def weights(run: Run) -> dict[str, Tensor]:
-    """Return a copy of the model's parameters and buffers."""
-    return {name: tensor.clone() for name, tensor in run.step.model.state_dict().items()}
+def weights(run: Run) -> dict[str, Any]:
+    """Return a copy of the model's parameters and buffers, and of what else its state has."""
+    return {
+        name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for name, value in run.step.model.state_dict().items()
+    }
 
 
-def check_finite(run: Run, means: loop.Means, epoch: int, good: dict[str, Tensor]) -> None:
+def check_finite(run: Run, means: loop.Means, epoch: int, good: dict[str, Any]) -> None:
     """Raise, with the last good weights put back, if the epoch went wrong; one transfer.
 
     Args:
@@ -399,5 +403,6 @@ def check_finite(run: Run, means: loop.Means, epoch: int, good: dict[str, Tensor
     what = "weights" if bad is None else f"loss of step {bad + 1}"
     raise FloatingPointError(
         f"The {what} in epoch {epoch + 1} became NaN or infinite; the model holds the weights of "
-        f"the end of epoch {epoch}. Lower the learning rate, lengthen the warm-up, or clip."
+        f"the end of epoch {epoch}. Lower the learning rate, lengthen the warm-up, or clip; begin "
+        "with a new optimizer."
     )

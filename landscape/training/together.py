@@ -27,7 +27,7 @@ def run_epoch(
     runs: Sequence[Run],
     epoch: int,
     histories: Sequence[History],
-    good: Sequence[dict[str, Tensor]],
+    good: Sequence[dict[str, Any]],
     bar: "tqdm[Any]",
 ) -> None:
     """Train and validate every member for one epoch and append a row to each history.

@@ -311,8 +311,10 @@ def test_bad_arguments_are_refused():
         evaluate(Identity(), [], num_bins=0)
     with pytest.raises(TypeError, match="one-shot"):
         evaluate(Identity(), iter([]))
+    batch = -torch.ones(2, 3), torch.zeros(2).long()
     with pytest.raises(ValueError, match="not modify its input in place"):
-        evaluate(nn.ReLU(inplace=True), [(torch.zeros(2, 3), torch.zeros(2).long())])
+        evaluate(nn.ReLU(inplace=True), [batch])
+    assert (batch[0] == -1).all()
     nothing = type("Nothing", (nn.Module,), {"forward": lambda self, x: None})()
     with pytest.raises(TypeError, match="must return a tensor or an object with `.logits`"):
         evaluate(nothing, [(torch.zeros(2, 3), torch.zeros(2).long())])

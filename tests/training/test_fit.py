@@ -724,3 +724,15 @@ def test_an_error_of_the_first_batch_says_what_was_trained_on():
         "It came from training on the first batch of `data`: torch.uint8 (2, 1, 6, 6), "
         "torch.int64 (2,)."
     ]
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_a_model_that_writes_into_its_input_leaves_the_data(method):
+    class Centred(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.sub_(1.0))
+
+    x, y = torch.ones(8, 4), torch.arange(8) % 3
+    fit(Centred(4, 3), [(x, y)], epochs=2, validation=[(x, y)])
+    fit_ensemble([Centred(4, 3), Centred(4, 3)], [(x, y)], epochs=2, method=method)
+    assert (x == 1).all()

@@ -374,3 +374,27 @@ def test_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
             run(tmp_path / "parts", resume=True)
     assert {path.name for path in (tmp_path / "parts").iterdir()} == before
     assert_same(run(tmp_path / "parts", resume=True), run(tmp_path / "whole"))
+
+
+def test_a_state_that_could_not_be_read_again_is_refused_before_training(tmp_path):
+    class Kept(nn.Linear):
+        def get_extra_state(self):
+            return self.extra
+
+        def set_extra_state(self, state):
+            self.extra = state
+
+    x, y = torch.ones(8, 4), torch.arange(8) % 3
+    model, calls = Kept(4, 3), []
+    for extra, folder in ((object(), None), ({"seen": 3}, tmp_path / "a")):
+        model.extra = extra
+        fit(model, [(x, y)], epochs=1, folder=folder)
+    model.extra = None
+    fit(model, [(x, y)], epochs=1, folder=tmp_path / "a", resume=True)
+    assert model.extra == {"seen": 3}
+    model.extra = np.arange(3)
+    with pytest.raises(ValueError, match="`folder` must be left out where the state of model"):
+        fit(model, [(x, y)], epochs=1, folder=tmp_path / "b", callbacks=[calls.append])
+    assert not calls
+    model.extra = 3
+    fit(model, [(x, y)], epochs=1, folder=tmp_path / "b")
