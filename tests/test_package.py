@@ -30,20 +30,22 @@ def run(*arguments, cwd=ROOT, timeout=170):
 
 def test_import_is_light():
     code = """
-import sys, time
+import gc, sys, time
+gc.disable()  # its passes over the objects of PyTorch are not ours
+began = time.process_time()
 import torch
-start = time.process_time()
+between = time.process_time()
 import landscape
-seconds = time.process_time() - start
+share = (time.process_time() - between) / (between - began)
 heavy = {"matplotlib", "plotly", "torchvision", "timm", "scipy", "pooch", "pyhessian"}
-print(sorted(heavy & set(sys.modules)), seconds)
+print(sorted(heavy & set(sys.modules)), share)
 """
     best = 9.0
     for _ in range(3):  # the fastest of three: the machine may be busy
-        modules, seconds = run("-c", code).stdout.rsplit(maxsplit=1)
+        modules, share = run("-c", code).stdout.rsplit(maxsplit=1)
         assert modules == "[]"
-        best = min(best, float(seconds))
-    assert best < 0.3
+        best = min(best, float(share))
+    assert best < 0.25  # of what PyTorch takes, whatever the machine
 
 
 def test_subpackages_are_there_when_asked_for():
