@@ -6,7 +6,7 @@
 
 Colours are those of Okabe and Ito, told apart under every common colour blindness
 (https://jfly.uni-koeln.de/color/). One colour belongs to one model family in every
-figure of models; Figures 10 and 11 colour kinds of blocks.
+figure; kinds of blocks have colours of their own.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +38,13 @@ _FAMILIES = {  # prefixes of the name in lower case without separators -> colour
     ("swin",): "#CC79A7",
     ("pit",): "#E69F00",
 }
+KIND_COLORS = {
+    "conv": "#BBAA55", "msa": "#8855DD", "mlp": "#995544", "pool": "#F0E442", "other": "#CCCCCC",
+}  # fmt: skip
+"""Colour of each kind of block, none of them a family's; `pool` is what subsamples."""
+KIND_NAMES = {"conv": "Conv", "msa": "MSA", "mlp": "MLP", "pool": "subsampling", "other": "other"}
+KIND_ALPHA = 0.3
+"""Opacity of the areas behind text and curves in these colours."""
 _OTHERS = ("#333333", "#56B4E9", "#999999")
 _PALE = "#DDDDDD"  # stands for the first of them on dark axes
 _LINES: tuple[Any, ...] = (

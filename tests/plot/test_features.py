@@ -102,8 +102,9 @@ def test_values_stand_over_the_steps_of_attention_and_subsampling(draw):
         bars = np.array([each for each in ax.collections[0].get_segments()])
         np.testing.assert_allclose(bars[:, 1, 1] - bars[:, 0, 1], 4 * stderr)
         depth = result.depth
-        steps = {"#808080": [i for i, kind in enumerate(result.kinds) if kind == "msa"]}
-        steps["#0072b2"] = np.flatnonzero(result.subsamples).tolist()
+        msa, pool = (style.KIND_COLORS[kind].lower() for kind in ("msa", "pool"))
+        steps = {msa: [i for i, kind in enumerate(result.kinds) if kind == "msa"]}
+        steps[pool] = np.flatnonzero(result.subsamples).tolist()
         for color, at in steps.items():
             ends = [(depth[i - 1], depth[i]) for i in at]
             np.testing.assert_allclose(spans(ax).get(color, []), ends)
@@ -235,7 +236,7 @@ def test_matrix_is_the_result_with_the_first_block_at_the_bottom_and_lines_betwe
 
 
 def test_bars_are_accuracy_losses_in_points_by_kind_in_network_order():
-    kinds = ("conv", "msa", "conv", "pool", "mlp", "conv")
+    kinds = ("conv", "msa", "conv", "stem", "mlp", "conv")
     result = lesions(resnet((2, 3, 1)), ("x", "y"), kinds)
     ax = features.lesion_study(result)
     bars = {
@@ -246,7 +247,7 @@ def test_bars_are_accuracy_losses_in_points_by_kind_in_network_order():
     }
     for i, kind in enumerate(kinds):
         assert bars[i + 1].get_height() == pytest.approx(-100 * result.delta_accuracy[i])
-        color = features.KIND_COLORS["other" if kind == "pool" else kind]
+        color = style.KIND_COLORS["other" if kind == "stem" else kind]
         assert to_hex(bars[i + 1].get_facecolor()) == color.lower()
     segments = [s for c in ax.collections for s in c.get_segments()]
     np.testing.assert_allclose([s[1, 1] - s[0, 1] for s in segments], 400 * 0.004)
@@ -453,7 +454,8 @@ def test_hovering_over_depth_names_the_block(draw):
         assert tuple(row[0] for row in trace.customdata) == result.names
         assert trace.line.color == style.family_color(name)
     shades = [shape.fillcolor for shape in figure.layout.shapes]
-    assert (shades.count("#0072B2"), shades.count("#808080")) == (3, 12)
+    counts = [shades.count(style.KIND_COLORS[kind]) for kind in ("pool", "msa")]
+    assert counts == [3, 12]
 
 
 def test_logarithmic_variance():
