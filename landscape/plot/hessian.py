@@ -1,5 +1,6 @@
 """Hessian spectra per mini-batch, those of the paper."""
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Half = Literal["both", "negative", "positive"]
 
+_SHORTEST = 16  # characters of a line of a legend, however narrow the axes
 MAX_LABEL = r"Hessian max eigenvalue $\lambda$ (nats)"
 
 
@@ -139,18 +141,25 @@ def room_for_legend(ax: Axes, line_height: float | None = None) -> None:
 def trim_spectrum(ax: Axes, half: Half, line_height: float = 0.5) -> None:
     """Give the legend room above the densities and drop the arbitrary vertical scale.
 
+    Entries that are wider than the axes, which have their place in a figure by now, are broken.
+
     Args:
         ax: The axes, with one half of a spectrum.
         half: That half.
         line_height: Room for one line of the legend, in units of the largest density.
     """
-    room_for_legend(ax, line_height)
     ax.set(yticks=[], xlabel="", ylabel="")
     ax.spines["left"].set_visible(half == "positive")
     ax.spines["right"].set_visible(half == "negative")
     side = "upper left" if half == "negative" else "upper right"
-    legend: dict[str, Any] = {"loc": side, "fontsize": style.NOTE_SIZE, "labelspacing": 0.3}
-    ax.legend(**legend)
+    look: dict[str, Any] = {"loc": side, "fontsize": style.NOTE_SIZE, "labelspacing": 0.3}
+    look |= {"handletextpad": 0.4}
+    longest = max((len(entry) for entry in texts.entries_of(ax)), default=0)
+    while ax.legend(**look).get_window_extent().width > ax.bbox.width and longest > _SHORTEST:
+        longest -= 1
+        for line in ax.get_legend_handles_labels()[0]:
+            line.set_label(textwrap.fill(str(line.get_label()), longest))
+    room_for_legend(ax, line_height)
 
 
 def density_text(log: bool) -> str:
