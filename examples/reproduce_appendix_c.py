@@ -82,7 +82,7 @@ def draw(results: Results) -> Figure:
         grid[1, 0].set_yscale("log", nonpositive="clip")
         grid[1, 0].set_ylim(min(runs) / 1.5, max(runs) * 1.5)  # one run may lie far from all
         low, high = grid[0, 0].get_ylim()
-        grid[0, 0].set_ylim(max(low, -0.02), min(high, 1))
+        grid[0, 0].set_ylim(max(low, -0.02), min(high, 1.02))
         figure.draw_without_rendering()
     return figure
 

@@ -160,7 +160,7 @@ def feature_variance(
     else:
         ax.set_autoscaley_on(True)  # to what was drawn before, too
         ax.autoscale_view()
-        ax.set_ylim(0)
+        style.begin_at_zero(ax)
     ax.set_ylabel(VARIANCE_LABEL)
     return ax
 

@@ -28,6 +28,8 @@ SEQUENTIAL = "viridis"
 """Colour map of quantities without a natural centre: even in lightness, safe in grey."""
 MUTED = "0.45"
 """Grey of notes, marks of missing points and reference lines."""
+EDGE = 0.03
+"""Share of an axis beyond the end of a range: half a mark, a heuristic."""
 NOTE_SIZE = 6.0
 """Smallest font in a figure, in points: notes inside the axes."""
 
@@ -125,6 +127,12 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         styles[name] = {"color": color, "linestyle": _LINES[seen.get(color, 0) % len(_LINES)]}
         seen[color] = seen.get(color, 0) + 1
     return styles
+
+
+def begin_at_zero(ax: Axes) -> None:
+    """Let the vertical axis of what is not negative begin at 0, a mark there in full."""
+    high = ax.get_ylim()[1]
+    ax.set_ylim(-EDGE * high, high)
 
 
 def letter_panel(panel: FigureBase, letter: str) -> None:

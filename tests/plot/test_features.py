@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from landscape.plot import feature_figures, features, interactive, style, texts
 from tests.plot.feature_cases import fourier, lesions, resnet, similarity, variance, vit
-from tests.plot.page import boxes
+from tests.plot.page import begins_at_zero, boxes
 from tests.plot.test_robustness import curve
 
 SIDES = [32, *[32] * 3, *[16] * 4, *[8] * 6, *[4] * 3]
@@ -135,7 +135,7 @@ def test_blocks_of_several_models_are_marked_on_their_curves_and_not_shaded(draw
 
 def test_variance_starts_at_zero_or_is_logarithmic():
     linear = features.feature_variance(variance(vit()))
-    assert linear.get_ylim()[0] == 0
+    assert begins_at_zero(linear)
     assert features.feature_variance(variance(vit()), log=True).get_yscale() == "log"
     assert linear.get_xlabel() == "Relative depth"
 
@@ -143,7 +143,7 @@ def test_variance_starts_at_zero_or_is_logarithmic():
 def test_two_variances_on_the_same_axes_both_fit():
     ax = features.feature_variance(variance(vit()), label="ViT-Ti")
     features.feature_variance(variance(resnet()), ax=ax, label="ResNet-50")
-    assert ax.get_ylim()[0] == 0
+    assert begins_at_zero(ax)
     assert ax.get_ylim()[1] > variance(resnet()).variance.max() > variance(vit()).variance.max()
 
 
