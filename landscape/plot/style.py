@@ -135,9 +135,13 @@ def begin_at_zero(ax: Axes) -> None:
     ax.set_ylim(-EDGE * high, high)
 
 
+LETTER: dict[str, Any] = {"weight": "bold", "size": 10}
+"""Look of the letter of a panel."""
+
+
 def letter_panel(panel: FigureBase, letter: str) -> None:
     """Write the letter of a panel at its upper left."""
-    panel.text(0.005, 0.995, letter, va="top", weight="bold", size=10)
+    panel.text(0.005, 0.995, letter, va="top", **LETTER)
 
 
 PROJECTIONS = {"loss_surface": "3d", "polar_trajectory": "polar"}

@@ -505,3 +505,24 @@ def test_saved_results_draw_the_same(tmp_path):
         features.cka(again).images[0].get_array(), features.cka(result).images[0].get_array()
     )
     assert dataclasses.asdict(again.blocks_a)["names"] == result.blocks_a.names
+
+
+def test_figure10_has_a_letter_for_each_part_that_the_claims_name():
+    both = feature_figures.figure10({"ViT": similarity(vit())}, {"ViT": lesions(vit())})
+    assert [t.get_text() for ax in both.axes for t in ax.texts if t.get_text()] == ["a", "b"]
+    alone = feature_figures.figure10({}, {"ViT": lesions(vit())})
+    assert not [t for ax in alone.axes for t in ax.texts]
+
+
+@pytest.mark.parametrize("count", [4, 5, 7, 9])
+def test_titles_of_many_panels_stay_apart(count):
+    names = [f"vit_tiny_patch16_224.augreg_in21k_ft_in1k_{i}" for i in range(count)]
+    figure = feature_figures.figure10(
+        {name: similarity(vit()) for name in names}, {name: lesions(vit()) for name in names}
+    )
+    titles = [ax.title for ax in figure.axes if ax.get_title()]
+    assert len({title.get_text() for title in titles}) == count
+    drawn = [(title.get_text(), title.get_window_extent()) for title in titles]
+    for (_, one), (_, other) in itertools.combinations(drawn, 2):
+        assert not one.overlaps(other)
+    assert len(figure.axes) == 2 * count + 1
