@@ -74,7 +74,8 @@ def draw(results: Results) -> Figure:
                 heights = [[getattr(spectrum, field) for spectrum in of_value] for of_value in runs]
                 run_curves(range(len(values)), heights, label="ViT", ax=ax)
                 ax.set_xticks(range(len(values)), values)
-            column[1].set_xlabel(name.capitalize())
+            unit = " (pixels)" if name == "patch size" else ""
+            column[1].set_xlabel(name.capitalize() + unit)
         grid[0, 0].set_ylabel("NEP")
         grid[1, 0].set_ylabel("APE (nats, log scale)")
         runs = [spectrum.ape for of_axis in axes.values() for each in of_axis.values()
