@@ -59,12 +59,13 @@ def hessian_max_spectrum(
     drawn, limits = len(texts.entries_of(ax)), ax.get_xlim()
     brief = len(named) > texts.MOST_IN_FULL
     entries = texts.wrapped_entries({n: _legend_text(one, half, brief) for n, one in named.items()})
+    step = min(0.05, 0.96 / (drawn + len(named)))  # from one rug to the next
     for row, (name, one) in enumerate(named.items(), start=drawn):
         look = style.added_line(ax, entries[name] if name else "")
         entry = entries[name]
         for sign in (-1, 1):
             if half != {-1: "positive", 1: "negative"}[sign]:
-                _draw_half(ax, one, sign, row, log, {**look, "label": entry, **line})
+                _draw_half(ax, one, sign, 0.02 + step * row, log, {**look, "label": entry, **line})
                 entry = "_"  # one legend entry a spectrum
     if half == "both":
         ax.axvline(0, color=style.MUTED, lw=0.6, zorder=0)
@@ -187,7 +188,7 @@ def _draw_half(
     ax: Axes,
     result: "HessianMaxSpectrum",
     sign: Literal[-1, 1],
-    row: int,
+    rug: float,
     log: bool,
     line: dict[str, Any],
 ) -> None:
@@ -196,10 +197,10 @@ def _draw_half(
     ax.fill_between(grid, density, color=line["color"], alpha=0.15, lw=0)
     values = finite_eigenvalues(result)
     values = values[np.sign(values) == sign]
-    height = np.full(values.shape, 0.02 + 0.05 * row)
+    height = np.full(values.shape, rug)
     size = 3 if grid.size else 6  # alone, it is all there is to see
-    rug = {"color": line["color"], "ms": size, "mew": 0.4, "alpha": 0.7, "gid": "rug"}
-    ax.plot(values, height, "|", transform=ax.get_xaxis_transform(), **rug)
+    marks = {"color": line["color"], "ms": size, "mew": 0.4, "alpha": 0.7, "gid": "rug"}
+    ax.plot(values, height, "|", transform=ax.get_xaxis_transform(), **marks)
 
 
 def _legend_text(result: "HessianMaxSpectrum", half: str, brief: bool) -> str:
