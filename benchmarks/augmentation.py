@@ -162,6 +162,7 @@ def main() -> None:
     torch.set_num_threads(1)
     random.seed(0)
     data = load_images("fashion_mnist_mini", size=32, channels=3, batch_size=BATCH_SIZE)
+    where = machine.describe(("torch", "pillow", "numpy"))
     data = data.subset(arguments.images).with_(shuffle=True)
     batched = Compose([RandomCrop(4), HorizontalFlip(), RandAugment(fill=FILL)])
     chains = {
@@ -189,7 +190,6 @@ def main() -> None:
             f"{name:20s} {row['batched_images_per_second']:15,d} "
             f"{row['pil_images_per_second']:12,d} {row['ratio']:7.1f}  {row['ratio_of_each_round']}"
         )
-    where = machine.flat(("torch", "pillow", "numpy"), ("cpu", "cores", "threads", "python"))
     result = {"images": data.num_samples, "batch_size": BATCH_SIZE, **where, "chains": rows}
     machine.write(arguments.output, result)
 

@@ -26,13 +26,6 @@ def describe(packages: tuple[str, ...]) -> dict[str, object]:
     }
 
 
-def flat(packages: tuple[str, ...], keys: tuple[str, ...]) -> dict[str, object]:
-    """Return some of `describe`, and beside it the versions of the packages installed."""
-    described = describe(packages)
-    versions = {name: found for name in packages if (found := _version(name))}
-    return {key: described[key] for key in keys} | versions
-
-
 def write(path: Path, result: dict[str, Any], table: str = "") -> None:
     """Write what was measured as JSON, and its table, if there is one, as Markdown beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     mfc=color if r["right"] == K else "none",
                 )
             ax.axhline(RIGHT, color="0.6", lw=0.8, ls="--", zorder=0)
-            ax.set(yscale="log", title=titles[workload], xlabel="Cost [gradients]")
+            ax.set(yscale="log", title=titles[workload], xlabel="Cost (gradients)")
             ax.set_xlim(left=0)
         axes[0].set_ylabel(f"Largest relative error, top {K}")
         handles = [

@@ -108,9 +108,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> dict[str, float]:
                 quality[f"{over}, {label}"] = float(1 - ((y - fit) ** 2).sum() / y.var() / len(y))
                 (marks,) = ax.plot(x, y, "o", label=label)
                 ax.plot(x, fit, lw=1, color=marks.get_color())
-            unit = " [thousands]" if over == "parameters" else ""
+            unit = " (thousands)" if over == "parameters" else ""
             ax.set(xlim=(0, None), ylim=(0, None), xlabel=over.capitalize() + unit)
-        axes[0].set_ylabel("One product [s]")
+            ax.set_ylabel("One product (s)")
         axes[0].legend(frameon=False)
         fig.savefig(path, dpi=120)
         plt.close(fig)

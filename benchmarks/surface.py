@@ -181,9 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    where = machine.flat(
-        ("torch", "numpy", "loss-landscapes"), ("cpu", "cores", "threads", "load", "python")
-    )
+    where = machine.describe(("torch", "numpy", "loss-landscapes"))
     images = load_images("fashion_mnist_mini", size=32, channels=3, batch_size=BATCH_SIZE)
     batches = list(images.subset(arguments.images))
     models = {"ResNet-20": resnet20(num_classes=10), "ViT": vit_micro(num_classes=10)}

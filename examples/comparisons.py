@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
@@ -402,7 +403,8 @@ def load_results(folder: Path) -> Results:
     paths = sorted(folder.glob("*_*_*.npz"))
     if not paths:
         sys.exit(f"{folder} holds no results (KIND_NETWORK_SEED.npz).")
-    labels = [arm["label"] for arm in read_setting(folder)["arms"]]
+    arms = read_setting(folder)["arms"]
+    labels = [re.sub(r"(?<=\d)%", " %", arm["label"]) for arm in arms]  # "6%" in older files
     results: Results = {}
     for path in paths:
         kind, number, _ = path.stem.split("_")

@@ -74,7 +74,8 @@ def draw(results: Results) -> Figure:
                 heights = [[getattr(spectrum, field) for spectrum in of_value] for of_value in runs]
                 run_curves(range(len(values)), heights, label="ViT", ax=ax)
                 ax.set_xticks(range(len(values)), values)
-            column[1].set_xlabel(name.capitalize())
+            unit = " (pixels)" if name == "patch size" else ""
+            column[1].set_xlabel(name.capitalize() + unit)
         grid[0, 0].set_ylabel("NEP")
         grid[1, 0].set_ylabel("APE (nats, log scale)")
         runs = [spectrum.ape for of_axis in axes.values() for each in of_axis.values()
@@ -82,7 +83,7 @@ def draw(results: Results) -> Figure:
         grid[1, 0].set_yscale("log", nonpositive="clip")
         grid[1, 0].set_ylim(min(runs) / 1.5, max(runs) * 1.5)  # one run may lie far from all
         low, high = grid[0, 0].get_ylim()
-        grid[0, 0].set_ylim(max(low, -0.02), min(high, 1))
+        grid[0, 0].set_ylim(max(low, -0.02), min(high, 1.02))
         figure.draw_without_rendering()
     return figure
 

@@ -31,6 +31,10 @@ NOTE = (
 )
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def arms(preset: str) -> Sequence[Arm]:
     """Return the networks with all images, then those with a share of them."""
     small_patches = {"patch_size": 4} if preset in {"gpu", "paper"} else {}  # as in Figure 7
@@ -41,7 +45,7 @@ def arms(preset: str) -> Sequence[Arm]:
         Arm("ViT, 3×3", "ViT", {"pool": "gap", "window": 3, **small_patches}),
     ]
     parts = [
-        Arm(f"{name}, {share:.0%}", name, share=share)
+        Arm(f"{name}, {_percent(share)}", name, share=share)
         for name in ("ResNet", "ViT")
         for share in SHARES
     ]
@@ -58,7 +62,7 @@ def draw(results: Results) -> Figure:
         for label, marker in zip(networks, "sso^", strict=True):
             _draw_network(left, results, [label], label, marker=marker)
         for name in ("ResNet", "ViT"):
-            shares = [f"{name}, {share:.0%}" for share in SHARES]
+            shares = [f"{name}, {_percent(share)}" for share in SHARES]
             _draw_network(right, results, [*shares, name], name, marker="s")
             _label_shares(right, results, name, {**dict(zip(shares, SHARES, strict=True)), name: 1})
         right.margins(x=0.1)  # for the labels at the ends
@@ -88,7 +92,7 @@ def _label_shares(ax: Axes, results: Results, name: str, shares: Mapping[str, fl
         nll, error = (np.mean(values) for values in _runs(results, label))
         below = -3 if share == min(shares.values()) else 8
         offset = (-5, 5) if left else (5, -below)
-        ax.annotate(f"{share:.0%}", (nll, error), xytext=offset, **look)
+        ax.annotate(_percent(share), (nll, error), xytext=offset, **look)
 
 
 def _draw_network(
@@ -131,7 +135,7 @@ def claims(results: Results) -> list[Claim]:
     sides = [(best, error[best]), (worst, error[worst])]
     found.append(Claim(text, "test error [%]", *sides, about=6))
     for name in ("ResNet", "ViT"):
-        few = f"{name}, {SHARES[0]:.0%}"
+        few = f"{name}, {_percent(SHARES[0])}"
         text = f"(b) little data disturbs the training of {name} rather than being overfitted"
         sides = [(name, nll[name]), (few, nll[few])]
         found.append(Claim(text, quantity, *sides, about=6))

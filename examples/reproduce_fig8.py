@@ -6,8 +6,8 @@
     python examples/reproduce_fig8.py --quick       # the same path in little
 
 High-frequency amplitude (at π, just below it for maps of odd side; relative to that at 0) against
-depth: MSAs (grey) lower it, Convs, MLPs and subsampling (blue) raise it. `--model timm:NAME` as in
-Figure 2's example.
+depth: MSAs (violet) lower it, Convs, MLPs and subsampling (yellow) raise it. `--model timm:NAME`
+as in Figure 2's example.
 """
 
 import numpy as np

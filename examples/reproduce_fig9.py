@@ -5,7 +5,7 @@
     python examples/reproduce_fig9.py --seeds 8     # on 8 runs of each network
     python examples/reproduce_fig9.py --quick       # the same path in little
 
-Variance of the feature maps against depth: MSAs (grey) lower it, they average; Convs and MLPs
+Variance of the feature maps against depth: MSAs (violet) lower it, they average; Convs and MLPs
 raise it. `--model timm:NAME` as in Figure 2's example.
 """
 

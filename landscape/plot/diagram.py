@@ -17,15 +17,10 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.textpath import TextPath
 
 from landscape.plot import style, texts
-from landscape.plot.features import KIND_COLORS, KIND_NAMES
+from landscape.plot.style import KIND_ALPHA, KIND_COLORS, KIND_NAMES
 
 if TYPE_CHECKING:
     from landscape.probes.architecture import Architecture
-
-_ORDER = ("conv", "msa", "mlp", "pool", "other")
-DIAGRAM_COLORS = {kind: (KIND_COLORS | {"pool": "#CC79A7"})[kind] for kind in _ORDER}
-"""Colour of each kind of block: those of the other drawings, and one for what subsamples alone."""
-DIAGRAM_NAMES = KIND_NAMES | {"pool": "subsampling"}
 
 _LINE = 8.5  # points from one box to the next, for text of 6 points
 _GAP = 0.4  # boxes between two stages
@@ -84,14 +79,14 @@ def block_diagram(
             columns += 1
     places = _places(result, columns)
     points = width / columns  # one column in points; it is 1 wide in data
-    kinds = [kind if kind in DIAGRAM_COLORS else "other" for kind in result.kinds]
+    kinds = [kind if kind in KIND_COLORS else "other" for kind in result.kinds]
     for i, place in enumerate(places):
         left = place.column + _STRIP / points
-        color = DIAGRAM_COLORS[kinds[i]]
+        color = KIND_COLORS[kinds[i]]
         pad, size = _PAD / points, output_text(result, i)
         room = place.column + 1 - pad - left
-        look: dict[str, Any] = {"facecolor": to_rgba(color, 0.3), "edgecolor": color, "lw": 0.5}
-        look |= {"gid": result.names[i], **box}
+        look: dict[str, Any] = {"facecolor": to_rgba(color, KIND_ALPHA), "edgecolor": color}
+        look |= {"lw": 0.5, "gid": result.names[i], **box}
         ax.add_patch(Rectangle((left, place.top + 0.07), room, 0.86, **look))
         middle = place.top + 0.5
         name = _fitting(result.names[i], room * points - 3 * _PAD - _width(size))
@@ -147,10 +142,10 @@ def diagram_rows(result: "Architecture", columns: int) -> float:
 
 def kind_handles(kinds: "list[str]") -> list[Patch]:
     """Return an entry of a legend for each kind that is there, in a fixed order."""
-    present = {kind if kind in DIAGRAM_COLORS else "other" for kind in kinds}
+    present = {kind if kind in KIND_COLORS else "other" for kind in kinds}
     return [
-        Patch(facecolor=to_rgba(color, 0.3), edgecolor=color, lw=0.5, label=DIAGRAM_NAMES[kind])
-        for kind, color in DIAGRAM_COLORS.items()
+        Patch(facecolor=to_rgba(color, KIND_ALPHA), edgecolor=color, lw=0.5, label=KIND_NAMES[kind])
+        for kind, color in KIND_COLORS.items()
         if kind in present
     ]
 

@@ -1,4 +1,4 @@
-"""Figures 2a, 8, 9 and 10 of Park & Kim (2022) in the style of a paper: a column per model.
+"""Figures 2a, 8, 9 and 10 of Park & Kim (2022) in the style of a paper, a panel per model.
 
 Every function returns a `matplotlib.figure.Figure` that no global state knows of: save it with
 `figure.savefig(path)`; there is nothing to close.
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from landscape.probes.variance import FeatureVariance
     from landscape.results import Result
 
+_MOST_COLUMNS = 4  # panels side by side
 _SPREAD = 10  # ratio of variances over which a linear axis would show one network alone
 
 
@@ -63,9 +64,9 @@ def figure2a(results: "Mapping[str, FourierAmplitude]") -> Figure:
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             fourier_amplitude(result, ax=ax, colorbar=False)
-            ax.set_title(texts.wrapped_title(name, len(results)))
+            _entitle(ax, name, len(results))
         _label_first(axes[0])
-        color_bar(figure, Normalize(0, 1), DEPTH_LABEL, ax=axes, cmap=depth_map(), pad=0.02)
+        color_bar(figure, Normalize(0, 1), DEPTH_LABEL, ax=axes[0], cmap=depth_map(), pad=0.02)
         figure.draw_without_rendering()  # ticks are made now, in this style
     return figure
 
@@ -164,11 +165,15 @@ def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") ->
         ValueError: If both are empty.
     """
     names = dict.fromkeys([*ckas, *lesions])
-    rows = bool(ckas) + bool(lesions)
+    parts = bool(ckas) + bool(lesions)
     with mpl.rc_context(style.rc()):
-        figure, axes = _panels(2.1 * rows, names, rows)
-        for ax, name in zip(axes[0], names, strict=True):
-            ax.set_title(texts.wrapped_title(name, len(names)))
+        figure, axes = _panels(2.1, names, parts)
+        for part in axes if len(names) > _MOST_COLUMNS else axes[:1]:
+            for ax, name in zip(part, names, strict=True):
+                _entitle(ax, name, len(names))
+        for part, letter in zip(axes if parts > 1 else (), "ab", strict=False):
+            place: dict[str, Any] = {"xytext": (-28, 6), "textcoords": "offset points"}
+            part[0].annotate(letter, (0, 1), xycoords="axes fraction", **place, **style.LETTER)
         if ckas:
             _draw_matrices(figure, dict(zip(names, axes[0], strict=True)), ckas)
         if lesions:
@@ -272,18 +277,28 @@ def _against_depth(
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             draw(result, ax=ax, **style.added_line(ax, name), **look)
-            ax.set_title(texts.wrapped_title(name, len(results)))
+            _entitle(ax, name, len(results))
+            ax.set_ylabel(label)  # it holds for all panels
         _label_first(axes[0])
-        axes[0, 0].set_ylabel(label)  # it holds for all panels
         _one_legend(figure, axes[0])
         figure.draw_without_rendering()
     return figure
 
 
-def _panels(height: float, results: Mapping[str, Any], rows: int = 1) -> tuple[Figure, Any]:
-    """Return a figure with a column a result, and its axes `(rows, columns)`."""
-    figure = _figure(height, results)
-    return figure, figure.subplots(rows, len(results), squeeze=False)
+def _panels(height: float, results: Mapping[str, Any], parts: int = 1) -> tuple[Figure, Any]:
+    """Return a figure with a panel a result in each part, and its axes `(parts, results)`."""
+    columns = min(len(results), _MOST_COLUMNS)
+    rows = math.ceil(len(results) / max(columns, 1))
+    figure = _figure(height * parts * rows, results)
+    axes = figure.subplots(parts * rows, columns, squeeze=False).reshape(parts, rows * columns)
+    for ax in axes[:, len(results) :].flat:
+        ax.remove()
+    return figure, axes[:, : len(results)]
+
+
+def _entitle(ax: Axes, name: str, count: int) -> None:
+    """Put a name above one of some panels."""
+    ax.set_title(texts.wrapped_title(name, min(count, _MOST_COLUMNS)))
 
 
 def _figure(height: float, results: Mapping[str, Any]) -> Figure:
@@ -298,13 +313,20 @@ def _share(axes: Sequence[Axes]) -> None:
     """Give axes one vertical scale; before anything is drawn."""
     for ax in axes[1:]:
         ax.sharey(axes[0])
-        ax.tick_params(which="both", labelleft=False)
+        ax.tick_params(which="both", labelleft=_is_first(ax))
 
 
 def _label_first(axes: Sequence[Axes]) -> None:
     """Label the scale at the left alone."""
-    for ax in axes[1:]:
-        ax.set_ylabel("")
+    for ax in axes:
+        if ax is not axes[0] and not _is_first(ax):
+            ax.set_ylabel("")
+
+
+def _is_first(ax: Axes) -> bool:
+    """Return whether axes are the first of their row."""
+    place = ax.get_subplotspec()
+    return place is not None and place.is_first_col()
 
 
 def _one_legend(figure: Figure, axes: Iterable[Axes]) -> None:

@@ -30,12 +30,8 @@ DEPTH_LABEL = "Relative depth"
 LOSS_LABEL = "Accuracy loss (points)"
 UNIT_LABEL = "Removed unit"
 
-KIND_COLORS = {"conv": "#0072B2", "msa": "#D55E00", "mlp": "#009E73", "other": "#999999"}
-"""Colour of what was removed: those of ResNet and ViT for convolution and attention."""
-KIND_NAMES = {"conv": "Conv", "msa": "MSA", "mlp": "MLP", "other": "other"}
-
-SHADES = {"MSA": "#808080", "subsampling": "#0072B2"}
-_SHADE: dict[str, Any] = {"alpha": 0.15, "lw": 0, "zorder": 0}
+SHADES = {style.KIND_NAMES[kind]: style.KIND_COLORS[kind] for kind in ("msa", "pool")}
+_SHADE: dict[str, Any] = {"alpha": style.KIND_ALPHA, "lw": 0, "zorder": 0}
 
 
 def depth_map() -> Colormap:
@@ -95,9 +91,9 @@ def fourier_depth(
 ) -> Axes:
     """Draw the amplitude at the highest frequency against depth (Park & Kim, 2022, Fig. 8).
 
-    The step that leads to a block is shaded grey for attention and blue for subsampling; of several
-    models the blocks are marked instead, hollow and by triangles. Bars are two standard errors each
-    side.
+    The step that leads to a block is shaded violet for attention and yellow for subsampling; of
+    several models the blocks are marked instead, hollow and by triangles. Bars are two standard
+    errors each side.
 
     Args:
         result: The curves of one model, or of several by label.
@@ -133,9 +129,9 @@ def feature_variance(
 ) -> Axes:
     """Draw the variance of the feature maps against depth (Park & Kim, 2022, Fig. 9).
 
-    The step that leads to a block is shaded grey for attention and blue for subsampling; of several
-    models the blocks are marked instead, hollow and by triangles. Bars are two standard errors each
-    side.
+    The step that leads to a block is shaded violet for attention and yellow for subsampling; of
+    several models the blocks are marked instead, hollow and by triangles. Bars are two standard
+    errors each side.
 
     Args:
         result: The variances of one model, or of several by label.
@@ -164,7 +160,7 @@ def feature_variance(
     else:
         ax.set_autoscaley_on(True)  # to what was drawn before, too
         ax.autoscale_view()
-        ax.set_ylim(0)
+        style.begin_at_zero(ax)
     ax.set_ylabel(VARIANCE_LABEL)
     return ax
 
@@ -244,7 +240,8 @@ def lesion_study(result: "LesionStudy", *, ax: Axes | None = None, **bar: Any) -
     whisker: dict[str, Any] = {"elinewidth": 0.6, "ecolor": ink}
     for kind in dict.fromkeys(kinds.tolist()):
         chosen = kinds == kind
-        look = {"color": KIND_COLORS[kind], "label": KIND_NAMES[kind], "width": 0.8, **bar}
+        look: dict[str, Any] = {"color": style.KIND_COLORS[kind], "width": 0.8}
+        look |= {"label": style.KIND_NAMES[kind], **bar}
         ax.bar(number[chosen], loss[chosen], yerr=error[chosen], error_kw=whisker, **look)
     ax.axhline(0, color=ink, lw=0.6)
     for edge in stage_edges(result.stage):
@@ -297,7 +294,7 @@ def block_labels(result: "CKA") -> tuple[str, str]:
 
 def colored_kinds(kinds: Iterable[str]) -> np.ndarray:
     """Return kinds, `"other"` for those without a colour."""
-    return np.array([kind if kind in KIND_COLORS else "other" for kind in kinds])
+    return np.array([kind if kind in style.KIND_COLORS else "other" for kind in kinds])
 
 
 def stage_edges(stage: np.ndarray) -> np.ndarray:

@@ -127,7 +127,7 @@ def figure1(surfaces: "Surfaces", trajectories: "Trajectories", spectra: "Spectr
     with mpl.rc_context(style.rc()):
         figure = _figure(6.4, surfaces)
         rows: Any = figure.subfigures(2, 1, height_ratios=(3.5, 2.9))
-        top, (left, right) = rows[0], rows[1].subfigures(1, 2, width_ratios=(1.9, 3.6))
+        top, (left, right) = rows[0], rows[1].subfigures(1, 2, width_ratios=(1.85, 3.65))
         _draw_surfaces(top, surfaces)
         _draw_trajectories(left, trajectories)
         _draw_spectra(right, spectra)
@@ -217,7 +217,7 @@ def _draw_spectra(figure: Figure | SubFigure, results: "Spectra") -> None:
     everything = [spectrum for spectra in results.values() for spectrum in spectra.values()]
     log = spread_far(everything)
     inch = figure.dpi / figure.bbox.height
-    place = {"left": 0.07, "right": 0.98, "top": 1 - 0.1 * inch, "bottom": 0.55 * inch}
+    place = {"left": 0.055, "right": 0.99, "top": 1 - 0.1 * inch, "bottom": 0.55 * inch}
     grid = figure.add_gridspec(len(epochs), 2, wspace=0.06, hspace=0.12, **place)
     axes = np.array(grid.subplots(sharex="col"), dtype=object).reshape(len(epochs), 2)
     for row, epoch in enumerate(epochs):

@@ -1,5 +1,6 @@
 """Hessian spectra per mini-batch, those of the paper."""
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Half = Literal["both", "negative", "positive"]
 
+_SHORTEST = 16  # characters of a line of a legend, however narrow the axes
 MAX_LABEL = r"Hessian max eigenvalue $\lambda$ (nats)"
 
 
@@ -57,12 +59,13 @@ def hessian_max_spectrum(
     drawn, limits = len(texts.entries_of(ax)), ax.get_xlim()
     brief = len(named) > texts.MOST_IN_FULL
     entries = texts.wrapped_entries({n: _legend_text(one, half, brief) for n, one in named.items()})
+    step = min(0.05, 0.96 / (drawn + len(named)))  # from one rug to the next
     for row, (name, one) in enumerate(named.items(), start=drawn):
         look = style.added_line(ax, entries[name] if name else "")
         entry = entries[name]
         for sign in (-1, 1):
             if half != {-1: "positive", 1: "negative"}[sign]:
-                _draw_half(ax, one, sign, row, log, {**look, "label": entry, **line})
+                _draw_half(ax, one, sign, 0.02 + step * row, log, {**look, "label": entry, **line})
                 entry = "_"  # one legend entry a spectrum
     if half == "both":
         ax.axvline(0, color=style.MUTED, lw=0.6, zorder=0)
@@ -139,18 +142,25 @@ def room_for_legend(ax: Axes, line_height: float | None = None) -> None:
 def trim_spectrum(ax: Axes, half: Half, line_height: float = 0.5) -> None:
     """Give the legend room above the densities and drop the arbitrary vertical scale.
 
+    Entries that are wider than the axes, which have their place in a figure by now, are broken.
+
     Args:
         ax: The axes, with one half of a spectrum.
         half: That half.
         line_height: Room for one line of the legend, in units of the largest density.
     """
-    room_for_legend(ax, line_height)
     ax.set(yticks=[], xlabel="", ylabel="")
     ax.spines["left"].set_visible(half == "positive")
     ax.spines["right"].set_visible(half == "negative")
     side = "upper left" if half == "negative" else "upper right"
-    legend: dict[str, Any] = {"loc": side, "fontsize": style.NOTE_SIZE, "labelspacing": 0.3}
-    ax.legend(**legend)
+    look: dict[str, Any] = {"loc": side, "fontsize": style.NOTE_SIZE, "labelspacing": 0.3}
+    look |= {"handletextpad": 0.4}
+    longest = max((len(entry) for entry in texts.entries_of(ax)), default=0)
+    while ax.legend(**look).get_window_extent().width > ax.bbox.width and longest > _SHORTEST:
+        longest -= 1
+        for line in ax.get_legend_handles_labels()[0]:
+            line.set_label(textwrap.fill(str(line.get_label()), longest))
+    room_for_legend(ax, line_height)
 
 
 def density_text(log: bool) -> str:
@@ -178,7 +188,7 @@ def _draw_half(
     ax: Axes,
     result: "HessianMaxSpectrum",
     sign: Literal[-1, 1],
-    row: int,
+    rug: float,
     log: bool,
     line: dict[str, Any],
 ) -> None:
@@ -187,10 +197,10 @@ def _draw_half(
     ax.fill_between(grid, density, color=line["color"], alpha=0.15, lw=0)
     values = finite_eigenvalues(result)
     values = values[np.sign(values) == sign]
-    height = np.full(values.shape, 0.02 + 0.05 * row)
+    height = np.full(values.shape, rug)
     size = 3 if grid.size else 6  # alone, it is all there is to see
-    rug = {"color": line["color"], "ms": size, "mew": 0.4, "alpha": 0.7, "gid": "rug"}
-    ax.plot(values, height, "|", transform=ax.get_xaxis_transform(), **rug)
+    marks = {"color": line["color"], "ms": size, "mew": 0.4, "alpha": 0.7, "gid": "rug"}
+    ax.plot(values, height, "|", transform=ax.get_xaxis_transform(), **marks)
 
 
 def _legend_text(result: "HessianMaxSpectrum", half: str, brief: bool) -> str:

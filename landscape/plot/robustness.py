@@ -100,7 +100,8 @@ def adversarial_robustness(
         _draw_curve(ax, 255 * radii, 100 * accuracy, 200 * error, look)
     ax.set_autoscale_on(True)  # to what was drawn before, too
     ax.autoscale_view()
-    ax.set(xlabel=RADIUS_LABELS[norm], ylabel="Accuracy (%)", xlim=(0, None), ylim=(0, None))
+    ax.set(xlabel=RADIUS_LABELS[norm], ylabel="Accuracy (%)")
+    style.begin_at_zero(ax)
     _note(ax, [one.accuracy for one in named.values()], common, label)
     texts.place_legend(ax, "upper right")
     return ax
@@ -148,8 +149,8 @@ def reliability_diagram(
         bars = np.clip([y - low, high - y], 0, None)
         ax.errorbar(x, y, yerr=bars, **{"marker": "o", "elinewidth": 0.7, **look})
     ax.set(
-        xlim=(0, 1),
-        ylim=(0, 1.04 * (1 + texts.room_for_legend(ax))),
+        xlim=(-style.EDGE, 1 + style.EDGE),
+        ylim=(-style.EDGE, (1 + style.EDGE) * (1 + texts.room_for_legend(ax))),
         yticks=np.linspace(0, 1, 6),
     )
     ax.set(xlabel=CONFIDENCE_LABEL, ylabel=RELIABILITY_LABEL)

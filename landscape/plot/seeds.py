@@ -148,8 +148,9 @@ def draw_spectra_over_runs(figure: Figure | SubFigure, results: "Runs") -> None:
         run_columns({n: [getattr(s, name) for s in runs] for n, runs in results.items()}, ax=ax)
         ax.set_ylabel({"nep": "NEP", "ape": "APE (nats)"}[name])
         tilt_labels(ax)
-        high = ax.get_ylim()[1]  # neither is negative, and an interval of a few runs may be
-        ax.set_ylim(0, min(1, high) if name == "nep" else high)
+        if name == "nep":
+            ax.set_ylim(top=min(1 + style.EDGE, ax.get_ylim()[1]))
+        style.begin_at_zero(ax)  # neither is negative, and an interval of a few runs may be
 
 
 def pool_runs(spectra: "Sequence[HessianMaxSpectrum]") -> "HessianMaxSpectrum":

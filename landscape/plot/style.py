@@ -6,7 +6,7 @@
 
 Colours are those of Okabe and Ito, told apart under every common colour blindness
 (https://jfly.uni-koeln.de/color/). One colour belongs to one model family in every
-figure of models; Figures 10 and 11 colour kinds of blocks.
+figure; kinds of blocks have colours of their own.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +28,8 @@ SEQUENTIAL = "viridis"
 """Colour map of quantities without a natural centre: even in lightness, safe in grey."""
 MUTED = "0.45"
 """Grey of notes, marks of missing points and reference lines."""
+EDGE = 0.03
+"""Share of an axis beyond the end of a range: half a mark, a heuristic."""
 NOTE_SIZE = 6.0
 """Smallest font in a figure, in points: notes inside the axes."""
 
@@ -38,6 +40,13 @@ _FAMILIES = {  # prefixes of the name in lower case without separators -> colour
     ("swin",): "#CC79A7",
     ("pit",): "#E69F00",
 }
+KIND_COLORS = {
+    "conv": "#BBAA55", "msa": "#8855DD", "mlp": "#995544", "pool": "#F0E442", "other": "#CCCCCC",
+}  # fmt: skip
+"""Colour of each kind of block, none of them a family's; `pool` is what subsamples."""
+KIND_NAMES = {"conv": "Conv", "msa": "MSA", "mlp": "MLP", "pool": "subsampling", "other": "other"}
+KIND_ALPHA = 0.3
+"""Opacity of the areas behind text and curves in these colours."""
 _OTHERS = ("#333333", "#56B4E9", "#999999")
 _PALE = "#DDDDDD"  # stands for the first of them on dark axes
 _LINES: tuple[Any, ...] = (
@@ -120,9 +129,19 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
+def begin_at_zero(ax: Axes) -> None:
+    """Let the vertical axis of what is not negative begin at 0, a mark there in full."""
+    high = ax.get_ylim()[1]
+    ax.set_ylim(-EDGE * high, high)
+
+
+LETTER: dict[str, Any] = {"weight": "bold", "size": 10}
+"""Look of the letter of a panel."""
+
+
 def letter_panel(panel: FigureBase, letter: str) -> None:
     """Write the letter of a panel at its upper left."""
-    panel.text(0.005, 0.995, letter, va="top", weight="bold", size=10)
+    panel.text(0.005, 0.995, letter, va="top", **LETTER)
 
 
 PROJECTIONS = {"loss_surface": "3d", "polar_trajectory": "polar"}

@@ -1,13 +1,14 @@
 """What a figure says in words: titles, legends and notes, in lines that there is room for."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
@@ -23,6 +24,8 @@ _SCALES = 0.9  # inches beside panels that scales and a colour bar take
 _CHARACTER = 4.2  # points that a character of this size takes
 MOST_IN_FULL = 4
 """Entries of a legend that are written in full; of more each is brief."""
+MOST_BELOW = 0.5
+"""Share of the height of a figure that a legend below its axes may take."""
 _MOST_INSIDE = 0.5  # share of the height of axes that a legend inside of them may take
 _LEAST_BESIDE = (
     1.6  # inches of width that a legend beside axes leaves them, where there is a choice
@@ -122,7 +125,8 @@ def place_legend(
 ) -> None:
     """Add a legend inside of the axes, or outside where it would take too much of their height.
 
-    Outside it stands beside the axes, or below them where these are narrow.
+    Outside it stands beside the axes, or below them where these are narrow; of more entries than a
+    figure has room for it shows the first and counts the others.
 
     Args:
         ax: The axes, in a figure whose layout makes room for what is outside of them.
@@ -133,19 +137,23 @@ def place_legend(
         ax.legend(loc=loc, **inside)
         return
     lines = [line for entry in entries_of(ax) for line in entry.split("\n")]
-    size = _points("small")
+    size = points("small")
     entry, line = (0.55 * max(map(len, lines)) + 3) * size, 1.45 * size
     width, height = np.array(ax.get_window_extent().size) * 72 / ax.figure.dpi
     columns = max(1, int(1.2 * width / entry))  # the scale at the left is a fifth of narrow axes
     beside = (width - entry) * height
     below = width * (height - line * np.ceil(len(lines) / columns))
-    look: dict[str, Any] = {"frameon": False, "fontsize": size, "handles": inside.get("handles")}
+    look: dict[str, Any] = {"frameon": False, "fontsize": size}
+    handles = inside.get("handles") or ax.get_legend_handles_labels()[0]
+    page = ax.figure.bbox.height * 72 / ax.figure.dpi
     if width - entry > 72 * _LEAST_BESIDE or beside > below:
+        look |= fitting_entries(handles, page, size)
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), **look)
         return
+    look |= fitting_entries(handles, page * MOST_BELOW, size, columns)
     rc = mpl.rcParams
-    ticks = rc["xtick.major.size"] + rc["xtick.major.pad"] + 1.3 * _points(rc["xtick.labelsize"])
-    label = rc["axes.labelpad"] + 1.3 * _points(rc["axes.labelsize"])
+    ticks = rc["xtick.major.size"] + rc["xtick.major.pad"] + 1.3 * points(rc["xtick.labelsize"])
+    label = rc["axes.labelpad"] + 1.3 * points(rc["axes.labelsize"])
     look["bbox_transform"] = ax.transAxes + ScaledTranslation(
         0, -(ticks + label) / 72, ax.figure.dpi_scale_trans
     )
@@ -153,11 +161,32 @@ def place_legend(
     ax.legend(ncols=columns, **look)
 
 
+def fitting_entries(
+    handles: Sequence[Any], height: float, size: float, columns: int = 1
+) -> dict[str, list[Any]]:
+    """Return `handles` and `labels` that a legend has room for; the last one counts the others.
+
+    Args:
+        handles: Handles of all entries.
+        height: Room in points.
+        size: Size of the font, in points.
+        columns: Columns of the legend.
+    """
+    labels = [str(handle.get_label()) for handle in handles]
+    tallest = max(1 + label.count("\n") for label in labels)
+    room = columns * max(int((height - size) / ((1.2 * tallest + 0.5) * size)), 1)
+    if len(labels) <= room:
+        return {"handles": list(handles), "labels": labels}
+    others = f"… and {len(labels) - room + 1} more"
+    blank = Line2D([], [], ls="none")
+    return {"handles": [*handles[: room - 1], blank], "labels": [*labels[: room - 1], others]}
+
+
 def share_of_legend(ax: Axes) -> float:
     """Return the share of the height of axes that their legend would take inside of them."""
     lines = sum(1 + entry.count("\n") for entry in entries_of(ax))
     height = ax.get_window_extent().height * 72 / ax.figure.dpi
-    return (1.5 * lines + 1) * _points(mpl.rcParams["legend.fontsize"]) / height
+    return (1.5 * lines + 1) * points(mpl.rcParams["legend.fontsize"]) / height
 
 
 def room_for_legend(ax: Axes) -> float:
@@ -166,7 +195,7 @@ def room_for_legend(ax: Axes) -> float:
     return share / (1 - share) if share <= _MOST_INSIDE else 0.0
 
 
-def _points(size: float | str) -> float:
+def points(size: float | str) -> float:
     """Return the points of a size of fonts."""
     return float(FontProperties(size=size).get_size_in_points())
 

@@ -135,8 +135,15 @@ def _label(ax: PolarAxes, wide: bool) -> None:
     ax.xaxis.set_label_coords(0.5, edge, transform=below_ticks)
     legend: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.15, 1.15)}
     if wide or texts.share_of_legend(ax) > 0.6:  # of more than the corner that is left
-        legend = {"loc": "upper center", "bbox_to_anchor": (0.5, edge), "ncols": 3}
+        page = np.array(ax.figure.bbox.size) * 72 / ax.figure.dpi
+        size = texts.points(mpl.rcParams["legend.fontsize"])
+        handles, labels = ax.get_legend_handles_labels()
+        lines = [line for label in labels for line in label.split("\n") if "$" not in line]
+        longest = max(map(len, lines), default=0)
+        columns = int(np.clip(page[0] / ((0.55 * longest + 4) * size), 1, 3))
+        legend = {"loc": "upper center", "bbox_to_anchor": (0.5, edge), "ncols": columns}
         legend |= {"bbox_transform": below_label, "columnspacing": 1}
+        legend |= texts.fitting_entries(handles, texts.MOST_BELOW * page[1], size, columns)
     ax.legend(**legend)
 
 

@@ -19,3 +19,9 @@ def boxes(figure):
         patch.setattr(Text, "draw", record)
         FigureCanvasAgg(figure).draw()
     return [(text.get_text(), text.get_window_extent()) for text in dict.fromkeys(drawn)]
+
+
+def begins_at_zero(ax):
+    """Whether the vertical axis begins at 0, with room for half a mark there and no more."""
+    low, high = ax.get_ylim()
+    return -0.05 * high < low < -0.02 * high

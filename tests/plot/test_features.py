@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from landscape.plot import feature_figures, features, interactive, style, texts
 from tests.plot.feature_cases import fourier, lesions, resnet, similarity, variance, vit
-from tests.plot.page import boxes
+from tests.plot.page import begins_at_zero, boxes
 from tests.plot.test_robustness import curve
 
 SIDES = [32, *[32] * 3, *[16] * 4, *[8] * 6, *[4] * 3]
@@ -102,8 +102,9 @@ def test_values_stand_over_the_steps_of_attention_and_subsampling(draw):
         bars = np.array([each for each in ax.collections[0].get_segments()])
         np.testing.assert_allclose(bars[:, 1, 1] - bars[:, 0, 1], 4 * stderr)
         depth = result.depth
-        steps = {"#808080": [i for i, kind in enumerate(result.kinds) if kind == "msa"]}
-        steps["#0072b2"] = np.flatnonzero(result.subsamples).tolist()
+        msa, pool = (style.KIND_COLORS[kind].lower() for kind in ("msa", "pool"))
+        steps = {msa: [i for i, kind in enumerate(result.kinds) if kind == "msa"]}
+        steps[pool] = np.flatnonzero(result.subsamples).tolist()
         for color, at in steps.items():
             ends = [(depth[i - 1], depth[i]) for i in at]
             np.testing.assert_allclose(spans(ax).get(color, []), ends)
@@ -134,7 +135,7 @@ def test_blocks_of_several_models_are_marked_on_their_curves_and_not_shaded(draw
 
 def test_variance_starts_at_zero_or_is_logarithmic():
     linear = features.feature_variance(variance(vit()))
-    assert linear.get_ylim()[0] == 0
+    assert begins_at_zero(linear)
     assert features.feature_variance(variance(vit()), log=True).get_yscale() == "log"
     assert linear.get_xlabel() == "Relative depth"
 
@@ -142,7 +143,7 @@ def test_variance_starts_at_zero_or_is_logarithmic():
 def test_two_variances_on_the_same_axes_both_fit():
     ax = features.feature_variance(variance(vit()), label="ViT-Ti")
     features.feature_variance(variance(resnet()), ax=ax, label="ResNet-50")
-    assert ax.get_ylim()[0] == 0
+    assert begins_at_zero(ax)
     assert ax.get_ylim()[1] > variance(resnet()).variance.max() > variance(vit()).variance.max()
 
 
@@ -235,7 +236,7 @@ def test_matrix_is_the_result_with_the_first_block_at_the_bottom_and_lines_betwe
 
 
 def test_bars_are_accuracy_losses_in_points_by_kind_in_network_order():
-    kinds = ("conv", "msa", "conv", "pool", "mlp", "conv")
+    kinds = ("conv", "msa", "conv", "stem", "mlp", "conv")
     result = lesions(resnet((2, 3, 1)), ("x", "y"), kinds)
     ax = features.lesion_study(result)
     bars = {
@@ -246,7 +247,7 @@ def test_bars_are_accuracy_losses_in_points_by_kind_in_network_order():
     }
     for i, kind in enumerate(kinds):
         assert bars[i + 1].get_height() == pytest.approx(-100 * result.delta_accuracy[i])
-        color = features.KIND_COLORS["other" if kind == "pool" else kind]
+        color = style.KIND_COLORS["other" if kind == "stem" else kind]
         assert to_hex(bars[i + 1].get_facecolor()) == color.lower()
     segments = [s for c in ax.collections for s in c.get_segments()]
     np.testing.assert_allclose([s[1, 1] - s[0, 1] for s in segments], 400 * 0.004)
@@ -453,7 +454,8 @@ def test_hovering_over_depth_names_the_block(draw):
         assert tuple(row[0] for row in trace.customdata) == result.names
         assert trace.line.color == style.family_color(name)
     shades = [shape.fillcolor for shape in figure.layout.shapes]
-    assert (shades.count("#0072B2"), shades.count("#808080")) == (3, 12)
+    counts = [shades.count(style.KIND_COLORS[kind]) for kind in ("pool", "msa")]
+    assert counts == [3, 12]
 
 
 def test_logarithmic_variance():
@@ -503,3 +505,24 @@ def test_saved_results_draw_the_same(tmp_path):
         features.cka(again).images[0].get_array(), features.cka(result).images[0].get_array()
     )
     assert dataclasses.asdict(again.blocks_a)["names"] == result.blocks_a.names
+
+
+def test_figure10_has_a_letter_for_each_part_that_the_claims_name():
+    both = feature_figures.figure10({"ViT": similarity(vit())}, {"ViT": lesions(vit())})
+    assert [t.get_text() for ax in both.axes for t in ax.texts if t.get_text()] == ["a", "b"]
+    alone = feature_figures.figure10({}, {"ViT": lesions(vit())})
+    assert not [t for ax in alone.axes for t in ax.texts]
+
+
+@pytest.mark.parametrize("count", [4, 5, 7, 9])
+def test_titles_of_many_panels_stay_apart(count):
+    names = [f"vit_tiny_patch16_224.augreg_in21k_ft_in1k_{i}" for i in range(count)]
+    figure = feature_figures.figure10(
+        {name: similarity(vit()) for name in names}, {name: lesions(vit()) for name in names}
+    )
+    titles = [ax.title for ax in figure.axes if ax.get_title()]
+    assert len({title.get_text() for title in titles}) == count
+    drawn = [(title.get_text(), title.get_window_extent()) for title in titles]
+    for (_, one), (_, other) in itertools.combinations(drawn, 2):
+        assert not one.overlaps(other)
+    assert len(figure.axes) == 2 * count + 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.contour import QuadContourSet
 from matplotlib.text import Text
@@ -118,6 +119,21 @@ def test_legends_of_figure1c_lie_above_the_densities(scale):
         curves = [line for line in ax.lines if line.get_gid() == "density"]
         tops = [ax.transData.transform(line.get_xydata())[:, 1] for line in curves]
         assert max(top.max() for top in tops if top.size) < floor
+
+
+@pytest.mark.parametrize("name", ["ResNet", "ResNet of a well known library, pretrained on images"])
+def test_legends_of_the_panels_of_figure1_stay_inside_of_them(name):
+    by_model = spectra(scale=7e3)
+    results = {name: by_model["ResNet"], "ViT": by_model["ViT"]}
+    figure = plot.figure1(surfaces(), {"ViT": polar()}, results)
+    panels = [
+        ax for ax in figure.findobj(Axes) if any(each.get_gid() == "rug" for each in ax.lines)
+    ]
+    assert len(panels) == 2 * len(EPOCHS)
+    for ax in panels:
+        legend = ax.get_legend().get_window_extent()
+        assert ax.bbox.x0 <= legend.x0
+        assert legend.x1 <= ax.bbox.x1
 
 
 @pytest.mark.parametrize(("scale", "axis"), [(1, "linear"), (100, "symlog")])

@@ -19,7 +19,7 @@ from landscape.probes.corruption import CorruptionRobustness
 from landscape.probes.evaluate import Evaluation
 from landscape.probes.frequency import RobustnessCurve
 from landscape.results import Provenance
-from tests.plot.page import boxes
+from tests.plot.page import begins_at_zero, boxes
 
 FREQUENCIES = np.arange(1, 10) / 10
 
@@ -220,7 +220,7 @@ def test_attacked_accuracy_starts_at_the_clean_one():
         np.testing.assert_allclose((high - low) / 2, errors)
     assert ax.get_xlabel() == "Radius of the L∞ ball (1/255 of full scale)"
     assert ax.get_ylabel() == "Accuracy (%)"
-    assert ax.get_ylim()[0] == 0
+    assert begins_at_zero(ax)
     assert notes(ax) == ["PGD, 10 steps"]
     assert ax.get_legend_handles_labels()[1] == ["ResNet: clean 80.0 %", "ViT: clean 80.0 %"]
 
@@ -246,6 +246,8 @@ def test_attacks_that_differ_are_named_and_norms_are_not_mixed():
 def test_reliability_is_accuracy_against_confidence_with_gaps_and_shares():
     result = evaluation()
     ax = reliability_diagram(result)
+    assert ax.get_xlim() == (-style.EDGE, 1 + style.EDGE)  # marks at the ends are whole
+    assert ax.get_ylim()[0] == -style.EDGE
     x, y = ax.containers[0].lines[0].get_data()
     np.testing.assert_array_equal(x, result.bin_confidence)
     np.testing.assert_array_equal(y, result.bin_accuracy)

@@ -242,3 +242,21 @@ def test_a_legend_of_many_models_covers_nothing_in_a_column(name):
     assert figure.bbox.contains(legend.x0, legend.y0)
     assert figure.bbox.contains(legend.x1, legend.y1)
     assert ax.bbox.height * ax.bbox.width > 0.09 * figure.bbox.height * figure.bbox.width
+
+
+@pytest.mark.parametrize("name", ["hessian_max_spectrum", "polar_trajectory", "spectral_density"])
+@pytest.mark.parametrize("count", [12, 30])
+def test_a_legend_of_a_zoo_stays_on_the_page_and_counts_what_it_leaves_out(name, count):
+    draw, results = {**CASES, **SPECTRA, **SAID}[name][:2]
+    names = [f"vit_tiny_patch16_224.augreg_in21k_ft_in1k_{i:02d}" for i in range(count)]
+    ax = draw({each: results[i % len(results)] for i, each in enumerate(names)})
+    ax.figure.canvas.draw()  # a layout that collapses warns
+    legend = ax.get_legend()
+    box = legend.get_window_extent()
+    assert ax.figure.bbox.padded(1).contains(box.x0, box.y0)
+    assert ax.figure.bbox.padded(1).contains(box.x1, box.y1)
+    entries = [text.get_text() for text in legend.get_texts()]
+    shown = sum("augreg" in entry for entry in entries)
+    assert shown == count or entries[-1] == f"… and {count - shown} more"
+    rugs = [line for line in ax.lines if line.get_gid() == "rug"]
+    assert max([line.get_ydata().max(initial=0) for line in rugs], default=0) < 1

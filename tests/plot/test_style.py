@@ -83,6 +83,23 @@ def test_families_are_told_apart_under_colour_blindness(blindness):
     assert min(distances) > 12  # a difference of 2.3 is just noticeable
 
 
+@pytest.mark.parametrize("blindness", list(BLINDNESS))
+def test_kinds_are_told_apart_from_each_other_and_from_families(blindness):
+    names = ["ResNet", "ViT", "AlterNet", "Swin", "PiT", "MLP", "GRU", "Mamba"]
+    families = [to_lab(look["color"], blindness) for look in style.line_styles(names).values()]
+    kinds = [to_lab(color, blindness) for color in style.KIND_COLORS.values()]
+    pairs = [*itertools.combinations(kinds, 2), *itertools.product(kinds, families)]
+    assert min(np.linalg.norm(a - b) for a, b in pairs) > 12
+
+
+@pytest.mark.parametrize("blindness", list(BLINDNESS))
+def test_pale_areas_of_kinds_are_told_apart(blindness):
+    pale = [np.array(to_rgb(color)) for color in style.KIND_COLORS.values()]
+    seen = [to_lab(1 - style.KIND_ALPHA * (1 - rgb), blindness) for rgb in pale]
+    distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
+    assert min(distances) > 5
+
+
 def test_settings_hold_inside_the_context_only():
     before = mpl.rcParams["font.family"]
     with mpl.rc_context(style.rc()):

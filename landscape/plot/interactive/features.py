@@ -204,8 +204,8 @@ def lesion_study(result: "LesionStudy | Mapping[str, LesionStudy]") -> "Figure":
                 y=-100 * one.delta_accuracy[chosen],
                 error_y={"array": error, "thickness": 1},
                 customdata=[[one.names[i], one.parts[i], one.delta_nll[i]] for i in chosen],
-                marker={"color": features.KIND_COLORS[kind]},
-                name=features.KIND_NAMES[kind],
+                marker={"color": style.KIND_COLORS[kind]},
+                name=style.KIND_NAMES[kind],
                 legendgroup=kind,
                 showlegend=kind not in shown,
                 hovertemplate="%{customdata[0]}, %{customdata[1]}<br>accuracy loss %{y:.2f} points"
@@ -259,8 +259,8 @@ def _against_depth(
         )
         figure.add_trace(trace, row=1, col=column)
         for what, start, stop in features.shaded_steps(table):
-            shade: dict[str, Any] = {"fillcolor": features.SHADES[what], "opacity": 0.15}
-            shade |= {"line_width": 0, "layer": "below", "row": 1, "col": column}
+            shade: dict[str, Any] = {"fillcolor": features.SHADES[what], "line_width": 0}
+            shade |= {"opacity": style.KIND_ALPHA, "layer": "below", "row": 1, "col": column}
             figure.add_vrect(start, stop, **shade)
     figure.update_xaxes(title_text=features.DEPTH_LABEL, range=[-0.02, 1.02])
     return figure
