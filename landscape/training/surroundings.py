@@ -73,4 +73,11 @@ def prefers_channels_last(model: nn.Module) -> bool:
     """
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     overlap = any(k > s for m in convs for k, s in zip(m.kernel_size, m.stride, strict=True))
-    return overlap and not any(breaks_channels_last(m.weight, m.stride) for m in convs)
+    device = next(model.parameters()).device
+    return overlap and not any(
+        # No look at the weight: that of a spectral norm takes a step of its iteration when read.
+        breaks_channels_last(
+            (m.out_channels, m.in_channels // m.groups, *m.kernel_size), m.stride, device
+        )
+        for m in convs
+    )
