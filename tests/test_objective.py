@@ -1011,6 +1011,19 @@ def test_tensors_in_lists_are_watched_as_others_are(generator):
         assert all(map(torch.equal, now["parts"], then["parts"]))
 
 
+def test_sharded_models_are_refused(alone):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    model, batches = make_model("conv"), make_batches((6,))
+    fully_shard(model, mesh=mesh)
+    for _ in range(2):  # once it has been called, its parameters look like any others
+        with pytest.raises(TypeError, match="one that FSDP shards"):
+            Objective().freeze(model, batches)
+        with torch.no_grad():
+            model(batches[0][0])
+
+
 def test_bad_models_and_settings_are_refused():
     batches = make_batches((6,))
     frozen = make_model("conv").requires_grad_(False)
