@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
 
 from landscape._checks import check_data, check_module
 from landscape._loaders import generators_of, one_pass
@@ -377,10 +378,8 @@ def transformed(
 
 
 def copied(values: Any) -> Any:
-    """Return a tensor, or a mapping of tensors, that may be changed in place."""
-    if isinstance(values, Mapping):
-        return {name: copied(value) for name, value in values.items()}
-    return values.clone() if isinstance(values, Tensor) else values
+    """Return a tensor, or tensors in mappings and lists, that may be changed in place."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, values)
 
 
 def versions_of(inputs: Inputs) -> list[int]:
@@ -468,9 +467,7 @@ def _size(inputs: Inputs, targets: Tensor | None) -> int:
 
 
 def _tensors(drawn: _Drawn) -> list[Tensor]:
-    inputs, targets = drawn[:2]
-    values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
-    return [v for v in [*values, targets] if isinstance(v, Tensor)]
+    return [leaf for leaf in tree_leaves(drawn[:2]) if isinstance(leaf, Tensor)]
 
 
 def _num_bytes(drawn: _Drawn) -> int:

@@ -40,6 +40,7 @@ from landscape.batches import (
     argument_names,
     call_on,
     check_unchanged,
+    copied,
     rows_of,
     versions_of,
 )
@@ -303,6 +304,7 @@ class FrozenObjective:
                 stacklevel=4,
             )
         batch = next(iter(batches))
+        batch = dataclasses.replace(batch, inputs=copied(batch.inputs))  # it may write into them
         inputs, size = batch.inputs, batch.size
         with torch.no_grad(), exclusive(self.model), own_randomness(self.model):
             run = functools.partial(self._call_with_gradient, inputs, size)

@@ -6,6 +6,7 @@ in the order of `model.named_parameters()`. A tied parameter is one parameter, u
 
 import fnmatch
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -154,6 +155,15 @@ def call_with(model: nn.Module, state: Mapping[str, Tensor], /, *args: Any, **kw
     return functional_call(model, placed, args, kwargs, tie_weights=False)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP gathers the parameters of a part of a model when it is called."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a costly import; without it none is sharded
+    if fsdp is None:
+        return False
+    kinds = fsdp.FSDPModule, fsdp.FullyShardedDataParallel
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
 def check_parameters(choice: object) -> None:
     """Refuse what chooses no parameters.
 
@@ -173,6 +183,11 @@ def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:
         raise TypeError(
             "`model` must be a module that can be called with other parameters, got a "
             f"{type(model).__name__}; pass {inner}."
+        )
+    if is_sharded(model):
+        raise TypeError(
+            "`model` must hold its own parameters, got one that FSDP shards; load its full state "
+            "into a model that is not wrapped."
         )
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable:

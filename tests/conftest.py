@@ -31,6 +31,17 @@ def recorded(monkeypatch):
     return Replayed
 
 
+@pytest.fixture
+def alone():
+    """A group of this process alone, for the wrappers of `torch.distributed`."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("PyTorch was built without gloo")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
     """No test reaches a network."""

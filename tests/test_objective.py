@@ -970,6 +970,60 @@ def test_a_model_that_changes_its_weights_is_refused(own):
         assert torch.equal(model.words.weight, before)
 
 
+class OfParts(nn.Module):
+    """Takes a list of tensors, and writes into the first one if asked to."""
+
+    def __init__(self, writes=False):
+        super().__init__()
+        self.head, self.writes = nn.Linear(4, 3), writes
+
+    def forward(self, parts):
+        first = parts[0].mul_(2) if self.writes else parts[0]
+        return self.head(first + parts[1])
+
+
+def test_tensors_in_lists_are_watched_as_others_are(generator):
+    draw = functools.partial(torch.randn, 6, 4, generator=generator)
+    parts, labels = [[draw(), draw()] for _ in range(3)], torch.arange(6) % 3
+    buffers = [torch.empty(6, 4), torch.empty(6, 4)]
+
+    class Refilled:
+        def __iter__(self):
+            for each in parts:
+                for buffer, part in zip(buffers, each, strict=True):
+                    buffer.copy_(part)
+                yield {"parts": buffers, "labels": labels}
+
+    class Random:
+        def __iter__(self):
+            yield {"parts": [draw(), draw()], "labels": labels}
+
+    data = [{"parts": each, "labels": labels} for each in parts]
+    model = OfParts()
+    assert Objective().freeze(model, Refilled()).value() == Objective().freeze(model, data).value()
+    with pytest.raises(ValueError, match="must yield the same batches"):
+        Objective().freeze(model, Random(), keep_bytes=0).value()
+    before = copy.deepcopy(data)
+    for probe in (Objective().freeze, evaluate):
+        with pytest.raises(ValueError, match="not modify its input in place"):
+            probe(OfParts(writes=True), data)
+    for now, then in zip(data, before, strict=True):
+        assert all(map(torch.equal, now["parts"], then["parts"]))
+
+
+def test_sharded_models_are_refused(alone):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    model, batches = make_model("conv"), make_batches((6,))
+    fully_shard(model, mesh=mesh)
+    for _ in range(2):  # once it has been called, its parameters look like any others
+        with pytest.raises(TypeError, match="one that FSDP shards"):
+            Objective().freeze(model, batches)
+        with torch.no_grad():
+            model(batches[0][0])
+
+
 def test_bad_models_and_settings_are_refused():
     batches = make_batches((6,))
     frozen = make_model("conv").requires_grad_(False)
@@ -981,10 +1035,10 @@ def test_bad_models_and_settings_are_refused():
         Objective(parameters=lambda n, p: False).freeze(make_model("conv"), batches)
     with pytest.raises(ValueError, match="deterministic"):
         Objective().freeze(Noisy(), batches)
+    before = batches[0][0].clone()
     with pytest.raises(ValueError, match="not modify its input in place"):
-        Objective().freeze(
-            nn.Sequential(nn.ReLU(inplace=True), make_model("conv")), make_batches((6,))
-        )
+        Objective().freeze(nn.Sequential(nn.ReLU(inplace=True), make_model("conv")), batches)
+    assert torch.equal(batches[0][0], before)
     mappings = [{"pixel_values": x, "labels": y} for x, y in batches]
     noisy = Record(as_mapping=True)
     noisy.body = Noisy()

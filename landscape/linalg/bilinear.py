@@ -164,14 +164,14 @@ def _adjoints(
                 found[1] = convolution.of_weight(g, x, weight)
             rest = [wanted and t is None for wanted, t in zip(needed, found, strict=True)]
     if any(rest):
-        if rest[1] and breaks_channels_last(weight, settings[0]):
+        if rest[1] and breaks_channels_last(weight.shape, settings[0], weight.device):
             g, x = g.contiguous(), x.contiguous()
         made = _convolution_backward(g, x, weight, [weight.shape[0]], *settings, rest)
         found = [t if wanted else f for t, wanted, f in zip(made, rest, found, strict=True)]
     return tuple(found)
 
 
-def breaks_channels_last(weight: Tensor, stride: Sequence[int]) -> bool:
+def breaks_channels_last(shape: Sequence[int], stride: Sequence[int], device: torch.device) -> bool:
     """Return whether PyTorch must not take a gradient in kernels with channels-last images.
 
     On a CPU that of strided 1x1 kernels is wrong, crashes or never ends where there are fewer
@@ -179,11 +179,12 @@ def breaks_channels_last(weight: Tensor, stride: Sequence[int]) -> bool:
     AVX2; the largest blocks have 16.
 
     Args:
-        weight: Kernels, `(out, channels / groups, kh, kw)`.
+        shape: That of the kernels, `(out, channels / groups, kh, kw)`.
         stride: Stride in each direction.
+        device: Where they are.
     """
-    small = weight.shape[1] < 16 and weight.shape[2:] == (1, 1)
-    return small and max(stride) > 1 and weight.device.type == "cpu"
+    small = shape[1] < 16 and tuple(shape[2:]) == (1, 1)
+    return small and max(stride) > 1 and device.type == "cpu"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -76,7 +76,10 @@ class GradientGraph:
 
         def forward() -> Tensor:
             sizes.clear()
-            return loss()
+            value = loss()
+            if measure:
+                check_twice_differentiable([value])
+            return value
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack) if measure else nullcontext()
         with unchanged_gradients() if measure else nullcontext():
@@ -124,18 +127,26 @@ class GradientGraph:
             )
 
 
-def check_twice_differentiable(gradient: Sequence[Tensor]) -> None:
-    """Refuse a gradient whose graph passes through a function marked with `once_differentiable`.
+def check_twice_differentiable(tensors: Sequence[Tensor]) -> None:
+    """Refuse a graph through a function whose derivative PyTorch would leave out.
 
-    PyTorch refuses it in `backward`; where derivatives are asked for by name it leaves them out.
+    That of one marked with `once_differentiable` is refused by `backward` alone, not where
+    derivatives are asked for by name; of one without any, as of quantised layers, it only warns.
 
     Raises:
-        ValueError: If one does.
+        ValueError: If there is one.
     """
-    if any(node.name() == "torch::autograd::Error" for node in nodes_behind(gradient)):
+    names = {node.name() for node in nodes_behind(tensors)}
+    if "torch::autograd::Error" in names:
         raise ValueError(
             "`model` must be twice differentiable, got a function marked with "
             "`once_differentiable`; write its backward pass in differentiable operations."
+        )
+    if "torch::autograd::WarnNotImplemented" in names:
+        raise ValueError(
+            "`model` must be differentiable by the chosen parameters, got a function without a "
+            "derivative, such as a quantised layer; take the model as it was before, or choose "
+            "parameters behind it with `Objective(parameters=…)`."
         )
 
 

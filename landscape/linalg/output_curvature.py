@@ -67,7 +67,7 @@ class _OutputCurvature(CurvatureOperator):
                 outputs, parameters, dual, create_graph=True, materialize_grads=True
             )
         if not self._checked:
-            check_twice_differentiable(pulled)
+            check_twice_differentiable([outputs, *pulled])
             self._checked = True
 
         def product(v: Tensor) -> Tensor:

@@ -300,8 +300,10 @@ def _transposed_groups(model: nn.Module) -> Mapping[str, int]:
     groups = {}
     for name, module in model.named_modules():
         if isinstance(module, _TRANSPOSED):
+            # Not read off the weight: that of a spectral norm takes a step of its iteration then.
+            shape = module.in_channels, module.out_channels // module.groups, *module.kernel_size
             for weight in _WEIGHTS:
                 known = first.get(f"{name}.{weight}" if name else weight)
-                if known is not None and shapes[known] == module.weight.shape:
+                if known is not None and shapes[known] == shape:
                     groups[known] = module.groups
     return groups

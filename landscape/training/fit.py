@@ -88,7 +88,8 @@ def fit(
             `fit_ensemble` has it off by default.
         channels_last: Train in channels-last memory format; by default where the model has a
             convolution with overlapping windows and, on a CPU, no strided 1x1 convolution of fewer
-            than 16 channels, whose gradient PyTorch may get wrong in this format.
+            than 16 channels, whose gradient PyTorch may get wrong in this format, and no
+            `DistributedDataParallel`, which mistakes gradients in this format for others.
         cuda_graphs: On a CUDA device, record forward and backward pass in every epoch and replay
             them for all batches of the first one's shape: faster where operations take less time
             than their launch. What a model does in Python (hooks, counters, branches) happens as it

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from landscape._streams import read_streams, write_streams
 from landscape.linalg.bilinear import breaks_channels_last
@@ -54,7 +55,16 @@ def channels_last_format(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Keep contiguous 4-D parameters in channels-last memory format meanwhile.
 
     Their values do not change, and each gets back the memory that it had.
+
+    Raises:
+        ValueError: If `model` reads gradients in the format that it found at first.
     """
+    if wanted and _is_distributed(model):
+        raise ValueError(
+            "`channels_last` must be False for DistributedDataParallel, which takes gradients to "
+            "be in the format that the weights had; call "
+            "`model.to(memory_format=torch.channels_last)` before it is wrapped."
+        )
     weights = [p for p in model.parameters() if wanted and p.ndim == 4 and p.is_contiguous()]
     own = [(weight, weight.data) for weight in weights]
     try:
@@ -71,6 +81,19 @@ def prefers_channels_last(model: nn.Module) -> bool:
 
     A ViT's patch embedding has windows side by side.
     """
+    if _is_distributed(model):
+        return False
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     overlap = any(k > s for m in convs for k, s in zip(m.kernel_size, m.stride, strict=True))
-    return overlap and not any(breaks_channels_last(m.weight, m.stride) for m in convs)
+    device = next(model.parameters()).device
+    return overlap and not any(
+        # No look at the weight: that of a spectral norm takes a step of its iteration when read.
+        breaks_channels_last(
+            (m.out_channels, m.in_channels // m.groups, *m.kernel_size), m.stride, device
+        )
+        for m in convs
+    )
+
+
+def _is_distributed(model: nn.Module) -> bool:
+    return any(isinstance(module, DistributedDataParallel) for module in model.modules())

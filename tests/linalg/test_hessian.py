@@ -267,6 +267,27 @@ class Cube(torch.autograd.Function):
         return 3 * x**2 * grad
 
 
+@pytest.mark.filterwarnings("ignore:landscape_tests")
+def test_functions_without_a_derivative_are_refused(recorded):
+    library = torch.library.Library("landscape_tests", "FRAGMENT")
+    library.define("rounded(Tensor x) -> Tensor")
+    library.impl("rounded", lambda x: x.detach().round(decimals=1), "CPU")
+
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(16, 4).double(), nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.head(torch.ops.landscape_tests.rounded(self.first(x.flatten(1))))
+
+    model, data = Rounded(), make_batches((6, 6))
+    for operator in (HessianOperator, GaussNewtonOperator):
+        with pytest.raises(ValueError, match="got a function without a derivative"):
+            operator(model, data).matvec(torch.ones(83, dtype=torch.float64))
+        operator(model, data, Objective(parameters="head.*")).matvec(torch.ones(15).double())
+
+
 def test_functions_that_are_differentiable_once_are_refused(recorded):
     class Cubic(nn.Module):
         def __init__(self):

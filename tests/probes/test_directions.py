@@ -67,6 +67,13 @@ def test_filters_of_a_reparametrised_transposed_convolution_are_its_own_too(wrap
     np.testing.assert_allclose(*lengths)
 
 
+def test_a_spectral_norm_takes_no_step_of_its_iteration():
+    model = nn.utils.parametrizations.spectral_norm(nn.ConvTranspose2d(4, 6, 3))  # in training mode
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_directions(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("rule", ["filter", "layer", "input"])
 def test_zero_weights_give_zero_directions_and_nothing_else_changes(rule):
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))

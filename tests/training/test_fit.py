@@ -523,6 +523,31 @@ def test_channels_last_is_the_default_for_conv_nets_that_it_does_not_break(
     assert formats == [channels_last]
 
 
+def test_a_spectral_norm_takes_the_steps_of_the_forward_passes_alone(data):
+    norm = nn.utils.parametrizations.spectral_norm
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Conv2d(1, 4, 3)), nn.Flatten(1), nn.LazyLinear(3))
+    model(data.images[:2].float())
+    alone = copy.deepcopy(model)
+    batch = next(iter(data.batches(0)))
+    fit(model, [batch], epochs=1, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    alone(batch[0])
+    vectors = [m[0].parametrizations.weight[0]._u for m in (model, alone)]
+    torch.testing.assert_close(*vectors, rtol=1e-6, atol=1e-6)
+
+
+def test_distributed_models_train_as_those_that_are_not(data, alone):
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(1), nn.LazyLinear(3))
+    plain(data.images[:2].float())
+    model = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    for each in (plain, model):
+        fit(each, data, epochs=2, optimizer=torch.optim.SGD(each.parameters(), lr=0.1))
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="`channels_last` must be False for Distributed"):
+        fit(model, data, epochs=1, channels_last=True)
+
+
 def test_every_weight_gets_its_own_memory_format_back(data):
     formats = []
 
