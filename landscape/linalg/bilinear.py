@@ -165,18 +165,19 @@ def _adjoints(
             rest = [wanted and t is None for wanted, t in zip(needed, found, strict=True)]
     if any(rest):
         if rest[1] and breaks_channels_last(weight.shape, settings[0], weight.device):
-            g, x = g.contiguous(), x.contiguous()
+            # `contiguous` would leave channels-last strides of kernels of one pixel.
+            g, x, weight = (t.clone(memory_format=torch.contiguous_format) for t in (g, x, weight))
         made = _convolution_backward(g, x, weight, [weight.shape[0]], *settings, rest)
         found = [t if wanted else f for t, wanted, f in zip(made, rest, found, strict=True)]
     return tuple(found)
 
 
 def breaks_channels_last(shape: Sequence[int], stride: Sequence[int], device: torch.device) -> bool:
-    """Return whether PyTorch must not take a gradient in kernels with channels-last images.
+    """Return whether PyTorch must not take the gradient in kernels in channels-last format.
 
     On a CPU that of strided 1x1 kernels is wrong, crashes or never ends where there are fewer
-    channels than a block has (oneDNN's issue 6035, PyTorch 2.13 and 2.14): 4 to 7 were seen on
-    AVX2; the largest blocks have 16.
+    channels than a block has (oneDNN's issue 6035, PyTorch 2.13 and 2.14): 8 with AVX2, 16 with
+    AVX-512. Channels-last strides of the kernels alone are enough.
 
     Args:
         shape: That of the kernels, `(out, channels / groups, kh, kw)`.

@@ -154,6 +154,7 @@ class _Replacing(TorchFunctionMode):
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Tensor | None:
+        padding = 0 if padding == "valid" else padding
         if x.dim() != 4 or isinstance(padding, str):
             return None
         if x.device.type == "cpu":
