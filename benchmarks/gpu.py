@@ -50,7 +50,7 @@ import landscape
 from landscape import HessianOperator
 from landscape.models import create_model
 from landscape.recording import Recording, apart, side_stream
-from landscape.restore import rounding
+from landscape.switches import rounding
 from landscape.training import fit, load_images, recipe
 
 RESULTS = Path(__file__).parent / "results"

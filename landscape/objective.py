@@ -32,7 +32,6 @@ from landscape._checks import check_at_least, check_count
 from landscape._names import name_of
 from landscape.batches import (
     LABEL_KEYS,
-    FrozenBatches,
     Inputs,
     Placement,
     PreparedBatch,
@@ -44,6 +43,8 @@ from landscape.batches import (
     rows_of,
     versions_of,
 )
+from landscape.caches import Cache, caches_of, emptied
+from landscape.frozen import FrozenBatches
 from landscape.losses import (
     Loss,
     amount_averaged,
@@ -56,16 +57,13 @@ from landscape.losses import (
 from landscape.memory import free_memory
 from landscape.parameters import Choice, ParameterSpace, call_with, check_parameters
 from landscape.restore import (
-    Cache,
-    caches_of,
     check_same_weights,
-    emptied,
     eval_mode,
     exclusive,
     own_randomness,
     watched_streams,
-    without_fast_path,
 )
+from landscape.switches import without_fast_path
 
 _HOOKED = "saved tensors are hooked"
 

@@ -25,7 +25,7 @@ from landscape.blocks import Blocks
 from landscape.blocks.lesions import num_heads
 from landscape.blocks.passes import PartialPasses
 from landscape.models import alternet18, resnet20, vit_nano
-from landscape.restore import without_fast_path
+from landscape.switches import without_fast_path
 from tests.cases import assert_untouched, snapshot
 
 SMALL = {

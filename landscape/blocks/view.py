@@ -43,17 +43,11 @@ from landscape.blocks.structure import (
     share_outside,
 )
 from landscape.blocks.tracing import Trace, function_name, record
+from landscape.caches import Cache, caches_of, emptied
+from landscape.kept import keeps_tensors
 from landscape.objective import predict
-from landscape.restore import (
-    Cache,
-    caches_of,
-    eagerly,
-    emptied,
-    eval_mode,
-    keeps_tensors,
-    untouched,
-    without_fast_path,
-)
+from landscape.restore import eval_mode, untouched
+from landscape.switches import eagerly, without_fast_path
 
 Choose = str | Sequence[str]
 Visitor = Callable[[Block, Tensor], None]

@@ -18,7 +18,7 @@ from landscape.corruptions.severities import (
     Profile,
 )
 from landscape.corruptions.streams import Streams, mix64
-from landscape.restore import rounding
+from landscape.switches import rounding
 
 MIN_SIZE = 32
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from landscape._checks import check_choice
 from landscape.linalg.layers import with_cheap_second_derivatives
 from landscape.parameters import ParameterSpace
-from landscape.restore import eagerly, math_attention, rounding
+from landscape.switches import eagerly, math_attention, rounding
 from landscape.trial import nodes_behind
 
 Precision = Literal["full", "tf32", "bf16"]

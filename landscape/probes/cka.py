@@ -34,8 +34,9 @@ from landscape.blocks import Block, Blocks, check_blocks
 from landscape.probes.feature_maps import BlockTable, at_least_single, table_fields
 from landscape.probes.scores import tracked_batches
 from landscape.provenance import forward_provenance
-from landscape.restore import exclusive, rounding, untouched
+from landscape.restore import exclusive, untouched
 from landscape.results import Provenance, Result
+from landscape.switches import rounding
 
 _PART = 1 << 18  # numbers of a feature at a time on a CPU: they stay in cache
 _FEWEST = 4  # samples in a batch: the estimate divides by n − 3

@@ -22,7 +22,7 @@ from landscape.objective import FrozenObjective, as_logits
 from landscape.parameters import call_with
 from landscape.probes.folding import Pair, calls_of, folded
 from landscape.probes.weights import laid_out
-from landscape.restore import eagerly, is_compiled
+from landscape.switches import eagerly, is_compiled
 from landscape.trial import has_batch_statistics
 
 PART = 16

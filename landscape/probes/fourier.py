@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from landscape._checks import check_choice
 from landscape.blocks import Blocks
 from landscape.probes.feature_maps import BlockTable, average_maps, table_fields
-from landscape.restore import rounding
 from landscape.results import Provenance
+from landscape.switches import rounding
 
 _OFFSET = 1e-6  # of the authors' notebook; keeps the logarithm of a zero finite
 

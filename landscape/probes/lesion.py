@@ -27,8 +27,9 @@ from landscape.blocks.lesions import Irremovable, Part, num_heads, removal
 from landscape.blocks.passes import PartialPasses
 from landscape.probes.scores import PairedResult, PairedScores, tracked_batches
 from landscape.provenance import forward_provenance
-from landscape.restore import eagerly, untouched
+from landscape.restore import untouched
 from landscape.results import Provenance
+from landscape.switches import eagerly
 
 Units = Literal["paper", "branch", "conv", "head"]
 

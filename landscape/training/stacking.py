@@ -19,7 +19,7 @@ from torch.func import vmap
 
 from landscape.batches import Inputs
 from landscape.parameters import call_with
-from landscape.restore import math_attention
+from landscape.switches import math_attention
 from landscape.training.draws import replayed
 from landscape.training.loop import Step, Tally, forward, optimized
 from landscape.training.row_adamw import RowAdamW

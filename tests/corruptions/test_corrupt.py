@@ -6,7 +6,7 @@ import torch
 
 from landscape.corruptions import CORRUPTIONS, SEVERITIES, apply, blur, corrupt, digital, weather
 from landscape.corruptions.severities import CIFAR, IMAGENET
-from landscape.restore import rounding
+from landscape.switches import rounding
 from tests.cases import float64_by_default
 from tests.corruptions.cases import grey_levels, pictures, streams
 

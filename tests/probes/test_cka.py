@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from landscape.blocks import Blocks
 from landscape.models import resnet20, vit_nano
 from landscape.probes.cka import CKA, cka
-from landscape.restore import rounding
+from landscape.switches import rounding
 from tests.cases import assert_untouched, snapshot
 from tests.probes.filters import Cached, filters, images
 

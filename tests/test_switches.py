@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.eval_frame as dynamo
 
 from landscape.linalg.gradient import twice_differentiable
-from landscape.restore import eagerly, rounding, without_fast_path
+from landscape.switches import eagerly, rounding, without_fast_path
 
 cuda = torch.backends.cuda
 
