@@ -124,7 +124,7 @@ class Watch:
         """Measure what is due.
 
         Time since the call before, or since this object was made, counts as training; before step
-        0 there is none.
+        0, or the one that a record is resumed at, there is none.
 
         Args:
             model: The model that is trained; left as found.
@@ -174,6 +174,8 @@ class Watch:
                 result_path(self._folder, row.probe, row.step).unlink(missing_ok=True)
         self._rows = [row for row in self._rows if row.step <= step]
         self._training = self._rows[-1].training if self._rows else 0.0
+        if self._rows and self._rows[-1].step == step:
+            self._since = perf_counter()  # what was loaded since is no training
         self._taken = dict.fromkeys(self._probes, (0.0, 0.0))
         for row in self._rows:
             self._count(row)

@@ -262,7 +262,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [("train", 3), ("measure", 2), ("measure", 3)], ids=str)
-def test_a_killed_run_goes_on_and_its_record_is_that_of_an_uninterrupted_one(tmp_path, stop):
+def test_a_killed_run_goes_on_and_its_record_is_that_of_an_uninterrupted_one(tmp_path, stop, clock):
     data = make_data()
     where, when = stop
     calls = []
@@ -277,18 +277,22 @@ def test_a_killed_run_goes_on_and_its_record_is_that_of_an_uninterrupted_one(tmp
         if where == "train" and epoch == when:
             raise Stop
 
+    def tick(model, epoch):
+        clock.now += 10
+
     folder, run = tmp_path / "watch", tmp_path / "run"
     first = Watch({"norm": killed}, folder=folder, budget=1e9)
     with pytest.raises(Stop):
-        train(data, run, [first, end])
+        train(data, run, [tick, first, end])
     second = Watch({"norm": weight_norm}, folder=folder, budget=1e9, resume=True)
-    train(data, run, [second], resume=True)
+    train(data, run, [tick, second], resume=True)
     whole = Watch({"norm": weight_norm}, folder=tmp_path / "whole", budget=1e9)
-    train(data, tmp_path / "other", [whole])
+    train(data, tmp_path / "other", [tick, whole])
     assert second.history("norm").step.tolist() == [0, 1, 2, 3, 4]
     for name, values in whole.history("norm").values.items():
         np.testing.assert_array_equal(second.history("norm").values[name], values)
-    assert second.training_seconds > first.training_seconds
+    assert first.training_seconds == 10 * when
+    assert second.training_seconds == whole.training_seconds == 40
 
 
 def test_what_lies_beyond_the_epoch_that_training_goes_back_to_is_measured_again(tmp_path, clock):
