@@ -1,3 +1,4 @@
+import os
 import socket
 from contextlib import nullcontext
 
@@ -9,6 +10,7 @@ from landscape.linalg import hessian, mini_batches, recorded_hessian
 from tests.cases import Replayed, Stream
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that a test starts
 
 
 @pytest.fixture
