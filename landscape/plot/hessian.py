@@ -1,7 +1,7 @@
 """Hessian spectra per mini-batch, those of the paper."""
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -213,9 +213,10 @@ def _legend_text(result: "HessianMaxSpectrum", half: str, brief: bool) -> str:
     missing = int((~np.asarray(result.converged, dtype=bool)).sum())
     if missing:
         counts += f", {missing} not converged"
-    share, bounds = round(result.nep, 2), [round(bound, 2) for bound in result.nep_interval]
-    nep = f"NEP {number(share) if brief else _estimate(share, bounds)}"
-    ape = f"APE {number(result.ape) if brief else _estimate(result.ape, result.ape_interval)}"
+    nep, ape = f"NEP {_share(result.nep)}", f"APE {number(result.ape)}"
+    if not brief:
+        nep += _interval(result.nep_interval, _share)
+        ape += _interval(result.ape_interval, number)
     if brief:
         numbers = {"both": f"{nep}, {ape}", "negative": nep, "positive": ape}[half]
         return f"{numbers}, {counts}" if missing else numbers
@@ -224,13 +225,17 @@ def _legend_text(result: "HessianMaxSpectrum", half: str, brief: bool) -> str:
     return f"{nep if half == 'negative' else ape}, {counts}"
 
 
-def _estimate(value: float, interval: Sequence[float]) -> str:
-    low, high = interval
-    return f"{number(value)} [{number(low)}, {number(high)}]"
+def _interval(ends: Iterable[float], text: Callable[[float], str]) -> str:
+    return f" [{', '.join(map(text, ends))}]"
+
+
+def _share(value: float) -> str:
+    return f"{value:.2f}" if np.isfinite(value) else "–"
 
 
 def number(value: float) -> str:
     """Return `value` with three significant digits, without exponent where it is readable."""
     if not np.isfinite(value):
         return "–"
-    return f"{value:.2e}" if abs(value) >= 1e6 else f"{float(f'{value:.3g}'):g}"
+    text = f"{value:.2e}" if abs(value) >= 1e6 else f"{float(f'{value:.3g}'):g}"
+    return text.replace("-", "−")

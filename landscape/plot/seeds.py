@@ -161,7 +161,8 @@ def pool_runs(spectra: "Sequence[HessianMaxSpectrum]") -> "HessianMaxSpectrum":
 
     Returns:
         The eigenvalues of all mini-batches of all runs; NEP and APE are means over runs and their
-        intervals those of the spread between runs (`mean_interval`), NaN for one run.
+        intervals those of the spread between runs (`mean_interval`), NaN for one run. That of NEP,
+        a share, ends at 0 and 1.
 
     Raises:
         ValueError: If there is none.
@@ -169,6 +170,7 @@ def pool_runs(spectra: "Sequence[HessianMaxSpectrum]") -> "HessianMaxSpectrum":
     if not spectra:
         raise ValueError("`spectra` must hold at least one spectrum, got none.")
     nep, *nep_ends = mean_interval([spectrum.nep for spectrum in spectra])
+    nep_ends = np.clip(nep_ends, 0.0, 1.0).tolist()
     ape, *ape_ends = mean_interval([spectrum.ape for spectrum in spectra])
     names = ("eigenvalues", "residuals", "converged", "errors", "miss")
     tables: dict[str, Any] = {n: _joined([getattr(each, n) for each in spectra]) for n in names}

@@ -104,7 +104,7 @@ def test_figure1c_has_a_row_an_epoch_and_a_scale_a_half(epochs):
         assert 0 in limits
     for row, epoch in enumerate(epochs):
         labels = axes[row, 0].get_legend_handles_labels()[1]
-        assert labels[0] == "ResNet: NEP 0 [0, 0.1], n = 0"
+        assert labels[0] == "ResNet: NEP 0.00 [0.00, 0.10], n = 0"
         n = int((results["ViT"][epoch].eigenvalues < 0).sum())
         assert labels[1].endswith(f"n = {n}")
 

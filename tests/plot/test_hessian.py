@@ -164,9 +164,9 @@ def test_legend_gives_estimates_with_intervals_and_counts():
         half: plot.hessian_max_spectrum({"ViT": result}, half=half).get_legend_handles_labels()[1]
         for half in ("negative", "positive", "both")
     }
-    assert entries["negative"] == ["ViT: NEP 0.2 [0.1, 0.3], n = 2"]
+    assert entries["negative"] == ["ViT: NEP 0.20 [0.10, 0.30], n = 2"]
     assert entries["positive"] == ["ViT: APE 20 [18, 22], n = 8"]
-    assert entries["both"] == ["ViT: n = 10\nNEP 0.2 [0.1, 0.3]\nAPE 20 [18, 22]"]
+    assert entries["both"] == ["ViT: n = 10\nNEP 0.20 [0.10, 0.30]\nAPE 20 [18, 22]"]
 
 
 @pytest.mark.parametrize("size", [(3.25, 2.4), (6.4, 4.8)], ids=str)
@@ -205,7 +205,7 @@ def test_legends_of_many_spectra_and_of_long_names_hide_nothing(half):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0123456, "0.0123"), (123456.0, "123000"), (2.5e7, "2.50e+07"), (3.2e-6, "3.2e-06")],
+    [(0.0123456, "0.0123"), (123456.0, "123000"), (2.5e7, "2.50e+07"), (3.2e-6, "3.2e−06")],
 )
 def test_numbers_have_three_digits(value, text):
     ax = plot.hessian_max_spectrum(max_spectrum([[value]]), half="positive")
@@ -224,7 +224,7 @@ def test_several_spectra_without_a_negative_eigenvalue_draw():
         ax = plot.hessian_max_spectrum(results, half="negative", log=log)
         ax.figure.canvas.draw()
         assert all(line.get_xdata().size == 0 for line in by_gid(ax, "rug"))
-        assert ax.get_legend_handles_labels()[1][0] == "ResNet: NEP 0 [0, 0.1], n = 0"
+        assert ax.get_legend_handles_labels()[1][0] == "ResNet: NEP 0.00 [0.00, 0.10], n = 0"
 
 
 def test_spectrum_errors():

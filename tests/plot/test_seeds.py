@@ -75,9 +75,11 @@ def test_pooled_runs_hold_all_mini_batches_and_the_spread_between_runs():
     runs = [spectrum([[3, -1]], 0.5, 3.0), spectrum([[5, 4], [2, -2]], 0.25, 4.0)]
     pooled = pool_runs(runs)
     np.testing.assert_array_equal(pooled.eigenvalues, [[3, -1], [5, 4], [2, -2]])
-    assert (pooled.nep, *pooled.nep_interval) == pytest.approx(mean_interval([0.5, 0.25]))
+    assert (pooled.nep, *pooled.nep_interval) == (0.375, 0, 1)  # Student's is wider than a share
     assert (pooled.ape, *pooled.ape_interval) == pytest.approx(mean_interval([3.0, 4.0]))
     assert pooled.num_hvps == 20
+    near = pool_runs([replace(run, nep=nep) for run, nep in zip(runs, (0.5, 0.51), strict=True)])
+    assert (near.nep, *near.nep_interval) == pytest.approx(mean_interval([0.5, 0.51]))
     assert pooled.errors is None  # one of them has none
     runs = [
         replace(run, errors=run.residuals + i, miss=np.full(len(run.residuals), i / 100))
