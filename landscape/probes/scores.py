@@ -22,11 +22,15 @@ from landscape.results import Result
 
 
 def tracked_batches(
-    model: nn.Module, data: Iterable[Any], description: str, progress: bool
+    model: nn.Module,
+    data: Iterable[Any],
+    description: str,
+    progress: bool,
+    other: nn.Module | None = None,
 ) -> Iterator[tuple[Any, Any, int]]:
-    """Return `stream_batches(model, data)` behind a progress bar."""
+    """Return `stream_batches(model, data, other)` behind a progress bar."""
     total = operator.length_hint(data) or None
-    return iter(track(stream_batches(model, data), description, progress, total))
+    return iter(track(stream_batches(model, data, other), description, progress, total))
 
 
 @dataclass(frozen=True)
