@@ -51,7 +51,8 @@ class Truth:
         log_p = logits.double().log_softmax(1)
         if self.soft is None:
             return -log_p.gather(1, self.labels[:, None])[:, 0]
-        return -(self.soft.double() * log_p).sum(1)
+        # A class that was ruled out, by an output of −∞, counts nothing where its target is 0.
+        return -torch.where(self.soft > 0, self.soft * log_p, 0.0).sum(1)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return `(n, 2)` in float64: NLL, and 1 where the prediction is right."""
