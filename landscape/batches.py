@@ -97,7 +97,9 @@ class Placement:
         return placed
 
 
-def stream_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[Drawn]:
+def stream_batches(
+    model: nn.Module, data: Iterable[Any], other: nn.Module | None = None
+) -> Iterator[Drawn]:
     """Return one pass over the data as `(inputs, targets, size)` on the model's device.
 
     For probes that need no second pass; nothing is kept.
@@ -105,6 +107,7 @@ def stream_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[Drawn]:
     Args:
         model: Whose device and precision the batches take.
         data: Re-iterable of batches, each `(x, y)` or a mapping.
+        other: A model that sees them too: they lose no digit that one of both keeps.
 
     Returns:
         Iterator of `(inputs, targets, size)`. It raises a ValueError at its end if there was no
@@ -114,7 +117,11 @@ def stream_batches(model: nn.Module, data: Iterable[Any]) -> Iterator[Drawn]:
         TypeError: If `data` cannot be iterated over twice.
     """
     check_data(data)
-    return _stream(Placement.of(model), data)
+    placement = Placement.of(model)
+    if other is not None:
+        dtype = torch.promote_types(placement.dtype, Placement.of(other).dtype)
+        placement = replace(placement, dtype=dtype)
+    return _stream(placement, data)
 
 
 def _stream(placement: Placement, data: Iterable[Any]) -> Iterator[Drawn]:

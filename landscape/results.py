@@ -255,7 +255,7 @@ def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
         return {"dict": [[k, _encode(v, f"{path}{k}.", arrays)] for k, v in value.items()]}
     if isinstance(value, tuple | list):
         return [_encode(v, f"{path}{i}.", arrays) for i, v in enumerate(value)]
-    if isinstance(value, np.generic):
+    if getattr(value, "ndim", None) == 0:  # of NumPy, or a tensor that was given as an argument
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value

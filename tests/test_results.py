@@ -281,6 +281,20 @@ def test_provenance_says_what_was_measured_and_what_it_took(generator):
         assert 0 < result.provenance.seconds < 60
 
 
+def test_numbers_may_be_given_as_tensors(generator, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 4))
+    data = [(torch.rand(4, 3, 32, 32, generator=generator), torch.arange(4))]
+    number, severities = torch.tensor(0.25), torch.tensor([1, 3])
+    for result in (
+        landscape.frequency_robustness(model, data, width=number, norm=number),
+        landscape.adversarial_robustness(model, data, steps=torch.tensor(2), step_size=number),
+        landscape.corruption_robustness(model, data, corruptions=["fog"], severities=severities),
+        landscape.loss_line(model, data, points=5, tol=number),
+        landscape.evaluate(model, data, num_bins=torch.tensor(5)),
+    ):
+        assert Result.load(result.save(tmp_path / "a")) == result
+
+
 def test_names_that_an_archive_takes_for_itself(tmp_path):
     maps = {"x.npy": np.ones(2), "x": np.zeros(2), "meta": np.full(2, 3.0)}
     result = replace(make_result(), maps=maps)

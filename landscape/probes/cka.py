@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from landscape._checks import check_module
-from landscape.batches import Placement
 from landscape.blocks import Block, Blocks, check_blocks
 from landscape.probes.feature_maps import BlockTable, at_least_single, table_fields
 from landscape.probes.scores import tracked_batches
@@ -123,7 +122,7 @@ def cka(
     own: list[tuple[Tensor, Tensor]] = []
     sizes: list[int] = []
     num_skipped = 0
-    batches = tracked_batches(model_a, data, "CKA", progress)
+    batches = tracked_batches(model_a, data, "CKA", progress, model_b)
     check_blocks("blocks_a", model_a, blocks_a)
     if model_b is not None:
         check_blocks("blocks_b", model_b, blocks_b)
@@ -142,7 +141,6 @@ def cka(
             blocks_a = Blocks(model_a, example=inputs) if blocks_a is None else blocks_a
             grams_a = grams_b = _grams(blocks_a, inputs, size)
             if model_b is not None:
-                inputs = Placement.of(model_b).place(inputs)
                 blocks_b = Blocks(model_b, example=inputs) if blocks_b is None else blocks_b
                 grams_b = _grams(blocks_b, inputs, size).to(grams_a.device)
             scale = 2 / (size * (size - 3))  # the vectors hold half of each symmetric matrix

@@ -12,7 +12,8 @@ is odd. At each point, two choices:
   centre to the corner that holds the highest frequency. Where h ≠ w, the bins nearest to those
   two, the lower of two equally near.
 - the radial mean: over all k, l whose radius √((2k/h)² + (2l/w)²) is nearest to frequency_j; at
-  frequency 0 the mean of the map alone. Radii beyond the last ring, up to √2 π in the corners,
+  frequency 0 the mean of the map alone, while the first ring has all others up to its outer edge
+  (those of long maps may lie nearer to 0). Radii beyond the last ring, up to √2 π in the corners,
   belong to none.
 
 Beware of the ends: there F is real, and the mean log amplitude of noise is ½ log 2 ≈ 0.35 lower

@@ -167,7 +167,7 @@ class _RingNoise:
     def __init__(self, centres: np.ndarray, width: float, norm: float, seed: int) -> None:
         self.seed = seed
         self._generator = torch.Generator().manual_seed(seed)
-        self._centres, self._width, self._norm = centres, width, norm
+        self._centres, self._width, self._norm = centres, float(width), float(norm)
         self._rings: dict[tuple[int, ...], Tensor] = {}
 
     def draw(self, x: Tensor) -> "Iterable[Tensor]":

@@ -22,11 +22,15 @@ from landscape.results import Result
 
 
 def tracked_batches(
-    model: nn.Module, data: Iterable[Any], description: str, progress: bool
+    model: nn.Module,
+    data: Iterable[Any],
+    description: str,
+    progress: bool,
+    other: nn.Module | None = None,
 ) -> Iterator[tuple[Any, Any, int]]:
-    """Return `stream_batches(model, data)` behind a progress bar."""
+    """Return `stream_batches(model, data, other)` behind a progress bar."""
     total = operator.length_hint(data) or None
-    return iter(track(stream_batches(model, data), description, progress, total))
+    return iter(track(stream_batches(model, data, other), description, progress, total))
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Truth:
         log_p = logits.double().log_softmax(1)
         if self.soft is None:
             return -log_p.gather(1, self.labels[:, None])[:, 0]
-        return -(self.soft.double() * log_p).sum(1)
+        # A class that was ruled out, by an output of −∞, counts nothing where its target is 0.
+        return -torch.where(self.soft > 0, self.soft * log_p, 0.0).sum(1)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return `(n, 2)` in float64: NLL, and 1 where the prediction is right."""

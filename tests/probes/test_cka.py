@@ -103,6 +103,18 @@ def test_two_models_are_compared_on_the_same_samples():
     assert result.provenance.num_forwards == 2
 
 
+def test_the_second_model_sees_its_own_precision():
+    half, blocks_half = filters(torch.bfloat16, names=["white", "blur"])
+    full, blocks_full = filters(torch.float32, names=["white", "blur"])
+    data = [(100 + x, y) for x, y in images((16,))]
+    alone = cka(full, data, blocks_a=blocks_full)
+    for first, second in ((half, full), (full, half)):
+        blocks = {half: blocks_half, full: blocks_full}
+        both = cka(first, data, second, blocks_a=blocks[first], blocks_b=blocks[second])
+        own = both.hsic_a if first is full else both.hsic_b
+        np.testing.assert_array_equal(own, alone.hsic_a)
+
+
 def test_rotation_and_scale_do_not_matter():
     rotation = torch.linalg.qr(random_weight(6, 6, seed=3))[0]
     weight = random_weight(6, 6, seed=4)

@@ -149,6 +149,17 @@ def test_soft_targets_are_compared_as_probabilities():
     assert result.nll != hard.nll
 
 
+def test_a_class_that_is_ruled_out_counts_as_little_with_soft_targets_as_with_labels():
+    logits, labels = logits_and_labels(50)
+    logits[:, 3] = -torch.inf
+    labels[labels == 3] = 4
+    soft = evaluate(Identity(), [(logits, F.one_hot(labels, 7).double())])
+    assert soft.nll == evaluate(Identity(), [(logits, labels)]).nll
+    assert soft.num_nonfinite == 0
+    labels[0] = 3
+    assert evaluate(Identity(), [(logits, F.one_hot(labels, 7).double())]).nll == np.inf
+
+
 @pytest.mark.parametrize("classes", [2, 4, 5])
 def test_top5_needs_five_classes(classes):
     logits, labels = logits_and_labels(20, classes)
