@@ -214,7 +214,7 @@ def panels(results: "Mapping[str, Result]") -> Figure:
             if isinstance(ax, Axes3D):  # no layout keeps room for the labels of a box
                 ax.set_box_aspect(None, zoom=0.8)
                 ax.set(title=ax.get_zlabel(), xlabel="$a$", ylabel="$b$", zlabel="")
-            notes.append(_head(ax, name, columns))
+            notes.append(_head(ax, str(name), columns))
             ax.set_xlabel(texts.wrapped_title(ax.get_xlabel(), columns))
         figure.set_figheight(rows * (2.3 + max(notes)))
         figure.draw_without_rendering()

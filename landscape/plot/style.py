@@ -207,7 +207,7 @@ def named(
     label: str | None = None,
     argument: str = "result",
 ) -> dict[str, Any]:
-    """Return results by label, a single one under an empty label.
+    """Return results by label, which becomes a text, a single one under an empty label.
 
     Args:
         result: One result, or several by label.
@@ -224,7 +224,7 @@ def named(
         raise ValueError(
             f"`label` must be None where results come with their labels, got {label!r}."
         )
-    by_label = dict(result) if several else {label or "": result}
+    by_label = {str(n): r for n, r in result.items()} if several else {label or "": result}
     if not by_label:
         raise ValueError(f"`{argument}` must hold at least one result, got an empty mapping.")
     for one in by_label.values():

@@ -86,9 +86,10 @@ def cka(
 
     The formulas stand at the top of this module. The features of each mini-batch are centred
     first: the estimate does not change, its rounding error does, by orders of magnitude. Maps are
-    flattened to `(n, c·h·w)`; the head takes part. Only samples of one mini-batch are compared:
-    HSIC₁ is unbiased whatever its size, but use a hundred samples or so, in random order (sorted
-    by label, a batch would tell little of how classes differ).
+    flattened to `(n, c·h·w)`, without tokens that are no part of a map (class, registers);
+    the head takes part. Only samples of one mini-batch are compared: HSIC₁ is unbiased whatever
+    its size, but use a hundred samples or so, in random order (sorted by label, a batch would tell
+    little of how classes differ).
 
     Cost: one forward pass of each network over the data, in evaluation mode, and n²·p
     multiplications for p features of a block. One feature is held at a time, and n² / 2 numbers

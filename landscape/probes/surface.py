@@ -169,7 +169,8 @@ def loss_surface(
             `objective`, over its chosen parameters.
         batch_norm: `"fixed"` keeps running statistics as found; `"recalibrate"` estimates them
             again at each point (not the surface of one function any more, and no longer
-            independent of the batch size).
+            independent of the batch size). They are those of `data`: where these are a test set,
+            not those of the training set, which papers on mode connectivity take.
         tol: Measure only the points that have to be, from coarse to fine, and interpolate the
             others (`landscape.probes.adaptive` has the rule), until the estimated error of each
             quantity in `metrics` is at most `tol` times its range over the measured points; for

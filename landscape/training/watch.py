@@ -68,7 +68,7 @@ class Watch:
         folder: Where the results go; made where it is missing.
         every: Measure where the number of epochs done is a multiple of this, 0 included.
         budget: Largest share of the training time that all probes together may take, 0.1 for a
-            tenth; see the top of this module for what is counted.
+            tenth and `math.inf` for no bound; see the top of this module for what is counted.
         resume: Go on with what `folder` holds. What it has beyond the epoch of the first call is
             dropped, because training has gone back before it.
 
@@ -186,7 +186,7 @@ class Watch:
         spent, last = self._taken[name]
         allowed = self._budget * self._training / len(self._probes)
         status, seconds = SKIPPED, 0.0
-        if spent + last <= allowed:
+        if not spent + last > allowed:  # ∞ · 0 s of training is NaN
             start = perf_counter()
             # One's own may pass over a loader, which draws a seed, or call `eval`.
             with (

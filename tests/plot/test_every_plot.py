@@ -68,6 +68,26 @@ def test_no_text_leaves_the_page(name):
         assert figure.bbox.padded(1).contains(box.x1, box.y1), text
 
 
+@pytest.mark.parametrize(
+    ("draw", "result"),
+    [
+        (plot.loss_line, line([3, 1, 2])),
+        (plot.reliability_diagram, evaluation()),
+        (plot.spectral_density, density()),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_labels_may_be_numbers_such_as_widths(draw, result):
+    entries = [draw({key(8): result, key(16): result}).get_legend() for key in (int, str)]
+    numbers, texts = ([text.get_text() for text in legend.get_texts()] for legend in entries)
+    assert numbers == texts
+
+
+def test_titles_of_panels_may_be_numbers():
+    figure = plot.panels({8: surface(), 0.5: density()})
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["8", "0.5"]
+
+
 def test_titles_and_notes_of_different_results_side_by_side_stay_apart():
     results = {
         "Corruptions": corruptions(EVERY_CORRUPTION),

@@ -101,6 +101,13 @@ def test_it_measures_every_so_many_steps_and_reads_back_what_it_wrote(tmp_path):
     assert Reading.load(tmp_path / "norm/000002.npz").value == norms[2]
 
 
+def test_an_infinite_budget_skips_nothing(tmp_path):
+    looking = Watch({"norm": weight_norm}, folder=tmp_path, budget=float("inf"))
+    for epoch in range(3):
+        looking(nn.Linear(2, 2), epoch)
+    assert looking.history("norm").step.tolist() == [0, 1, 2]
+
+
 def test_a_field_whose_shape_changes_is_left_out_of_the_table(tmp_path):
     sizes = iter([2, 3])
 
