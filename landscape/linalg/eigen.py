@@ -41,8 +41,9 @@ def top_eigenpairs(
     once all wanted pairs have converged, a chain from a fresh random start vector grows beside the
     first until a copy of any of them but the last, or another eigenvalue beyond the last, would
     have shown itself but with a probability of 1 % (the module says how that is known), and at most
-    for as long as the first chain took to tell the wanted pairs apart (relative error 10 %). What
-    it finds joins the wanted set, until a chain finds nothing new.
+    for as long as the first chain took to tell the wanted pairs apart (relative error 10 %), or 8
+    products where that was sooner. What it finds joins the wanted set, until a chain finds nothing
+    new.
 
     Args:
         operator: Any symmetric operator.

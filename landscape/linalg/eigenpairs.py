@@ -28,8 +28,8 @@ class Eigenpairs(Result):
         residuals: ‖A y − θ y‖ of each unit eigenvector, shape `(k,)`: an eigenvalue lies within.
         errors: Estimates min(r, r² / gap) of |θ − λ|, shape `(k,)`, and no less than the rounding
             of products that shows in their asymmetry. No bounds, as `residuals` are: after few
-            products the gap is taken too wide. Of 126 largest eigenvalues, each alone along a
-            training run, 4 were off by more than `tol`, by up to 2.5 times the estimate.
+            products the gap is taken too wide. Of 420 largest eigenvalues of small networks, each
+            searched for alone, 10 were off by more, by up to 1.42 times the estimate.
         converged: Whether each estimate is at most `tol` times |θ|, shape `(k,)`.
         which: Which end of the spectrum.
         num_matvecs: Products that were spent.

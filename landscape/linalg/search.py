@@ -25,6 +25,8 @@ Products = Generator[torch.Tensor, torch.Tensor, None]
 BASIS_BYTES = 4 << 30
 SINGLE_TOL = 1e-4
 """Tolerance from which a basis in float32 does as well, a heuristic: it shows at 1e-6 of ‖A‖."""
+FEWEST = 8
+"""Products that a certificate may take at least, a heuristic: few pairs are told apart too soon."""
 READS = 2
 """Products on a GPU between two looks at convergence, a heuristic: a look waits for the device."""
 
@@ -199,7 +201,8 @@ class EigenSearch:
             space.watch(self._marks())
             self.miss = 1.0
             # A start vector from the user may tell the pairs apart at once; that says nothing here.
-            target = self.num_matvecs + max(found or 2, 2 * len(values) if self._own else 0)
+            fewest = max(FEWEST, 2 * len(values)) if self._own else FEWEST
+            target = self.num_matvecs + max(found or 0, fewest)
         if space.size == space.dim:
             self.miss = 0.0  # nothing lies outside
 

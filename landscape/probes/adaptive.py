@@ -22,9 +22,9 @@ them. The factors are heuristics, chosen such that the true error stays below th
 published surfaces of Park & Kim (2022): at most 0.82 of it, over NLL, NLL + L2 and accuracy of both
 and 60 tolerances from 0.001 to 0.5. Where all of a pit is three steps of the grid wide, or accuracy
 rests on 64 samples, it has been up to 1.16 of the estimate, at tolerances above 0.06. Of 2,496
-random functions (sums of up to five bumps, waves or ridges, tolerances from 0.001 to 0.5) on grids of
-11 to 41 points it was above it in 1 % where the points are evenly spaced and in 2 % where they are
-not, up to 3.3 and 21 times: a narrow bump between all measured points.
+random functions (sums of up to five bumps, waves or ridges, tolerances from 0.001 to 0.5) on grids
+of 11 to 41 points it was above it in 1 % where the points are evenly spaced and in 2 % where they
+are not, up to 3.3 and 21 times: a narrow bump between all measured points.
 """
 
 import itertools

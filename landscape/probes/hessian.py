@@ -99,7 +99,7 @@ def hessian_spectrum(
     The lower edge often lies in a crowd and takes most of the products. The largest eigenvalue
     alone, as along a training run, is `top_eigenpairs(HessianOperator(model, data), 1, "LA")`: in
     10 products where `k=1` takes 56 here, for a small network at 21 steps of its training, and in
-    7 with the vectors of the step before as `start`.
+    9 with the vectors of the step before as `start`.
 
     Args:
         model: Any module; left as it was found.

@@ -128,6 +128,17 @@ def test_the_mirror_image_is_watched_where_magnitude_counts(which, mirrored):
     assert bool((search.space.marks < -7).any()) is mirrored
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_lone_eigenvalue_that_is_found_at_once_is_certified_as_others_are(warm):
+    operator = planted([10.0, 7.5, 4.0, 3.0, 1.5] + BULK)
+    start = torch.linalg.eigh(operator.matrix).eigenvectors[:, -1] if warm else None
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        pairs = top_eigenpairs(operator, 1, "LA", start=start, generator=generator)
+        assert pairs.miss == 0.01
+        assert pairs.values[0] == pytest.approx(10, rel=1e-3)
+
+
 def test_a_start_of_ones_own_is_certified_too():
     """It holds the first and the third eigenvector, and nothing of the second."""
     operator = planted([10.0, 6.0, 5.8, 3.0, 1.5] + BULK)
