@@ -10,6 +10,7 @@ map, `--blocks` names modules; there are no lesions then.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
         raise SystemExit(f"model must be timm:NAME or torchvision:NAME, got {args.model}")
     model, images = build(package, name)
     if args.weights:
-        model.load_state_dict(torch.load(args.weights, weights_only=True))
+        model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
     return model, images
 
 
@@ -83,7 +84,7 @@ def images_of(config: dict[str, Any]) -> dict[str, Any]:
     size = config["input_size"][-1]
     return {
         "size": size,
-        "resize": round(size / config["crop_pct"]),
+        "resize": math.floor(size / config["crop_pct"]),  # as timm does
         "mean": config["mean"],
         "std": config["std"],
     }

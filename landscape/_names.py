@@ -15,8 +15,9 @@ _MOST = 10  # entries of a tensor that are shown
 def name_of(function: Any) -> str:
     """Return the name of a function, with what a `partial` gives it or a module is set to."""
     if isinstance(function, functools.partial):
-        keywords = ", ".join(f"{k}={v!r}" for k, v in function.keywords.items())
-        return f"{name_of(function.func)}({keywords})"
+        given = [_text(value) for value in function.args]
+        given += [f"{name}={_text(value)}" for name, value in function.keywords.items()]
+        return f"{name_of(function.func)}({', '.join(given)})"
     name = getattr(function, "__name__", None) or getattr(function, "__qualname__", None)
     if name:
         return str(name)

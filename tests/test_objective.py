@@ -1561,6 +1561,7 @@ class Mixed(nn.CrossEntropyLoss):
     [
         (F.cross_entropy, "cross_entropy"),
         (functools.partial(F.cross_entropy, label_smoothing=0.1), "cross_entropy(label_smoothing="),
+        (functools.partial(abs, 3, [4]), "abs(3, [4])"),
         (nn.CrossEntropyLoss(), "CrossEntropyLoss()"),
         (nn.CrossEntropyLoss(label_smoothing=0.1), "CrossEntropyLoss(label_smoothing=0.1)"),
         (nn.CrossEntropyLoss(torch.tensor([1.0, 9.5])), "CrossEntropyLoss(weight=[1, 9.5])"),
@@ -1586,9 +1587,14 @@ def test_the_name_of_a_module_does_not_say_where_its_parts_lie():
     assert describe() == describe()
 
 
-def test_long_class_weights_are_told_by_a_digest():
-    losses = [nn.CrossEntropyLoss(torch.arange(100.0) + shift) for shift in (0, 0, 1)]
-    same, again, other = (Objective(loss=loss).describe() for loss in losses)
-    assert "weight=(100,) " in same
+@pytest.mark.parametrize(
+    "make",
+    [nn.CrossEntropyLoss, lambda weight: functools.partial(F.cross_entropy, weight=weight)],
+    ids=["module", "partial"],
+)
+def test_long_class_weights_are_told_by_a_digest(make):
+    weights = (torch.arange(2000.0).index_fill(0, torch.tensor(1000), x) for x in (0, 0, 1))
+    same, again, other = (Objective(loss=make(weight)).describe() for weight in weights)
+    assert "weight=(2000,) " in same
     assert len(same) < 100
     assert same == again != other

@@ -1,5 +1,8 @@
 """Blocks of models we did not write: found by structure, captured where plain hooks find them."""
 
+import argparse
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from PIL import Image
 import landscape
 from landscape.blocks import Blocks
 from landscape.probes.lesion import lesion_study
+from landscape.training import FolderImages
 from tests.cases import assert_untouched, snapshot
 from tests.test_package import ROOT, run
 from tests.test_thirdparty import zoo
@@ -243,6 +247,34 @@ def test_any_model_by_name(arguments, block, tmp_path):
     assert done.returncode == 0, done.stderr
     assert block in done.stdout
     assert (tmp_path / "any_model.png").stat().st_size > 10_000
+
+
+def test_any_model_sees_images_as_timm_makes_them(tmp_path, monkeypatch):
+    timm = zoo("timm")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    images_of = importlib.import_module("any_model").images_of
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "0.png")
+    config = timm.get_pretrained_cfg("deit_tiny_patch16_224").to_dict()  # crops 0.9
+    config = timm.data.resolve_data_config(config)
+    expected = timm.data.create_transform(**config)(Image.fromarray(pixels))
+    ((images, _),) = FolderImages(tmp_path, **images_of(config))
+    torch.testing.assert_close(images[0], expected, rtol=0, atol=1e-5)
+
+
+def test_any_model_takes_weights_that_were_saved_on_a_gpu(tmp_path, monkeypatch):
+    zoo("timm")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    any_model = importlib.import_module("any_model")
+    options = argparse.Namespace(model="timm:test_vit", weights=None)
+    saved = {name: value + 1 for name, value in any_model.load(options)[0].state_dict().items()}
+    options.weights = tmp_path / "weights.pth"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(saved, options.weights)
+    loaded = any_model.load(options)[0].state_dict()
+    torch.testing.assert_close(dict(loaded), saved)
 
 
 def test_the_loss_of_any_model_by_name(tmp_path):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
 from landscape.plot import style
 from landscape.plot.robustness import percent
@@ -50,8 +51,8 @@ def corruption_robustness(
     )
     for (row, column), value in np.ndenumerate(values):
         known = np.isfinite(value)
-        # Luma of the colour (ITU-R BT.601), that of the page where there is none.
-        dark = known and np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.5
+        below = image.to_rgba(value) if known else to_rgb(ax.get_facecolor())
+        dark = np.dot(below[:3], (0.299, 0.587, 0.114)) < 0.5  # luma (ITU-R BT.601)
         text = f"{value:.0f}" if known else "–"
         place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": style.NOTE_SIZE}
         ax.text(column, row, text, color="w" if dark else "k", gid="cell", **place)

@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.hessian import (
     MAX_LABEL,
     Half,
@@ -151,7 +151,8 @@ def _draw_surfaces(figure: Figure | SubFigure, results: "Surfaces") -> None:
         ax: Any = figure.add_axes(place, projection="3d")
         loss_surface(result, ax=ax, **scale)
         _trim_surface3d(ax, zoom=min(1.08, 2.4 / count), log=scale["log"])
-        figure.text((column + 0.5) / count, 0.99, name, ha="center", va="top", size=9)
+        title = texts.wrapped_title(name, count, 9)
+        figure.text((column + 0.5) / count, 0.99, title, ha="center", va="top", size=9)
     for block, quantity in enumerate(_TERMS):
         _draw_contours(figure, results, quantity, block)
 
@@ -164,10 +165,12 @@ def _draw_contours(
     left, right = 0.075 + 0.315 * block, 0.075 + 0.315 * block + 0.285
     width = (right - left - gap * (count - 1)) / count
     scale = _shared_scale(results, quantity)
+    room = int(width * style.TEXT_WIDTH * 72 / 3.7)  # characters of this size
+    short = texts.short_names(results, max(room, 8))
     for column, (name, result) in enumerate(results.items()):
         ax = figure.add_axes((left + column * (width + gap), 0.2, width, 0.21))
         loss_surface(result, ax=ax, kind="contour", quantity=quantity, colorbar=False, **scale)
-        ax.set_title(name, size=7, pad=2)
+        ax.set_title(short[name], size=7, pad=2)
         ax.set_xlabel("$a$", labelpad=0)
         ax.set_ylabel("" if block or column else "$b$", labelpad=0)
         ax.tick_params(labelleft=not (block or column))

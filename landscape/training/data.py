@@ -97,8 +97,8 @@ def _shift_and_scale(
     mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return `a` and `b`, each `(c, 1, 1)`, of the map `a + b · bytes`."""
-    deviations = torch.tensor(std, dtype=torch.float64, device="cpu").view(-1, 1, 1)
-    shift = -torch.tensor(mean, dtype=torch.float64, device="cpu").view(-1, 1, 1) / deviations
+    deviations = torch.as_tensor(std, dtype=torch.float64, device="cpu").view(-1, 1, 1)
+    shift = -torch.as_tensor(mean, dtype=torch.float64, device="cpu").view(-1, 1, 1) / deviations
     both = torch.stack((shift, 1 / (255 * deviations))).float().to(device, non_blocking=True)
     return both[0], both[1]
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from landscape._checks import check_callable, check_choice
+from landscape._checks import check_callable, check_choice, check_materialised
 from landscape._loaders import one_pass
 from landscape._progress import progress_bar
 from landscape.batches import Transform, split_batch
@@ -303,6 +303,7 @@ def _check_models(models: Sequence[nn.Module]) -> None:
         raise ValueError("`models` must be different objects, got one of them twice; copy it.")
 
     def build(model: nn.Module) -> tuple[Any, ...]:
+        check_materialised(model)
         tensors = (*model.named_parameters(), *model.named_buffers())
         return repr(model), [(name, t.shape, t.dtype, t.device) for name, t in tensors]
 

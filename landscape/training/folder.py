@@ -45,19 +45,21 @@ class FolderImages:
         Args:
             root: Folder of the class folders.
             size: Side of the crops.
-            resize: Shorter side before the crop; 8/7 of `size` by default (256 for 224).
+            resize: Shorter side before the crop, at least `size`; 8/7 of it by default (256 for
+                224).
             mean: Mean of each channel that the model was trained with.
             std: Standard deviation of each channel.
             batch_size: Images a batch.
             max_images: Use only so many, spread evenly over all.
 
         Raises:
-            ValueError: If there is no image, a size is below 1, or `mean` or `std` are not three
-                finite numbers, those of `std` positive.
+            ValueError: If there is no image, a size is below 1, `resize` below `size`, or `mean` or
+                `std` are not three finite numbers, those of `std` positive.
         """
-        sizes = {"size": size, "batch_size": batch_size}
-        for name, value in (sizes if resize is None else sizes | {"resize": resize}).items():
+        for name, value in {"size": size, "batch_size": batch_size}.items():
             check_count(name, value, 1)
+        if resize is not None:
+            check_count("resize", resize, size)
         check_mean_and_std(mean, std, channels=3)
         if not Path(root).is_dir():
             raise ValueError(f"`root` must be a folder, got {str(root)!r}.")
@@ -115,7 +117,7 @@ class FolderImages:
             raise ValueError(f"`root` must hold whole images, got {file} ({error}).") from error
         # Sizes and corners are rounded as torchvision does.
         short = min(image.size)
-        width, height = (max(self._size, int(self._resize * side / short)) for side in image.size)
+        width, height = (int(self._resize * side / short) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = round((width - self._size) / 2), round((height - self._size) / 2)
         image = image.crop((left, top, left + self._size, top + self._size))

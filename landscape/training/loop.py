@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape import trial
-from landscape._checks import check_module, check_type
+from landscape._checks import check_materialised, check_module, check_type
 from landscape._loaders import with_own_workers
 from landscape.batches import (
     Inputs,
@@ -94,6 +94,7 @@ def check_optimizer(
     """
     its, own = names
     check_module(model, own)
+    check_materialised(model)
     check_type(its, optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     parameters = optimized(optimizer)
     ours = set(model.parameters())

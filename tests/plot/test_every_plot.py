@@ -188,6 +188,8 @@ def test_dark_styles_hide_no_line_no_mark_and_no_text():
         several = plot.loss_line({"a": line([3, 1, 2]), "b": line([2, 1, 3])})
         ends = plot.polar_trajectory(polar())
         bars = plot.lesion_study(lesions(vit()))
+        gaps = plot.corruption_robustness(replace(corruptions(), error=np.full((6, 5), np.nan)))
+    assert {text.get_color() for text in gaps.texts if text.get_text() == "–"} == {"w"}
     assert min(mpl.colors.to_rgb(several.lines[0].get_color())) > 0.8
     assert several.get_legend().get_frame().get_facecolor()[:3] == (0, 0, 0)
     marks = [each for each in ends.lines if each.get_gid() in {"w_init", "w_opt"}]

@@ -67,6 +67,19 @@ def test_figure1a_names_models_and_quantities_with_units():
         assert any(text.startswith(label) for text in texts)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_long_names_of_figure1a_stand_apart_on_the_page(count):
+    names = [f"vit_base_patch16_clip_224.openai_ft_in12k_in1k, {i} epochs" for i in range(count)]
+    figure = plot.figure1a({name: surface() for name in names})
+    drawn = [(text, box) for text, box in boxes(figure) if text.startswith("vi")]
+    assert len(drawn) == 4 * count
+    assert len({text for text, _ in drawn}) == 2 * count
+    for text, box in drawn:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, text
+    for (first, a), (second, b) in itertools.combinations(drawn, 2):
+        assert not a.overlaps(b), (first, second)
+
+
 @pytest.mark.parametrize(("factor", "label"), [(1.5, "Loss (nats)"), (9, "Loss (nats, log scale)")])
 def test_heights_of_figure1a_say_that_they_are_logarithmic(factor, label):
     results = {"ResNet": surface(), "ViT": surface(surface().nll * factor)}

@@ -326,7 +326,7 @@ def test_numbers_stand_out_from_their_cells_and_gaps_stay_gaps():
         column, row = text.get_position()
         value = image.get_array()[row, column]
         if np.ma.is_masked(value):
-            assert (text.get_text(), text.get_color()) == ("–", "k")
+            assert (text.get_text(), text.get_color()) == ("–", "k")  # on the white of the axes
             continue
         lightness = np.dot(image.to_rgba(float(value))[:3], (0.299, 0.587, 0.114))
         assert text.get_color() == ("w" if lightness < 0.5 else "k")

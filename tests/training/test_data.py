@@ -43,6 +43,11 @@ def test_batches_are_the_images_in_order_normalised_by_the_formula(data):
     assert data.num_classes == 10
 
 
+def test_mean_and_deviation_may_be_tensors(data):
+    tensors = data.with_(mean=torch.tensor(MEAN), std=torch.tensor(STD))
+    torch.testing.assert_close(next(iter(tensors)), next(iter(data)))
+
+
 def test_denormalize_recovers_every_byte():
     images = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
     assert torch.equal(denormalize(normalize(images, MEAN, STD), MEAN, STD), images)

@@ -655,6 +655,17 @@ def test_what_cannot_train_is_refused(data):
             fit(untrained, data, epochs=1)
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"], ids=["meta", "lazy"])
+def test_models_whose_weights_are_not_there_are_refused(data, device):
+    with torch.device(device):
+        model = make_model() if device == "meta" else nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    match = "`model` has .*(; load its weights first|; run one forward pass first)"
+    with pytest.raises(ValueError, match=match):
+        fit(model, data, epochs=1)
+    with pytest.raises(ValueError, match=match):
+        fit_ensemble([model], data, epochs=1)
+
+
 def test_gradients_that_the_caller_has_switched_off(data):
     models = [make_model(), make_model()]
     fit(models[0], data, epochs=1)

@@ -110,7 +110,7 @@ def test_what_is_no_folder_of_images_is_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "0.png")
     assert FolderImages(tmp_path).classes == ("a",)
     for arguments, message in (
-        ({"resize": 0}, "`resize` must be at least 1"),
+        ({"resize": 223}, "`resize` must be at least 224, got 223"),
         ({"std": (0, 0, 0)}, "`std` must be positive"),
         ({"mean": (0.5,)}, r"`mean` must have one value per channel \(3\), got 1"),
         ({"mean": (0.5, 0.5, float("nan"))}, "`mean` must be finite"),

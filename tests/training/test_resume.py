@@ -298,6 +298,10 @@ class Offset:
         return x + 1, y
 
 
+def shifted(amount, x, y, generator):
+    return x + amount, y
+
+
 def few_images(first_byte=0, first_label=0, **changes):
     images = torch.arange(12 * 16).to(torch.uint8).view(12, 1, 4, 4)
     labels = torch.arange(12) % 3
@@ -314,6 +318,7 @@ def few_images(first_byte=0, first_label=0, **changes):
         ({"clip": 1e-4}, "`clip` is 5.0 and here 0.0001"),
         ({"transform": LabelSmoothing(3, 0.9)}, "`transform` is '<.*Offset object>' and here 'Lab"),
         ({"transform": None}, "`transform` is '<.*Offset object>' and here None"),
+        ({"transform": functools.partial(shifted, 2)}, "`transform` is '.*' and here 'shifted.2."),
         ({"schedule": WarmupCosine(4, 1, per_epoch=True)}, "`schedule` is 'WarmupCosine"),
         ({"bfloat16": True}, "`bfloat16` is False and here True"),
         ({"data": few_images(first_byte=1)}, "`data.checksum` is"),
