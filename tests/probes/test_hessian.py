@@ -639,6 +639,17 @@ def test_a_probe_within_the_exact_part_leaves_nothing_exact():
     np.testing.assert_array_equal(beyond.outliers, [-1, 4])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_have_eigenvectors_in_float32(dtype):
+    model, batches = make_model("conv", dtype), make_batches((4, 4))
+    found = landscape.hessian_spectrum(model, batches, k=1, tol=0.1, vectors=True)
+    assert found.largest.vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found.largest.vectors), 1, rtol=1e-5)
+    operator = landscape.HessianOperator(model, batches)
+    v = np.ones(operator.dim, dtype=np.float32)
+    np.testing.assert_array_equal(operator.to_scipy() @ v, (operator @ torch.ones(len(v))).float())
+
+
 class Quadratic(nn.Module):
     """Outputs θᵀAθ/2, whose Hessian is A."""
 
