@@ -89,16 +89,21 @@ class SymmetricOperator(ABC):
         return self.matvec(other) if other.dim() == 1 else self.matmat(other)
 
     def to_scipy(self) -> "LinearOperator":
-        """Return the operator for SciPy's solvers; vectors pass through the host."""
+        """Return the operator for SciPy's solvers, in float32 at least, through the host."""
         from scipy.sparse.linalg import LinearOperator  # slow to import
+
+        dtype = torch.promote_types(self.dtype, torch.float32)  # NumPy has no bfloat16
 
         def product(array: np.ndarray) -> np.ndarray:
             vectors = torch.from_numpy(np.ascontiguousarray(array).reshape(self.dim, -1))
-            return self.matmat(vectors).cpu().numpy().reshape(array.shape)
+            return self.matmat(vectors).to(dtype).cpu().numpy().reshape(array.shape)
 
-        dtype = torch.empty((), dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(
-            (self.dim, self.dim), matvec=product, rmatvec=product, matmat=product, dtype=dtype
+            (self.dim, self.dim),
+            matvec=product,
+            rmatvec=product,
+            matmat=product,
+            dtype=torch.empty((), dtype=dtype, device="cpu").numpy().dtype,
         )
 
 

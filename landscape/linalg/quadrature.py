@@ -104,7 +104,9 @@ def spectral_density(
     known = np.concatenate([nodes.ravel(), outliers])
     low, high = float(known.min()), float(known.max())
     if sigma is None:
-        sigma = (high - low) / 100 or abs(high) / 100 or 1.0
+        size = max(abs(low), abs(high))
+        spread = high - low if high - low > _SPREAD * size else size  # copies differ by rounding
+        sigma = spread / 100 or 1.0
     _check_sigma(sigma)
     # 8 standard deviations of margin and at most half of one between points: integral 1 to 1e-12.
     margin = 8 * sigma
@@ -260,4 +262,5 @@ def _gaussian(x: np.ndarray, sigma: float) -> np.ndarray:
 
 
 _READS = 16  # products on a GPU between two looks at whether the chain has ended
+_SPREAD = 1e-9  # of the largest value: a narrower range has no grid in float64
 _CHUNK = 1024  # grid points smoothed at once

@@ -245,7 +245,8 @@ class EigenSearch:
         if vectors:
             if name not in self._checked:
                 rows = self.space.vectors(self._coordinates(name))
-            found = rows.to(self._vectors.dtype).cpu().numpy()
+            # NumPy has no bfloat16.
+            found = rows.to(torch.promote_types(self._vectors.dtype, torch.float32)).cpu().numpy()
         return Eigenpairs(
             values, residuals, errors, converged, which, self.num_matvecs, found, self.miss
         )

@@ -94,7 +94,8 @@ def hessian_spectrum(
 
     One Krylov space serves everything: its Ritz pairs give both edges, its start vectors the
     density and the trace (stochastic Lanczos quadrature, `landscape.linalg.quadrature`). Edge
-    eigenvalues that are simple and have converged enter the density exactly.
+    eigenvalues that are simple and have converged enter the density exactly, all but the `k`-th, of
+    which no copies are looked for.
 
     The lower edge often lies in a crowd and takes most of the products. The largest eigenvalue
     alone, as along a training run, is `top_eigenpairs(HessianOperator(model, data), 1, "LA")`: in
@@ -201,7 +202,7 @@ def hessian_spectrum(
     advice = search.remedy() if precision == "full" else remedy(precision)
     warn_unconverged([largest.converged, smallest.converged], search.num_matvecs, tol, advice)
     taken = search.snapshot(num_probes)
-    measure = None if taken is None else _density(*taken, operator.dim, k if certify else 0)
+    measure = None if taken is None else _density(*taken, operator.dim, k - 1 if certify else 0)
     return HessianSpectrum(
         largest=largest,
         smallest=smallest,

@@ -278,7 +278,9 @@ def _checked(
     around = RitzPairs(np.append(rho, unseen), np.append(own, [0.0, 0.0]), np.zeros(0))
     errors = np.minimum(residuals, np.abs(theta - rho) + error_estimates(around)[: len(rho)])
     converged = errors <= tol * np.abs(theta)
-    rows = basis.to(operator.dtype).cpu().numpy() if vectors else None
+    # NumPy has no bfloat16.
+    dtype = torch.promote_types(operator.dtype, torch.float32)
+    rows = basis.to(dtype).cpu().numpy() if vectors else None
     return Eigenpairs(theta, residuals, errors, converged, "LM", num_matvecs, rows), asymmetry
 
 

@@ -132,9 +132,10 @@ def test_an_underflow_far_from_all_nodes_is_no_error():
         assert spectral_density(nodes, weights, 2, sigma=0.01).values[0] > 0
 
 
-def test_degenerate_spectra_have_a_density():
-    for spectrum in (np.zeros(50), np.full(50, 3.0)):
-        density = density_of(planted(spectrum), generator=seeded(0))
+@pytest.mark.parametrize("num_probes", [1, 3])
+def test_degenerate_spectra_have_a_density(num_probes):
+    for spectrum in (np.zeros(50), np.full(50, 3.0), np.full(50, -0.1)):
+        density = density_of(planted(spectrum), num_probes=num_probes, generator=seeded(0))
         assert density.trace == pytest.approx(spectrum.sum(), abs=1e-9)
         assert trapezoid(density.values, density.grid) == pytest.approx(1, abs=1e-9)
 

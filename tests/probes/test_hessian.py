@@ -641,6 +641,42 @@ def test_a_probe_within_the_exact_part_leaves_nothing_exact():
     np.testing.assert_array_equal(beyond.outliers, [-1, 4])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_have_eigenvectors_in_float32(dtype):
+    model, batches = make_model("conv", dtype), make_batches((4, 4))
+    found = landscape.hessian_spectrum(model, batches, k=1, tol=0.1, vectors=True)
+    assert found.largest.vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found.largest.vectors), 1, rtol=1e-5)
+    operator = landscape.HessianOperator(model, batches)
+    v = np.ones(operator.dim, dtype=np.float32)
+    np.testing.assert_array_equal(operator.to_scipy() @ v, (operator @ torch.ones(len(v))).float())
+
+
+class Quadratic(nn.Module):
+    """Outputs θᵀAθ/2, whose Hessian is A."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = matrix
+        self.theta = nn.Parameter(torch.zeros(len(matrix), dtype=matrix.dtype))
+
+    def forward(self, x):
+        return x + self.theta @ self.matrix @ self.theta / 2
+
+
+def test_a_multiple_eigenvalue_at_an_edge_does_not_weigh_as_one():
+    """Of the last at each edge no copies are looked for, so it is not known to be simple."""
+    spectrum = np.repeat([1.0, 2.0, 3.0], [30, 15, 15])
+    model, data = Quadratic(oracles.planted(spectrum).matrix), [(torch.zeros(2, 1).double(),) * 2]
+    objective = Objective(loss=lambda out, y: out.mean())
+    for seed in range(10):
+        found = landscape.hessian_spectrum(
+            model, data, objective=objective, k=1, generator=torch.Generator().manual_seed(seed)
+        )
+        assert found.largest.values[0] == pytest.approx(3)
+        assert abs(found.trace - spectrum.sum()) < 4 * found.trace_stderr
+
+
 class Scale(nn.Module):
     """One parameter."""
 
