@@ -85,6 +85,8 @@ def images_of(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "size": size,
         "resize": math.floor(size / config["crop_pct"]),  # as timm does
+        "interpolation": config["interpolation"],
+        "crop_mode": config["crop_mode"],
         "mean": config["mean"],
         "std": config["std"],
     }

@@ -249,15 +249,19 @@ def test_any_model_by_name(arguments, block, tmp_path):
     assert (tmp_path / "any_model.png").stat().st_size > 10_000
 
 
-def test_any_model_sees_images_as_timm_makes_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    ["deit_tiny_patch16_224", "resnet50.tv_in1k", "vit_base_patch16_clip_384.laion2b_ft_in1k"],
+)
+def test_any_model_sees_images_as_timm_makes_them(tmp_path, monkeypatch, name):
+    """Crops of 0.9, bilinear interpolation, both sides alike."""
     timm = zoo("timm")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     images_of = importlib.import_module("any_model").images_of
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     (tmp_path / "a").mkdir()
     Image.fromarray(pixels).save(tmp_path / "a" / "0.png")
-    config = timm.get_pretrained_cfg("deit_tiny_patch16_224").to_dict()  # crops 0.9
-    config = timm.data.resolve_data_config(config)
+    config = timm.data.resolve_data_config(timm.get_pretrained_cfg(name).to_dict())
     expected = timm.data.create_transform(**config)(Image.fromarray(pixels))
     ((images, _),) = FolderImages(tmp_path, **images_of(config))
     torch.testing.assert_close(images[0], expected, rtol=0, atol=1e-5)

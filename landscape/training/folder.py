@@ -3,12 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from landscape._checks import check_count
+from landscape._checks import check_choice, check_count
 from landscape.training.data import check_mean_and_std, normalize
 
 # Those of torchvision's `ImageFolder`.
@@ -35,6 +36,8 @@ class FolderImages:
         *,
         size: int = 224,
         resize: int | None = None,
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+        crop_mode: Literal["center", "squash"] = "center",
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         batch_size: int = 50,
@@ -47,23 +50,29 @@ class FolderImages:
             size: Side of the crops.
             resize: Shorter side before the crop, at least `size`; 8/7 of it by default (256 for
                 224).
+            interpolation: How images are resized, as those were that the model was trained with.
+            crop_mode: `"center"` keeps their aspect, `"squash"` makes both sides `resize`.
             mean: Mean of each channel that the model was trained with.
             std: Standard deviation of each channel.
             batch_size: Images a batch.
             max_images: Use only so many, spread evenly over all.
 
         Raises:
-            ValueError: If there is no image, a size is below 1, `resize` below `size`, or `mean` or
-                `std` are not three finite numbers, those of `std` positive.
+            ValueError: If there is no image, a size is below 1, `resize` below `size`,
+                `interpolation` or `crop_mode` unknown, or `mean` or `std` are not three finite
+                numbers, those of `std` positive.
         """
         for name, value in {"size": size, "batch_size": batch_size}.items():
             check_count(name, value, 1)
         if resize is not None:
             check_count("resize", resize, size)
+        check_choice("interpolation", interpolation, ("bicubic", "bilinear"))
+        check_choice("crop_mode", crop_mode, ("center", "squash"))
         check_mean_and_std(mean, std, channels=3)
         if not Path(root).is_dir():
             raise ValueError(f"`root` must be a folder, got {str(root)!r}.")
         self._size, self._resize = size, resize or round(size * 8 / 7)
+        self._interpolation, self._squash = interpolation, crop_mode == "squash"
         self.mean, self.std, self._batch_size = tuple(mean), tuple(std), batch_size
         folders = sorted(
             f for f in Path(root).iterdir() if f.is_dir() and not f.name.startswith(".")
@@ -116,9 +125,9 @@ class FolderImages:
         except Exception as error:  # damaged bytes, or too many pixels
             raise ValueError(f"`root` must hold whole images, got {file} ({error}).") from error
         # Sizes and corners are rounded as torchvision does.
-        short = min(image.size)
-        width, height = (int(self._resize * side / short) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        sides = (1, 1) if self._squash else image.size
+        width, height = (int(self._resize * side / min(sides)) for side in sides)
+        image = image.resize((width, height), Image.Resampling[self._interpolation.upper()])
         left, top = round((width - self._size) / 2), round((height - self._size) / 2)
         image = image.crop((left, top, left + self._size, top + self._size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
