@@ -634,6 +634,14 @@ def test_arguments_of_another_type_are_named(data, arguments, match):
         fit(None, data, epochs=1)
 
 
+def test_a_model_made_in_inference_mode_is_refused(data):
+    with torch.inference_mode():
+        model = make_model()
+    with pytest.raises(ValueError, match=r"`model` must have been made outside of `torch.infer"):
+        fit(model, data, epochs=1)
+    assert fit(copy.deepcopy(model), data, epochs=1).train_loss.size
+
+
 def test_a_transform_that_returns_the_images_alone_is_told_what_to_return(data):
     with pytest.raises(TypeError, match=r"`transform` must return \(x, y\) .*, got a Tensor"):
         fit(make_model(), data, epochs=1, transform=lambda x, y, generator: x)
