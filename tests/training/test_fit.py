@@ -75,6 +75,20 @@ def test_weights_equal_those_of_a_plain_loop(data):
     assert states_equal(model.state_dict(), twin.state_dict())
 
 
+def test_sparse_gradients_are_clipped_as_dense_ones_are(generator):
+    data = [(torch.randint(5, (8, 3), generator=generator), torch.arange(8) % 4)]
+    weights = []
+    for sparse in (True, False):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            words = nn.Embedding(5, 2, sparse=sparse)
+            model = nn.Sequential(words, nn.Flatten(), nn.Linear(6, 4))
+        sgd = torch.optim.SGD(model.parameters(), 1.0)
+        fit(model, data, epochs=3, optimizer=sgd, clip=0.1)
+        weights.append(words.weight.detach())
+    torch.testing.assert_close(*weights)
+
+
 @pytest.mark.parametrize("batch_size", [7, 8, 22])
 def test_history_holds_means_over_samples_however_batched(data, batch_size):
     with torch.random.fork_rng():
