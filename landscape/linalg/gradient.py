@@ -218,14 +218,20 @@ def twice_differentiable() -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            found = re.search(r"derivative for '?(?:aten::)?_?(\w+?)_backward'? is not", str(error))
+            found = _NO_SECOND_DERIVATIVE.search(str(error))
             if found is None:
                 raise
             raise ValueError(
-                f"`model` and `loss` must be twice differentiable, got {found[1]!r}, of which "
-                "PyTorch has no second derivative; write it in other operations (a bag of "
+                f"`model` and `loss` must be twice differentiable, got {(found[1] or found[2])!r}, "
+                "which has no second derivative; write it in other operations (a bag of "
                 "embeddings as `F.embedding` and a sum, for example)."
             ) from error
+
+
+# as PyTorch and torchvision say it
+_NO_SECOND_DERIVATIVE = re.compile(
+    r"derivative for '?(?:aten::)?_?(\w+?)_backward'? is not|double backwards on (\w+) not"
+)
 
 
 def check_precision(precision: str, space: ParameterSpace) -> None:
