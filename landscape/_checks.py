@@ -196,6 +196,17 @@ def check_materialised(model: torch.nn.Module) -> None:
             raise ValueError(f"`model` has {name!r} on the meta device; load its weights first.")
 
 
+def check_differentiable(model: torch.nn.Module, name: str = "model") -> None:
+    """Refuse a model that was made in inference mode, whose tensors autograd does not save."""
+    tensors = (*model.parameters(), *model.buffers())
+    # Within inference mode itself a copy would not help, and another message says so.
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+        raise ValueError(
+            f"`{name}` must have been made outside of `torch.inference_mode` where gradients are "
+            "taken through it; pass `copy.deepcopy(model)`."
+        )
+
+
 def check_python(model: torch.nn.Module) -> None:
     """Refuse a model with a part in TorchScript, which hides the calls that it makes."""
     for name, module in model.named_modules():

@@ -158,7 +158,8 @@ def rows_of(
     """Return some samples of the inputs of a batch.
 
     Args:
-        inputs: A tensor, or keyword arguments; what does not have a row per sample is left whole.
+        inputs: A tensor, or keyword arguments; what does not have a row per sample is left whole,
+            and so are lists but beside a list of annotations.
         size: Number of samples.
         rows: Which of them, a slice or indices.
         names: Of a mapping, which entries may have a row per sample; by default those as long.
@@ -171,6 +172,10 @@ def rows_of(
         for name, value in inputs.items():
             if _may_number(value, size):
                 raise IndexError(f"`{name}` may hold the numbers of samples, which would change.")
+        if any(_are_annotations(inputs.get(key)) for key in LABEL_KEYS):
+            few = torch.arange(size, device="cpu")[rows].tolist()
+            lists = [n for n, v in inputs.items() if type(v) in (list, tuple) and len(v) == size]
+            inputs = {**inputs, **{name: [inputs[name][i] for i in few] for name in lists}}
         return {
             name: rows_of(value, size, rows) if names is None or name in names else value
             for name, value in inputs.items()
@@ -250,6 +255,8 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
         key = next((k for k in LABEL_KEYS if k in raw), None)
         inputs: Inputs = {k: v for k, v in raw.items() if k != key}
         targets = None if key is None else raw[key]
+        if _are_annotations(targets):  # one a sample, for a model that takes its own loss
+            inputs, targets = raw, None
     elif isinstance(raw, Sequence) and len(raw) == 2:
         inputs, targets = raw
     else:
@@ -263,7 +270,7 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
     for value in [targets, *([inputs] if not isinstance(inputs, Mapping) else [])]:
         if value is not None and not isinstance(value, Tensor):
             remedy = "pass several inputs as a mapping of the model's argument names"
-            if isinstance(value, np.ndarray):
+            if isinstance(value, np.ndarray) or isinstance(raw, Mapping):
                 remedy = "convert it with `torch.as_tensor`"
             raise TypeError(
                 f"`data` must yield tensors, got a {type(value).__name__} in batch {index}; "
@@ -281,6 +288,11 @@ def split_batch(raw: Any, index: int) -> tuple[Inputs, Tensor | None]:
     return inputs, targets
 
 
+def _are_annotations(targets: Any) -> bool:
+    """Whether targets are a list of tensors or mappings, such as the boxes of each image."""
+    return type(targets) in (list, tuple) and any(isinstance(t, Tensor | Mapping) for t in targets)
+
+
 def size_of(inputs: Inputs, targets: Tensor | None) -> int:
     """Return the number of samples of a batch."""
     if targets is not None:
@@ -288,10 +300,10 @@ def size_of(inputs: Inputs, targets: Tensor | None) -> int:
     if isinstance(inputs, Tensor):
         return len(inputs)
     tensors = [v for v in inputs.values() if isinstance(v, Tensor) and v.dim()]
+    if not tensors:  # images of several sizes are in a list
+        return max((len(v) for v in inputs.values() if type(v) in (list, tuple)), default=0)
     shared = Counter(len(v) for v in tensors)
     # The length that most have, of several alike that of the largest; one of 1 is broadcast.
-    if not tensors:
-        return 0
     return len(
         max(tensors, key=lambda v: (len(v) > 1, shared[len(v)], v.is_floating_point(), v.dim()))
     )

@@ -76,6 +76,7 @@ class Objective:
         loss: `loss(outputs, targets)` -> mean over the samples of a batch, a scalar. `None` takes
             the `.loss` that the model itself returns (Hugging Face models, mapping batches), which
             must be a mean over samples too: one over tokens is not, where their number differs.
+            Labels that are lists of tensors or mappings, as detectors take, go to the model.
             Class weights and ignored labels are understood in `nn.CrossEntropyLoss`, `nn.NLLLoss`
             and `functools.partial` of their functional forms: the mean stays one over all data.
             Outputs in half precision go to cross-entropies and elementwise losses in float32.

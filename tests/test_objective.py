@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import prune
 from torch.utils._pytree import tree_leaves
 
@@ -1598,3 +1599,49 @@ def test_long_class_weights_are_told_by_a_digest(make):
     assert "weight=(2000,) " in same
     assert len(same) < 100
     assert same == again != other
+
+
+class Detector(nn.Module):
+    """Finds boxes in images of several sizes, and takes its own loss, as detectors do."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.mean, self.head = mean, nn.Linear(3, 4, dtype=torch.float64)
+
+    def forward(self, images, labels):
+        assert len(images) == len(labels)
+        pairs = zip(images, labels, strict=True)
+        losses = [
+            (self.head(image.mean((1, 2))) - label["boxes"]).exp().mean(1) for image, label in pairs
+        ]
+        if self.mean == "images":
+            losses = [loss.mean(0, keepdim=True) for loss in losses]
+        return {"loss": torch.cat(losses).mean()}
+
+
+def test_lists_of_images_and_annotations(generator):
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def batch(*sizes):
+        images = [draw(3, 4 + n, 5) for n in sizes]
+        return {"images": images, "labels": [{"boxes": draw(n, 4)} for n in sizes]}
+
+    batches, objective = [batch(1, 3), batch(2, 2, 5)], Objective(loss=None)
+    model = Detector("images")
+    operator = HessianOperator(model, batches, objective)
+    assert operator.frozen.num_samples == 5
+    one = {name: batches[0][name] + batches[1][name] for name in batches[0]}
+
+    def loss(weight):
+        entries = {"head.weight": weight, "head.bias": model.head.bias.detach()}
+        return functional_call(model, entries, (), one)["loss"]
+
+    expected = torch.func.hessian(loss)(model.head.weight.detach()).reshape(12, 12)
+    matrix = operator @ torch.eye(16, dtype=torch.float64)
+    torch.testing.assert_close(matrix[:12, :12], expected)
+    with pytest.raises(ValueError, match="return a `.loss` that is a mean over samples"):
+        HessianOperator(Detector("boxes"), batches, objective)
+    HessianOperator(Detector("boxes"), [one], objective)
+    with pytest.raises(TypeError, match=r"got a list in batch 0; convert it with `torch"):
+        HessianOperator(model, [{"images": one["images"], "labels": [1, 2, 0, 1, 2]}], objective)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FIGURE_1 = str(ROOT / "examples/reproduce_fig1.py")
 
 
-def run(*arguments, cwd=ROOT, timeout=170):
+def run(*arguments, cwd=ROOT, timeout=280):
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,

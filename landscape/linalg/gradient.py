@@ -4,6 +4,7 @@ A Hessian product is v ↦ ∇⟨∇L, v⟩. The graph of ∇L does not depend o
 """
 
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -202,6 +203,7 @@ def twice_differentiable() -> Iterator[None]:
     Raises:
         RuntimeError: In inference mode, which knows of no derivative, or under autocast, which
             would round the derivatives and the vectors as well.
+        ValueError: If a function that is differentiated inside has no second derivative.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -213,7 +215,23 @@ def twice_differentiable() -> Iterator[None]:
             'pass, or `precision="bf16"` where a probe has it.'
         )
     with math_attention(), eagerly(), rounding("full"):
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            found = _NO_SECOND_DERIVATIVE.search(str(error))
+            if found is None:
+                raise
+            raise ValueError(
+                f"`model` and `loss` must be twice differentiable, got {(found[1] or found[2])!r}, "
+                "which has no second derivative; write it in other operations (a bag of "
+                "embeddings as `F.embedding` and a sum, for example)."
+            ) from error
+
+
+# as PyTorch and torchvision say it
+_NO_SECOND_DERIVATIVE = re.compile(
+    r"derivative for '?(?:aten::)?_?(\w+?)_backward'? is not|double backwards on (\w+) not"
+)
 
 
 def check_precision(precision: str, space: ParameterSpace) -> None:

@@ -49,7 +49,7 @@ from landscape.linalg.layer_norm import layer_norm
 from landscape.linalg.mlp import mlp
 from landscape.linalg.pointwise import gelu, normalise, relu, standardise
 
-_BY_POSITION = {"input", "query", "key", "value"}  # a call that names them is left as it is
+_BY_POSITION = ("input", "query", "key", "value")  # names of what the layers take first
 
 
 @contextmanager
@@ -136,10 +136,11 @@ class _Replacing(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        uncovered = kwargs.keys() & _BY_POSITION or torch.is_inference_mode_enabled()
-        layer = None if uncovered else self._layers.get(func)
+        layer = None if torch.is_inference_mode_enabled() else self._layers.get(func)
         if layer is not None and all(_covered(t) for t in (*args, *kwargs.values())):
-            out = layer(*args, **kwargs)
+            named = [kwargs[name] for name in _BY_POSITION if name in kwargs]
+            others = {name: t for name, t in kwargs.items() if name not in _BY_POSITION}
+            out = layer(*args, *named, **others)
             if out is not None:
                 return out
         return func(*args, **kwargs)

@@ -20,7 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from landscape._checks import check_choice, check_count, check_generator, check_positive
+from landscape._checks import (
+    check_choice,
+    check_count,
+    check_differentiable,
+    check_generator,
+    check_positive,
+)
 from landscape.objective import predict
 from landscape.probes.attacks import Target
 from landscape.probes.pixels import Channels, PixelScale, split_image
@@ -153,6 +159,7 @@ def adversarial_robustness(
     begin = time.perf_counter()
     batches = tracked_batches(model, data, "Adversarial robustness", progress)
     paired = PairedScores(len(balls))
+    check_differentiable(model)
     with untouched(model), torch.no_grad():
         for inputs, targets, _ in batches:
             scale.check(split_image(inputs)[0])

@@ -168,7 +168,11 @@ def fit_ensemble(
     ]
     if method == "vmap":
         _check_stackable(runs)
-        alike, random = _rehearse(runs)
+        try:
+            alike, random = _rehearse(runs)
+        except RuntimeError as error:
+            error.add_note('It came from `vmap` on the first batch; see if method="loop" runs it.')
+            raise
         if not alike and not random:
             raise ValueError(
                 "`models` must differ in their weights alone, but their gradients under vmap "

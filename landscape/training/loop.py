@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape import trial
-from landscape._checks import check_materialised, check_module, check_type
+from landscape._checks import check_differentiable, check_materialised, check_module, check_type
 from landscape._loaders import with_own_workers
 from landscape.batches import (
     Inputs,
@@ -89,13 +89,14 @@ def check_optimizer(
 
     Raises:
         ValueError: If it has other parameters instead of the model's, or none that requires a
-            gradient, or needs a closure.
+            gradient, or needs a closure, or the model was made in inference mode.
         TypeError: If it is no optimizer, or the model no module.
     """
     its, own = names
     check_module(model, own)
     check_materialised(model)
     check_type(its, optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    check_differentiable(model, own)
     parameters = optimized(optimizer)
     ours = set(model.parameters())
     foreign = sum(p not in ours for p in parameters)
@@ -202,11 +203,21 @@ def train_epoch(
             with trial.explained("training on", inputs, targets) if first else nullcontext():
                 tally = passes(inputs, targets)
             if step.clip is not None:
-                nn.utils.clip_grad_norm_(parameters, step.clip)
+                _clip(parameters, step.clip)
             step.optimizer.step()
             means.add(*tally)
     check_any(means)
     return means
+
+
+def _clip(parameters: Iterable[Tensor], largest: float) -> None:
+    """Scale gradients to a norm of at most `largest`, as `clip_grad_norm_` does.
+
+    Of sparse ones it has no norm before PyTorch 2.14.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    nn.utils.clip_grads_with_norm_(parameters, largest, nn.utils.get_total_norm(values))
 
 
 def _passes(step: Step, inputs: Inputs, targets: Tensor) -> tuple[Tensor, ...]:

@@ -310,6 +310,49 @@ def test_functions_that_are_differentiable_once_are_refused(recorded):
     assert np.isfinite(landscape.loss_line(model, batches, points=3).nll).all()
 
 
+class Align(torch.autograd.Function):
+    """Refuses its second derivative as the operations of torchvision do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AlignBackward.apply(grad)
+
+
+class AlignBackward(Align):
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("double backwards on roi_align not supported")
+
+
+class Aligned(nn.Embedding):
+    def forward(self, x):
+        return Align.apply(super().forward(x).tanh().sum(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "loss"),
+    [
+        ("roi_align", Aligned(5, 3), F.cross_entropy),
+        ("embedding_bag", nn.Sequential(nn.EmbeddingBag(5, 4), nn.Linear(4, 3)), F.cross_entropy),
+        ("multi_margin_loss", nn.Sequential(nn.Embedding(5, 3), nn.Flatten()), F.multi_margin_loss),
+    ],
+    ids=["torchvision", "model", "loss"],
+)
+def test_functions_without_a_second_derivative_are_named(name, model, loss, recorded):
+    batches = [(torch.arange(10).view(-1, 2) % 5, torch.arange(5) % 3)] * 2
+    objective = Objective(loss=loss)
+    with pytest.raises(ValueError, match=f"must be twice differentiable, got '{name}'"):
+        landscape.hessian_max_spectrum(model, batches, objective=objective, k=1)
+    for kind in (HessianOperator, GaussNewtonOperator):
+        operator = kind(model, batches, objective)
+        with pytest.raises(ValueError, match=f"must be twice differentiable, got '{name}'"):
+            times_ones(operator)
+
+
 def test_the_samples_of_a_contrastive_loss_have_no_gradients_of_their_own():
     def contrastive(outputs, targets):
         return F.cross_entropy(outputs @ targets.T, torch.arange(len(outputs)))

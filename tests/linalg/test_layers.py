@@ -74,12 +74,17 @@ CASES = {
     "bare norm": (lambda x: batch_norm(x.sin()), [(2, 6, 5, 5)], "_Normalise"),
     "linear": (F.linear, [(4, 3, 5), (6, 5), (6,)], "_Linear"),
     "linear without bias": (F.linear, [(4, 5), (6, 5)], "_Linear"),
-    "linear by keyword": (lambda x, w: F.linear(input=x, weight=w), [(4, 5), (6, 5)], None),
+    "conv by keyword": (
+        lambda x, w: F.conv2d(stride=2, weight=w, input=x),
+        [(2, 4, 5, 5), (6, 4, 1, 1)],
+        "_Conv",
+    ),
+    "linear by keyword": (lambda x, w: F.linear(input=x, weight=w), [(4, 5), (6, 5)], "_Linear"),
     "linear, weight by keyword": (lambda x, w: F.linear(x, weight=w), [(4, 5), (6, 5)], "_Linear"),
     "attention by keyword": (
-        lambda q, k, v: F.scaled_dot_product_attention(q, key=k, value=v),
+        lambda q, k, v: F.scaled_dot_product_attention(q, value=v, key=k),
         [(2, 5, 4)] * 3,
-        None,
+        "_Attention",
     ),
     "linear of one vector": (F.linear, [(5,), (6, 5)], None),
     "linear of nothing": (

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -419,3 +421,8 @@ def test_bad_data_and_models_are_refused():
 
     with pytest.raises(ValueError, match="`model` must be differentiable by its inputs"):
         adversarial_robustness(Rounded(), [(pixels, y)])
+    with torch.inference_mode():
+        made = linear()
+    with pytest.raises(ValueError, match=r"`model` must have been made outside of `torch.infer"):
+        adversarial_robustness(made, [(pixels, y)])
+    adversarial_robustness(copy.deepcopy(made), [(pixels, y)])

@@ -75,6 +75,20 @@ def test_weights_equal_those_of_a_plain_loop(data):
     assert states_equal(model.state_dict(), twin.state_dict())
 
 
+def test_sparse_gradients_are_clipped_as_dense_ones_are(generator):
+    data = [(torch.randint(5, (8, 3), generator=generator), torch.arange(8) % 4)]
+    weights = []
+    for sparse in (True, False):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            words = nn.Embedding(5, 2, sparse=sparse)
+            model = nn.Sequential(words, nn.Flatten(), nn.Linear(6, 4))
+        sgd = torch.optim.SGD(model.parameters(), 1.0)
+        fit(model, data, epochs=3, optimizer=sgd, clip=0.1)
+        weights.append(words.weight.detach())
+    torch.testing.assert_close(*weights)
+
+
 @pytest.mark.parametrize("batch_size", [7, 8, 22])
 def test_history_holds_means_over_samples_however_batched(data, batch_size):
     with torch.random.fork_rng():
@@ -632,6 +646,14 @@ def test_arguments_of_another_type_are_named(data, arguments, match):
         fit(make_model(), data, epochs=1, **arguments)
     with pytest.raises(TypeError, match="`model` must be a torch.nn.Module, got NoneType"):
         fit(None, data, epochs=1)
+
+
+def test_a_model_made_in_inference_mode_is_refused(data):
+    with torch.inference_mode():
+        model = make_model()
+    with pytest.raises(ValueError, match=r"`model` must have been made outside of `torch.infer"):
+        fit(model, data, epochs=1)
+    assert fit(copy.deepcopy(model), data, epochs=1).train_loss.size
 
 
 def test_a_transform_that_returns_the_images_alone_is_told_what_to_return(data):
