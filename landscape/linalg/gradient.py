@@ -221,10 +221,16 @@ def twice_differentiable() -> Iterator[None]:
             found = _NO_SECOND_DERIVATIVE.search(str(error))
             if found is None:
                 raise
+            name = found[1] or found[2]
+            remedy = (
+                "write it in other operations (a bag of embeddings as `F.embedding` and a sum, for "
+                "example)"
+            )
+            if name.startswith("cudnn"):
+                remedy = "let the model call it within `torch.backends.cudnn.flags(enabled=False)`"
             raise ValueError(
-                f"`model` and `loss` must be twice differentiable, got {(found[1] or found[2])!r}, "
-                "which has no second derivative; write it in other operations (a bag of "
-                "embeddings as `F.embedding` and a sum, for example)."
+                f"`model` and `loss` must be twice differentiable, got {name!r}, which has no "
+                f"second derivative; {remedy}."
             ) from error
 
 

@@ -18,6 +18,7 @@ from landscape import (
     HessianOperator,
     Objective,
 )
+from landscape.linalg.gradient import twice_differentiable
 from tests import oracles
 from tests.cases import MODELS, assert_untouched, make_batches, make_model, snapshot
 
@@ -351,6 +352,15 @@ def test_functions_without_a_second_derivative_are_named(name, model, loss, reco
         operator = kind(model, batches, objective)
         with pytest.raises(ValueError, match=f"must be twice differentiable, got '{name}'"):
             times_ones(operator)
+
+
+def test_a_recurrent_network_of_cudnn_is_told_to_do_without():
+    said = "the derivative for '_cudnn_rnn_backward' is not implemented. Double backwards is not …"
+    with (
+        pytest.raises(ValueError, match=r"got 'cudnn_rnn', .* `torch.backends.cudnn.flags"),
+        twice_differentiable(),
+    ):
+        raise NotImplementedError(said)
 
 
 def test_the_samples_of_a_contrastive_loss_have_no_gradients_of_their_own():
