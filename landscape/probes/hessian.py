@@ -202,7 +202,8 @@ def hessian_spectrum(
     advice = search.remedy() if precision == "full" else remedy(precision)
     warn_unconverged([largest.converged, smallest.converged], search.num_matvecs, tol, advice)
     taken = search.snapshot(num_probes)
-    measure = None if taken is None else _density(*taken, operator.dim, k - 1 if certify else 0)
+    looked = search.miss < 1  # for copies: not where the products were spent before
+    measure = None if taken is None else _density(*taken, operator.dim, k - 1 if looked else 0)
     return HessianSpectrum(
         largest=largest,
         smallest=smallest,

@@ -45,3 +45,12 @@ def test_an_edge_value_that_may_be_multiple_is_sampled(certify):
     spectrum = spectrum_of(np.r_[-3, -2, BULK, 9, 10], k=2, certify=certify)
     assert spectrum.largest.residuals.max() < 1e-6
     np.testing.assert_allclose(spectrum.density.outliers, [-3, 10] if certify else [], atol=1e-9)
+
+
+def test_without_products_for_a_certificate_no_edge_value_is_taken_for_simple():
+    values = np.r_[-3, -2, BULK, 9, 10]
+    spent = spectrum_of(values, k=2, certify=False).num_hvps
+    short = spectrum_of(values, k=2, max_iter=spent)
+    assert short.largest.converged.all()
+    assert short.largest.miss == 1
+    assert short.density.outliers.size == 0
