@@ -105,7 +105,8 @@ class EigenSearch:
         self.space = KrylovSpace(vectors, capacity, dtype, basis_device, reads)
         self._vectors = vectors
         self.basis_at_restart: tuple[RitzPairs, np.ndarray] | None = None
-        self._wanted, self._tol, self._max_iter = wanted, tol, max_iter
+        self._wanted = {name: (int(k), which) for name, (k, which) in wanted.items()}
+        self._tol, self._max_iter = float(tol), max_iter  # plain, whatever kind of number
         self._generator = generator
         self._rough = rough
         self._checked: dict[str, tuple[np.ndarray, np.ndarray, torch.Tensor]] = {}

@@ -735,3 +735,15 @@ def test_sparse_tensors_in_a_model_are_no_obstacle(generator):
     ours, expected = landscape.HessianOperator(model, data), landscape.HessianOperator(plain, data)
     v = torch.randn(ours.dim, generator=generator)
     torch.testing.assert_close(ours @ v, expected @ v)
+
+
+def test_numbers_may_be_tensors(tmp_path):
+    model, batches = make_model("attention"), make_batches((7, 3))
+    k, tol = torch.tensor(2), torch.tensor(1e-3)
+    found = landscape.hessian_spectrum(model, batches, k=k, tol=tol)
+    plain = landscape.hessian_spectrum(model, batches, k=2, tol=float(tol))
+    np.testing.assert_array_equal(found.largest.values, plain.largest.values)
+    assert found.trace == plain.trace
+    found.save(tmp_path / "spectrum.npz")
+    per_batch = landscape.hessian_max_spectrum(model, batches, k=k, tol=tol)
+    assert per_batch.eigenvalues.shape == (2, 2)
