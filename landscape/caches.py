@@ -1,7 +1,6 @@
 """Caches of a model: plain attributes that its first call fills, and later ones read."""
 
 import copy
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from landscape.kept import NONE, assign, kept_tensors, tensors_in
+from landscape.kept import NONE, are_identical, assign, kept_tensors, tensors_in
 from landscape.restore import eval_mode
 from landscape.switches import eagerly
 
@@ -79,7 +78,7 @@ def caches_of(model: nn.Module, run: Callable[[], object], learned: bool = False
         owners: dict[str, list[nn.Module]] = {}
         for module, name, before in filled:
             now = tensors_in(vars(module).get(name))
-            if len(now) == len(before) and all(map(operator.is_, now, before)):
+            if are_identical(now, before):
                 owners.setdefault(name, []).append(module)
         for name, modules in owners.items():
             held = [vars(module)[name] for module in modules]

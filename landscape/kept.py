@@ -62,7 +62,7 @@ class Attributes:
         None where no tensor is among them: with one go the size or the flag that are kept beside.
         """
         own, was = self._own, self._before
-        if _are_same(_entries(own), _entries(was)):
+        if are_identical(_entries(own), _entries(was)):
             return []  # as nearly always
         names = (own.keys() | was.keys()) - _OF_MODULES
         found = [name for name in names if own.get(name, NONE) is not was.get(name, NONE)]
@@ -79,7 +79,7 @@ class Attributes:
         return [
             (container, content)
             for container, content in self._contents
-            if not _are_same(_entries(container), _entries(content))
+            if not are_identical(_entries(container), _entries(content))
             and (isinstance(container, dict) or tensors_in(container) or tensors_in(content))
         ]
 
@@ -96,7 +96,8 @@ def _entries(container: dict[Any, Any] | list[Any]) -> list[Any]:
     return [*container, *container.values()] if isinstance(container, dict) else container
 
 
-def _are_same(one: list[Any], other: list[Any]) -> bool:
+def are_identical(one: list[Any], other: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 

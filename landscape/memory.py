@@ -15,14 +15,17 @@ def free_memory(device: torch.device) -> int:
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     free = 8 << 30
     try:
-        lines = _MEMINFO.read_text().splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if "MemAvailable" in line)
+        free = _entry(_MEMINFO, "MemAvailable:") << 10
         limit = int((_CGROUP / "memory.max").read_text())
         used = int((_CGROUP / "memory.current").read_text())
         # Files that were read and can be forgotten count as used there.
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
-        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-        free = min(free, limit - used + cached)
-    except (OSError, ValueError, StopIteration):
+        free = min(free, limit - used + _entry(_CGROUP / "memory.stat", "inactive_file"))
+    except (OSError, ValueError, KeyError):
         pass  # no such files, or no limit: keep what is known
     return max(free, 0)
+
+
+def _entry(file: Path, name: str) -> int:
+    """Return a number of a file with a name and a number a line."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return int({first: number for first, number, *_ in lines}[name])

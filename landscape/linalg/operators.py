@@ -92,18 +92,16 @@ class SymmetricOperator(ABC):
         """Return the operator for SciPy's solvers, in float32 at least, through the host."""
         from scipy.sparse.linalg import LinearOperator  # slow to import
 
-        dtype = torch.promote_types(self.dtype, torch.float32)  # NumPy has no bfloat16
-
         def product(array: np.ndarray) -> np.ndarray:
             vectors = torch.from_numpy(np.ascontiguousarray(array).reshape(self.dim, -1))
-            return self.matmat(vectors).to(dtype).cpu().numpy().reshape(array.shape)
+            return to_array(self.matmat(vectors), self.dtype).reshape(array.shape)
 
         return LinearOperator(
             (self.dim, self.dim),
             matvec=product,
             rmatvec=product,
             matmat=product,
-            dtype=torch.empty((), dtype=dtype, device="cpu").numpy().dtype,
+            dtype=to_array(torch.empty(0, device="cpu"), self.dtype).dtype,
         )
 
 
@@ -113,6 +111,12 @@ def _check_tensor(vectors: object) -> None:
             f"`v` must be a tensor, got {type(vectors).__name__}; call `torch.as_tensor`, or use "
             "`to_scipy()` for NumPy arrays."
         )
+
+
+def to_array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """Return a tensor as an array of a precision, float32 at least: NumPy has no bfloat16."""
+    array: np.ndarray = tensor.to("cpu", torch.promote_types(dtype, torch.float32)).numpy()
+    return array
 
 
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:

@@ -17,7 +17,7 @@ from landscape.linalg.certificate import OWN, chances, check_certify, watched
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, rank, select
 from landscape.linalg.gram_schmidt import are_long
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
-from landscape.linalg.operators import VectorSpace, generator_on
+from landscape.linalg.operators import VectorSpace, generator_on, to_array
 
 Products = Generator[torch.Tensor, torch.Tensor, None]
 """Yields each vector whose product is wanted, and is sent the product."""
@@ -246,8 +246,7 @@ class EigenSearch:
         if vectors:
             if name not in self._checked:
                 rows = self.space.vectors(self._coordinates(name))
-            # NumPy has no bfloat16.
-            found = rows.to(torch.promote_types(self._vectors.dtype, torch.float32)).cpu().numpy()
+            found = to_array(rows, self._vectors.dtype)
         return Eigenpairs(
             values, residuals, errors, converged, which, self.num_matvecs, found, self.miss
         )

@@ -165,8 +165,7 @@ def _draw_contours(
     left, right = 0.075 + 0.315 * block, 0.075 + 0.315 * block + 0.285
     width = (right - left - gap * (count - 1)) / count
     scale = _shared_scale(results, quantity)
-    room = int(width * style.TEXT_WIDTH * 72 / 3.7)  # characters of this size
-    short = texts.short_names(results, max(room, 8))
+    short = texts.short_names(results, texts.room_for(width * style.TEXT_WIDTH, 7))
     for column, (name, result) in enumerate(results.items()):
         ax = figure.add_axes((left + column * (width + gap), 0.2, width, 0.21))
         loss_surface(result, ax=ax, kind="contour", quantity=quantity, colorbar=False, **scale)

@@ -79,6 +79,11 @@ def _name_lines(name: str) -> list[str]:
     return textwrap.wrap(short, _LONGEST_NAME) if len(name) > _LONGEST_NAME else [name]
 
 
+def room_for(inches: float, size: float = _SIZE) -> int:
+    """Return how many characters of a size in points a width has room for, 8 at least."""
+    return max(8, int(inches * 72 * _SIZE / size / _CHARACTER))
+
+
 def wrapped_title(name: str, panels: int, size: float = _SIZE) -> str:
     """Return a title in lines that a panel has room for, shortened in its middle beyond three.
 
@@ -88,8 +93,7 @@ def wrapped_title(name: str, panels: int, size: float = _SIZE) -> str:
             width if it is one.
         size: Size of the font, in points.
     """
-    room = ((COLUMN_WIDTH if panels == 1 else TEXT_WIDTH) - _SCALES) * 72 / panels
-    line = max(8, int(room * _SIZE / size / _CHARACTER))
+    line = room_for(((COLUMN_WIDTH if panels == 1 else TEXT_WIDTH) - _SCALES) / panels, size)
     if "$" in name:
         return name
     return "\n".join(textwrap.wrap(shortened(name, 3 * line), line)) or name

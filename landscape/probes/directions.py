@@ -34,6 +34,7 @@ from landscape._checks import (
     check_type,
     nearest,
 )
+from landscape.linalg.operators import to_array
 from landscape.parameters import Choice, ParameterSpace, aliases, plain_name
 from landscape.provenance import weights_provenance
 from landscape.results import Provenance, Result
@@ -256,12 +257,6 @@ def other_parameters(model: nn.Module, moved: Iterable[str]) -> tuple[str, ...]:
     """Return the names of the model's parameters that are not among `moved`."""
     moved = set(moved)
     return tuple(name for name, _ in model.named_parameters() if name not in moved)
-
-
-def to_array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """Return a direction for a parameter of precision `dtype` as an array, float32 at least."""
-    array: np.ndarray = tensor.to("cpu", torch.promote_types(dtype, torch.float32)).numpy()
-    return array
 
 
 def _stays(name: str, value: Tensor, ignore_1d: bool, exclude: Sequence[str]) -> bool:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from landscape._checks import check_at_least, check_count
+from landscape.linalg.operators import to_array
 from landscape.parameters import Choice, ParameterSpace
 from landscape.probes.checkpoints import Checkpoints, Source, State, read_state, read_trail
-from landscape.probes.directions import Directions, other_parameters, to_array
+from landscape.probes.directions import Directions, other_parameters
 from landscape.provenance import weights_provenance
 
 

@@ -35,6 +35,7 @@ from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, warn_unconv
 from landscape.linalg.gradient import twice_differentiable
 from landscape.linalg.hessian import HessianOperator
 from landscape.linalg.krylov import RitzPairs
+from landscape.linalg.operators import to_array
 from landscape.linalg.quadrature import SpectralDensity, spectral_density
 from landscape.objective import FrozenObjective
 from landscape.probes.hessian import HessianSpectrum
@@ -278,9 +279,7 @@ def _checked(
     around = RitzPairs(np.append(rho, unseen), np.append(own, [0.0, 0.0]), np.zeros(0))
     errors = np.minimum(residuals, np.abs(theta - rho) + error_estimates(around)[: len(rho)])
     converged = errors <= tol * np.abs(theta)
-    # NumPy has no bfloat16.
-    dtype = torch.promote_types(operator.dtype, torch.float32)
-    rows = basis.to(dtype).cpu().numpy() if vectors else None
+    rows = to_array(basis, operator.dtype) if vectors else None
     return Eigenpairs(theta, residuals, errors, converged, "LM", num_matvecs, rows), asymmetry
 
 

@@ -1,6 +1,6 @@
 """One epoch of training and one of validation."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -210,7 +210,7 @@ def train_epoch(
     return means
 
 
-def _clip(parameters: Iterable[Tensor], largest: float) -> None:
+def _clip(parameters: Sequence[Tensor], largest: float) -> None:
     """Scale gradients to a norm of at most `largest`, as `clip_grad_norm_` does.
 
     Of sparse ones it has no norm before PyTorch 2.14.
