@@ -131,6 +131,7 @@ def figure_1(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_figure_1_in_little_and_again_from_its_results(figure_1):
     files = {p.name for p in (figure_1 / "out").iterdir()}
     assert {"fig1.png", "fig1.pdf", "fig1a.html", "fig1_claims.md", "fig1"} <= files
@@ -151,10 +152,8 @@ def test_figure_1_in_little_and_again_from_its_results(figure_1):
     assert "holds no results" in empty.stderr
 
 
-SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (2, 8, 9)]
-
-
-@pytest.mark.parametrize("number", [*SLOW, 10])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 8, 9, 10])
 def test_later_figures_in_little(figure_1, number):
     script, name = str(ROOT / f"examples/reproduce_fig{number}.py"), f"fig{number}"
     alternet = ["--alternet"] if number == 8 else []

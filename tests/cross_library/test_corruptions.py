@@ -13,6 +13,8 @@ from landscape.corruptions.linear import zoom_source
 from landscape.corruptions.severities import CIFAR, IMAGENET
 from tests.corruptions.cases import grey_levels, last, pictures, streams
 
+pytestmark = pytest.mark.thirdparty
+
 imagecorruptions = pytest.importorskip(
     "imagecorruptions", reason="needs imagecorruptions-imaug", exc_type=ImportError
 )

@@ -6,6 +6,8 @@ from torch import nn
 
 from landscape.probes.evaluate import evaluate
 
+pytestmark = pytest.mark.thirdparty
+
 SIZES = (400, 400, 224)
 
 

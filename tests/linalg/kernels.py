@@ -88,6 +88,19 @@ def convs():
     )
 
 
+def pixels():
+    """A convolution of single pixels, over more of them than it sums in one go."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 8, stride=8),
+        nn.Tanh(),
+        nn.Conv2d(64, 300, 1),
+        nn.Tanh(),
+        nn.AvgPool2d(4),
+        nn.Flatten(1),
+        nn.Linear(300, 3),
+    )
+
+
 class Views(nn.Module):
     """Biases and scales that are views: columns of a table, or one number for all."""
 
@@ -151,8 +164,8 @@ CASES = {
     "rows": (rows, 7, None),
     "wide": (wide, 33, None),
     "tokens": (Tokens, 4, None),
-    "convolutions": (convs, 5, None),
-    "weights of a convolution": (convs, 40, "15.weight"),
+    "convolutions": (convs, 3, None),
+    "weights of a convolution": (pixels, 40, "2.weight"),
     "views": (Views, 2, None),
     "experts": (Experts, 4, None),
     "long rows": (Long, 4, None),

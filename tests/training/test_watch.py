@@ -409,6 +409,7 @@ def test_fit_calls_back_before_the_first_epoch_and_after_each(tmp_path):
     assert calls == [4]
 
 
+@pytest.mark.thirdparty
 def test_the_trainer_of_hugging_face(tmp_path):
     callback = pytest.importorskip("transformers.trainer_callback", reason="needs transformers")
     model = nn.Linear(2, 2)
