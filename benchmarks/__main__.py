@@ -24,6 +24,7 @@ OTHERS = (
     "warm_start",
     "precision",
     "scale",
+    "adaptive",
     "zoo",
     "probes",
     "corruptions",
