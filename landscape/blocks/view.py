@@ -45,7 +45,7 @@ from landscape.blocks.structure import (
 from landscape.blocks.tracing import Trace, function_name, record
 from landscape.caches import Cache, caches_of, emptied
 from landscape.kept import keeps_tensors
-from landscape.objective import predict
+from landscape.objective import as_logits, outputs_of
 from landscape.restore import eval_mode, untouched
 from landscape.switches import eagerly, without_fast_path
 
@@ -136,12 +136,15 @@ class Blocks:
             inputs: A batch for the model: a tensor, or a mapping of keyword arguments; it is moved
                 to the device and the precision of the model.
         """
+        return as_logits(self._outputs(inputs))
+
+    def _outputs(self, inputs: Any) -> Any:
         with paused():  # no call of the trace
             inputs = Placement.of(self.model).place(inputs)
         with eval_mode(self.model), emptied(self._caches), eagerly(), without_fast_path():
-            return predict(self.model, inputs)
+            return outputs_of(self.model, inputs)
 
-    def visit(self, inputs: Any, visitor: Visitor) -> Tensor:
+    def visit(self, inputs: Any, visitor: Visitor) -> Any:
         """Run the model once and show every block's output as it appears.
 
         Only the output at hand is kept, whatever the number of blocks. Gradients flow unless the
@@ -153,7 +156,7 @@ class Blocks:
                 later layers may overwrite, or `(n, features)` where `block.is_map` is false.
 
         Returns:
-            The logits.
+            The logits; what the model returns where it has none.
 
         Raises:
             ValueError: If the model makes other calls than in its trace.
@@ -169,7 +172,7 @@ class Blocks:
             for ordinal, ending in shown.items()
         }
         with ControlledPass(handlers):
-            return self.predict(inputs)
+            return self._outputs(inputs)
 
     def capture(self, inputs: Any) -> Features:
         """Return every block's output by name, each a copy `(n, c, h, w)`, from one forward pass.
@@ -239,7 +242,7 @@ class Blocks:
                 trace = record(self.model, example)
                 if not keeps_tensors(self.model):
                     return trace
-            found = caches_of(self.model, functools.partial(predict, self.model, example))
+            found = caches_of(self.model, functools.partial(outputs_of, self.model, example))
             self._caches += [cache for cache in found if cache not in self._caches]
             with emptied(self._caches):
                 return record(self.model, example)
