@@ -240,7 +240,8 @@ def test_a_model_may_state_a_size_that_is_not_square(size):
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_a_grid_of_two_rows_is_told_by_the_aspect_of_the_images(prefix, generator):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_grid_of_few_rows_is_told_by_the_aspect_of_the_images(rows, prefix, generator):
     class Patches(nn.Module):
         """Cuts its patches by a reshape, so that no map is ever made."""
 
@@ -250,13 +251,47 @@ def test_a_grid_of_two_rows_is_told_by_the_aspect_of_the_images(prefix, generato
             self.extra = nn.Parameter(torch.randn(1, prefix, 8))
 
         def forward(self, x):
-            x = x.unflatten(2, (2, 4)).unflatten(4, (3, 4)).permute(0, 2, 4, 1, 3, 5)
-            x = self.embed(x.reshape(len(x), 6, 48))
+            x = x.unflatten(2, (rows, 4)).unflatten(4, (3, 4)).permute(0, 2, 4, 1, 3, 5)
+            x = self.embed(x.reshape(len(x), 3 * rows, 48))
             x = torch.cat([self.extra.expand(len(x), -1, -1), x], 1)
             return (x + self.layer(x)).mean(1)
 
-    images = torch.randn(2, 3, 8, 12, generator=generator)
-    assert Blocks(build(Patches), example=images)["layer"].grid == (2, 3)
+    images = torch.randn(2, 3, 4 * rows, 12, generator=generator)
+    assert Blocks(build(Patches), example=images)["layer"].grid == (rows, 3)
+
+
+@pytest.mark.parametrize("grid", [(1, 4), (4, 1)])
+@pytest.mark.parametrize("layout", ["nhwc", "tokens", "registers", "sequence first"])
+def test_tokens_of_a_single_row_or_column_are_a_map(layout, grid, generator):
+    model = build(lambda: Grid(layout)).eval()
+    images = torch.randn(2, 3, *(4 * side + 1 for side in grid), generator=generator)
+    blocks = Blocks(model, example=images)
+    assert [block.grid for block in blocks] == [grid] * 3 + [None]
+    features = blocks.capture(images)
+    torch.testing.assert_close(features["stem"], model.embed(images).detach())
+    before = features[blocks.names[1]].movedim(1, -1)
+    after = before + model.mlp(model.norms[1](before))
+    torch.testing.assert_close(features["mlp"].movedim(1, -1), after.detach())
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_sequences_as_long_as_the_batch_that_is_traced(first, generator):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=not first)
+
+        def forward(self, x):
+            x = self.embed(x)
+            x = self.layer(x.transpose(0, 1)).transpose(0, 1) if first else self.layer(x)
+            return self.head(x.mean(1))
+
+    model, x = build(Encoder).eval(), torch.randn(5, 3, 4, generator=generator)
+    features = Blocks(model, example=x).capture(x)
+    assert list(features) == ["stem", "layer.self_attn", "layer.linear2", "head"]
+    expected = model.head(features["layer.linear2"].view(5, 3, 8).mean(1))
+    torch.testing.assert_close(expected, features["head"])
 
 
 class Windows(nn.Module):
