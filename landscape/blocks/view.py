@@ -21,6 +21,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -235,8 +236,16 @@ class Blocks:
         return known or self._remember(inputs, self._record(inputs))
 
     def _record(self, inputs: Any) -> Trace:
+        trace = self._record_of(inputs, _TRACED)
+        shapes = [step.shape[:2] for step in trace.steps if step.shape and len(step.shape) == 3]
+        if (_TRACED, _TRACED) in shapes:  # as many tokens: which axis is that of the samples?
+            lengths = set().union(*shapes)
+            trace = self._record_of(inputs, next(n for n in count(4) if n not in lengths))
+        return trace
+
+    def _record_of(self, inputs: Any, size: int) -> Trace:
         placement = Placement.of(self.model)
-        example = resized(self.model, placement.place(inputs), _TRACED)
+        example = resized(self.model, placement.place(inputs), size)
         with paused(), untouched(self.model), eagerly(), without_fast_path(), torch.no_grad():
             if not keeps_tensors(self.model):
                 trace = record(self.model, example)
