@@ -1237,6 +1237,34 @@ def test_what_a_model_has_kept_moves_no_call(used, images):
         model.train()
 
 
+def test_what_a_function_has_cached_moves_no_call(images):
+    """As the indices of BEiT's relative positions."""
+
+    @functools.lru_cache(maxsize=4)
+    def places(size):
+        return torch.arange(size).add(1)
+
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+
+        def forward(self, x):
+            for conv in self.convs:
+                x = x + conv(x * places(x.shape[-1]))
+            return x.mean((2, 3))
+
+    model = build(Cached).eval()
+    blocks = Blocks(model, example=images)
+    for x in (images, F.pad(images, (0, 4, 0, 4))):
+        features = blocks.capture(x)
+        torch.testing.assert_close(features["convs.1"].mean((2, 3)), features["head"])
+        for name in ("convs.0", "convs.1"):
+            expected = without(model, name, Zero)(x)
+            with blocks.lesion(name):
+                torch.testing.assert_close(model(x), expected)
+
+
 @pytest.mark.parametrize("keeps", [False, True])
 def test_a_model_that_keeps_nothing_is_traced_by_one_pass(keeps, images):
     model, made = build(lambda: Biased(keeps=keeps)), []

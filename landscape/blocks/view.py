@@ -249,6 +249,9 @@ class Blocks:
         with paused(), untouched(self.model), eagerly(), without_fast_path(), torch.no_grad():
             if not keeps_tensors(self.model):
                 trace = record(self.model, example)
+                if any(not step.sizes and step.shape for step in trace.steps):
+                    # What it makes of nothing it may look up from now on, in `functools.lru_cache`.
+                    trace = record(self.model, example)
                 if not keeps_tensors(self.model):
                     return trace
             found = caches_of(self.model, functools.partial(outputs_of, self.model, example))
