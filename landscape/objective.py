@@ -475,6 +475,14 @@ def predict(model: nn.Module, inputs: Inputs) -> Tensor:
     return as_logits(call_on(model, inputs))
 
 
+def outputs_of(model: nn.Module, inputs: Inputs) -> Any:
+    """Return the logits of a model for one batch, or all that it returns where it has none."""
+    outputs = call_on(model, inputs)
+    with suppress(TypeError):
+        return as_logits(outputs)
+    return outputs
+
+
 def _with_labels(model: nn.Module, batch: PreparedBatch) -> Inputs:
     """Return the arguments of a model that takes its own loss, by its name for the labels."""
     if batch.targets is None or not isinstance(batch.inputs, Mapping):

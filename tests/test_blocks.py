@@ -240,7 +240,8 @@ def test_a_model_may_state_a_size_that_is_not_square(size):
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_a_grid_of_two_rows_is_told_by_the_aspect_of_the_images(prefix, generator):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_grid_of_few_rows_is_told_by_the_aspect_of_the_images(rows, prefix, generator):
     class Patches(nn.Module):
         """Cuts its patches by a reshape, so that no map is ever made."""
 
@@ -250,13 +251,47 @@ def test_a_grid_of_two_rows_is_told_by_the_aspect_of_the_images(prefix, generato
             self.extra = nn.Parameter(torch.randn(1, prefix, 8))
 
         def forward(self, x):
-            x = x.unflatten(2, (2, 4)).unflatten(4, (3, 4)).permute(0, 2, 4, 1, 3, 5)
-            x = self.embed(x.reshape(len(x), 6, 48))
+            x = x.unflatten(2, (rows, 4)).unflatten(4, (3, 4)).permute(0, 2, 4, 1, 3, 5)
+            x = self.embed(x.reshape(len(x), 3 * rows, 48))
             x = torch.cat([self.extra.expand(len(x), -1, -1), x], 1)
             return (x + self.layer(x)).mean(1)
 
-    images = torch.randn(2, 3, 8, 12, generator=generator)
-    assert Blocks(build(Patches), example=images)["layer"].grid == (2, 3)
+    images = torch.randn(2, 3, 4 * rows, 12, generator=generator)
+    assert Blocks(build(Patches), example=images)["layer"].grid == (rows, 3)
+
+
+@pytest.mark.parametrize("grid", [(1, 4), (4, 1)])
+@pytest.mark.parametrize("layout", ["nhwc", "tokens", "registers", "sequence first"])
+def test_tokens_of_a_single_row_or_column_are_a_map(layout, grid, generator):
+    model = build(lambda: Grid(layout)).eval()
+    images = torch.randn(2, 3, *(4 * side + 1 for side in grid), generator=generator)
+    blocks = Blocks(model, example=images)
+    assert [block.grid for block in blocks] == [grid] * 3 + [None]
+    features = blocks.capture(images)
+    torch.testing.assert_close(features["stem"], model.embed(images).detach())
+    before = features[blocks.names[1]].movedim(1, -1)
+    after = before + model.mlp(model.norms[1](before))
+    torch.testing.assert_close(features["mlp"].movedim(1, -1), after.detach())
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_sequences_as_long_as_the_batch_that_is_traced(first, generator):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=not first)
+
+        def forward(self, x):
+            x = self.embed(x)
+            x = self.layer(x.transpose(0, 1)).transpose(0, 1) if first else self.layer(x)
+            return self.head(x.mean(1))
+
+    model, x = build(Encoder).eval(), torch.randn(5, 3, 4, generator=generator)
+    features = Blocks(model, example=x).capture(x)
+    assert list(features) == ["stem", "layer.self_attn", "layer.linear2", "head"]
+    expected = model.head(features["layer.linear2"].view(5, 3, 8).mean(1))
+    torch.testing.assert_close(expected, features["head"])
 
 
 class Windows(nn.Module):
@@ -927,6 +962,141 @@ def test_a_pass_that_ends_early(images):
         passes.value_at(4, None, None)
 
 
+# --- scales beside each other ---------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, channels, out):
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(channels, out, 3, padding=1), nn.ReLU(), nn.Conv2d(out, out, 3, padding=1)
+        )
+        self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
+
+    def forward(self, x):
+        return F.relu(self.skip(x) + self.branch(x))
+
+
+class UNet(nn.Module):
+    """Two scales; what the first one found is handed on, to be concatenated."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.down = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 2, 2)
+        self.fine, self.coarse = Residual(4, 4), nn.Sequential(Residual(8, 8), Residual(8, 8))
+        self.up, self.merge = (
+            nn.Upsample(scale_factor=2),
+            nn.Sequential(Residual(12, 4), Residual(4, 4)),
+        )
+
+    def forward(self, x):
+        x = self.fine(self.embed(x))
+        up = self.up(self.coarse(self.down(x)))
+        return self.merge(torch.cat([x, up], 1)).mean((2, 3))
+
+
+def test_blocks_of_scales_that_are_concatenated(images):
+    model = build(UNet).eval()
+    blocks = Blocks(model, example=images)
+    coarse = ("down", "coarse.0", "coarse.1")
+    assert blocks.names == ("stem", "fine", *coarse, "up", "merge.0", "merge.1", "head")
+    assert blocks.kinds == ("stem", "conv", "pool", "conv", "conv", "pool", "conv", "conv", "head")
+    assert [block.grid for block in blocks][1:6] == [(16, 16), *[(8, 8)] * 3, (16, 16)]
+    features = blocks.capture(images)
+    for name in ("fine", *coarse, "merge.0", "merge.1"):
+        torch.testing.assert_close(features[name], hooked(model, images, name))
+    data, removable = [(images, torch.arange(4))], ("fine", *coarse[1:], "merge.1")
+    study = lesion_study(model, data, blocks=blocks, units="branch")
+    assert study.names == removable
+    assert "skip is a projection" in study.skipped["merge.0"]
+    for name, nll in zip(removable, study.nll, strict=True):
+        expected = without(model, f"{name}.branch", Zero)(images)
+        with blocks.lesion(name):
+            torch.testing.assert_close(model(images), expected)
+        np.testing.assert_allclose(nll, F.cross_entropy(expected, data[0][1]).item(), rtol=1e-5)
+
+
+def test_sums_of_a_feature_pyramid_are_no_blocks(images):
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(Residual(3, 3), nn.AvgPool2d(2), Residual(3, 3))
+            self.sides = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(2))
+            self.down = nn.Conv2d(3, 3, 3, 2, 1)
+
+        def forward(self, x):
+            fine = self.body[0](x)
+            coarse = self.body[1:](fine)
+            fine, top = self.sides[0](fine), self.sides[1](coarse)
+            fine = fine + F.interpolate(top, scale_factor=2.0)
+            return fine, top + self.down(fine)
+
+    blocks = Blocks(build(Pyramid), example=images)
+    assert blocks.names == ("body.0", "body.1", "body.2")
+
+
+@pytest.mark.parametrize("wrap", [list, tuple, lambda maps: dict(enumerate(maps))])
+def test_a_model_that_returns_its_maps(wrap, images):
+    class Maps(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            x, maps = self.net.stem(x), []
+            for stage in self.net.stages:
+                x = stage(x)
+                maps.append(x)
+            return wrap(maps)
+
+    net = build(SMALL["resnet"])
+    plain, model = Blocks(net, example=images), Maps(net)
+    blocks = Blocks(model, example=images)
+    features, expected = blocks.capture(images), plain.capture(images)
+    assert blocks.names == ("stem", *(f"net.{name}" for name in plain.names[1:-1]))
+    for name, feature in zip(plain.names, features.values(), strict=False):
+        torch.testing.assert_close(feature, expected[name])
+    data = [(images, torch.zeros(4, dtype=torch.long))]
+    of_maps, of_net = feature_variance(model, data), feature_variance(net, data)
+    np.testing.assert_allclose(of_maps.variance, of_net.variance, rtol=1e-5)
+    with pytest.raises(TypeError, match="must return a tensor or an object with `.logits`"):
+        lesion_study(model, data)
+
+
+class Highway(nn.Module):
+    """A gate shares its input between the skip and the branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.branch = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        gate = self.gate(x).sigmoid()
+        return x * gate + self.branch(x) * (1 - gate)
+
+
+class ScaledSkip(nn.Module):
+    """As MetaFormer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.branch = nn.Parameter(torch.rand(3, 1, 1)), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return x * self.scale + self.branch(x)
+
+
+@pytest.mark.parametrize("block", [Highway, ScaledSkip])
+def test_a_scaled_skip_is_no_projection(block, images):
+    model = build(lambda: nn.Sequential(block(), block(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    blocks = Blocks(model.eval(), example=images)
+    assert blocks.names == ("0", "1", "head")
+    for name in ("0", "1"):
+        expected = without(model, f"{name}.branch", Zero)(images)
+        with blocks.lesion(name):
+            torch.testing.assert_close(model(images), expected)
+
+
 # --- several inputs ------------------------------------------------------------------------------
 
 
@@ -1065,6 +1235,34 @@ def test_what_a_model_has_kept_moves_no_call(used, images):
             for bias, other in zip(model.biases, plain.biases, strict=True):
                 other.copy_(bias.mul_(-1))
         model.train()
+
+
+def test_what_a_function_has_cached_moves_no_call(images):
+    """As the indices of BEiT's relative positions."""
+
+    @functools.lru_cache(maxsize=4)
+    def places(size):
+        return torch.arange(size).add(1)
+
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+
+        def forward(self, x):
+            for conv in self.convs:
+                x = x + conv(x * places(x.shape[-1]))
+            return x.mean((2, 3))
+
+    model = build(Cached).eval()
+    blocks = Blocks(model, example=images)
+    for x in (images, F.pad(images, (0, 4, 0, 4))):
+        features = blocks.capture(x)
+        torch.testing.assert_close(features["convs.1"].mean((2, 3)), features["head"])
+        for name in ("convs.0", "convs.1"):
+            expected = without(model, name, Zero)(x)
+            with blocks.lesion(name):
+                torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("keeps", [False, True])

@@ -136,6 +136,29 @@ def test_maps_at_the_size_that_a_model_is_made_for(name, block, channels, grid):
     assert (found.channels, found.grid, found.is_map) == (channels, grid, grid is not None)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_blocks_of_a_backbone_that_returns_a_list_of_maps(name):
+    whole = Blocks(timm_model(name))
+    maps = Blocks(zoo("timm").create_model(name, features_only=True))
+    described = [[(b.kind, b.depth, b.stage, b.grid, b.channels) for b in each]
+                 for each in (whole, maps)]  # fmt: skip
+    assert described[0][:-1] == described[1]  # without the head
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("crossvit_tiny_240", {"msa": 21, "mlp": 15}),  # two streams
+        ("cs3darknet_focus_s", {"conv": 9}),  # half of the channels go around the blocks
+        ("dla46x_c", {"conv": 11}),  # trees, whose leaves are concatenated
+        ("hrnet_w18_small", {"conv": 21}),  # four scales at once
+    ],
+)
+def test_blocks_beside_others(name, counts):
+    blocks = Blocks(timm_model(name))
+    assert {kind: blocks.kinds.count(kind) for kind in counts} == counts
+
+
 def inputs_of(model, x, path):
     """What a module is given in evaluation mode."""
     kept = []

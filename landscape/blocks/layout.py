@@ -146,7 +146,7 @@ def _token_grid(trace: Trace, value: int, tokens: int) -> tuple[tuple[int, int] 
     while (current := max(todo, default=INPUT)) != INPUT:  # inputs are older than what is made
         todo.remove(current)
         step = trace.steps[current]
-        grid = _grid_of(trace, step.shape, wanted)
+        grid = _grid_of(trace, step, wanted)
         if grid is not None:
             return grid, wanted[grid[0] * grid[1]]
         if step.name in _JOINING and step.shape is not None and len(step.shape) == 3:
@@ -161,14 +161,17 @@ def _token_grid(trace: Trace, value: int, tokens: int) -> tuple[tuple[int, int] 
     return _grid_by_aspect(trace.input_shape, tokens)
 
 
-def _grid_of(
-    trace: Trace, shape: tuple[int, ...] | None, wanted: dict[int, int]
-) -> tuple[int, int] | None:
+def _grid_of(trace: Trace, step: Step, wanted: dict[int, int]) -> tuple[int, int] | None:
     """Return the rows and columns of a map with one of the `wanted` numbers of positions."""
+    shape = step.shape
     if shape is None or len(shape) != 4 or shape[0] != trace.num_samples:
         return None
-    for rows, columns in (shape[2:], shape[1:3]):
-        if rows * columns in wanted and min(rows, columns) > 1 and _is_grid(trace, rows, columns):
+    made = _acts_over_space(step)
+    for rows, columns in (shape[2:],) if made else (shape[2:], shape[1:3]):
+        single = min(rows, columns) == 1  # which elsewhere may be keys by a head, say
+        if rows * columns not in wanted or rows * columns == 1 or (single and not made):
+            continue
+        if _is_grid(trace, rows, columns):
             return rows, columns
     return None
 
@@ -181,20 +184,22 @@ def _is_grid(trace: Trace, rows: int, columns: int) -> bool:
     """
     if len(trace.input_shape) != 4:
         return True
-    made = {step.shape[2:] for step in trace.steps if step.shape and _acts_over_space(step, trace)}
+    n = trace.num_samples
+    made = {step.shape[2:] for step in trace.steps
+            if step.shape and step.shape[0] == n and _acts_over_space(step)}  # fmt: skip
+    made = {shape for shape in made if min(shape) > 1}
     return any(
         abs(rows * width - columns * height) <= max(height, width)
         for height, width in made | {trace.input_shape[2:]}
     )
 
 
-def _acts_over_space(step: Step, trace: Trace) -> bool:
-    """Whether a step makes a map of more than a row by a convolution with a kernel, or pooling."""
-    shape = step.shape or ()
-    if step.name not in _SPATIAL or shape[:1] != (trace.num_samples,) or min(shape[2:]) == 1:
+def _acts_over_space(step: Step) -> bool:
+    """Whether a step makes a map by a convolution with a kernel, or pooling."""
+    if step.name not in _SPATIAL or step.shape is None:
         return False
     before, *weight = step.sizes
-    return step.name != "conv2d" or shape[2:] != before[2:] or max(weight[0][2:]) > 1
+    return step.name != "conv2d" or step.shape[2:] != before[2:] or max(weight[0][2:]) > 1
 
 
 def _grid_by_aspect(images: tuple[int, ...], tokens: int) -> tuple[tuple[int, int] | None, int]:
@@ -203,8 +208,8 @@ def _grid_by_aspect(images: tuple[int, ...], tokens: int) -> tuple[tuple[int, in
         return None, 0
     height, width = images[2:]
     for prefix in range(min(tokens, 9)):
-        for rows in range(2, tokens + 1):
+        for rows in range(1, tokens + 1):
             columns, rest = divmod(tokens - prefix, rows)
-            if not rest and columns > 1 and rows * width == columns * height:
+            if not rest and rows * columns > 1 and rows * width == columns * height:
                 return (rows, columns), prefix
     return None, 0

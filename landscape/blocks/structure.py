@@ -7,11 +7,13 @@ built, whatever its classes are called: a transformer block has two such sums, o
 attention and one behind the MLP. What the branch computes says of which kind the unit is.
 
 Where something else is handed on beside the sums (a query that all blocks of a stage share), those
-before the last one are no cuts; they are found as the skips of the sums behind them.
+before the last one are no cuts; they are found as the skips of the sums behind them. Where maps are
+handed on to be concatenated (U-Nets), or streams run beside each other, a sum is one whose branch
+serves nothing else, begins where its skip does, and lies in no other branch.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -46,6 +48,7 @@ class Unit:
         value: Its output, a step of the trace.
         addition: The step that adds branch and skip; `None` where there is no residual sum.
         skip: Position of the skip among the addition's tensor arguments.
+        source: The value that the skip is, or is made of.
         projected: Whether the skip is a projection of the block's input, not the input itself.
         branch: Steps of the branch, in order.
         is_cut: Whether everything that follows depends on the output alone.
@@ -56,6 +59,7 @@ class Unit:
     value: int
     addition: int | None = None
     skip: int | None = None
+    source: int | None = None
     projected: bool = False
     branch: tuple[int, ...] = ()
     is_cut: bool = True
@@ -82,7 +86,8 @@ def find_units(trace: Trace) -> list[Unit]:
     for unit in units:
         between = graph.between(found[-1].value, graph.entry(unit)) if found else None
         found += [unit] if between is None else [between, unit]
-    found.append(Unit("head", "head", trace.output))
+    if len(trace.outputs) == 1:
+        found.append(Unit("head", "head", trace.outputs[0]))
     return _uniquely_named(found)
 
 
@@ -213,8 +218,15 @@ class _Graph:
 
     def __init__(self, trace: Trace) -> None:
         self.trace, self.steps = trace, trace.steps
-        self._relevant = self._ancestors(trace.output, INPUT)
+        self._relevant = set().union(*(self._ancestors(v, INPUT) for v in trace.outputs))
+        self._users: dict[int, set[int]] = {value: set() for value in [INPUT, *self._relevant]}
+        for step in self._relevant:
+            for value in self.steps[step].inputs:
+                if value in self._users:
+                    self._users[value].add(step)
         self.cuts = self._find_cuts()
+        for value in trace.outputs:  # what is returned on the way is no way around what follows
+            self._users[value].add(len(self.steps))
         self._cut_set = frozenset(self.cuts)
         self._ran = {span.path for span in trace.spans}
         self._units: list[Unit] | None = None
@@ -224,11 +236,17 @@ class _Graph:
         return value in self._cut_set
 
     def residual_units(self) -> list[Unit]:
-        """Return every residual sum that is a cut, or a skip of one."""
+        """Return every residual sum that is a cut, a skip of one, or lies beside all of these."""
         if self._units is None:
             candidates = (self._residual(step) for step in self.cuts if step != INPUT)
             found = [unit for unit in candidates if unit is not None]
             found += [before for unit in found for before in self._skips(unit)]
+            inside = {step for unit in found for step in (unit.addition, *unit.branch)}
+            for step in sorted(self._relevant, reverse=True):  # the outer sum is the later one
+                unit = None if step in inside else self._residual(step)
+                if unit is not None and self.trace.num_samples in self._shape(step)[:2]:
+                    inside.update(unit.branch)
+                    found.append(unit)
             self._units = [self._placed(unit, found) for unit in found]
         return self._units
 
@@ -238,9 +256,8 @@ class _Graph:
         while current is not None and current.addition is not None and current.skip is not None:
             step = self.steps[current.addition]
             value = step.inputs[step.positions.index(current.skip)]
-            current = None if self.is_cut(value) else self._residual(value)
+            current = None if self.is_cut(value) else self._residual(value, alone=False)
             if current is not None:
-                current = replace(current, is_cut=False)
                 yield current
 
     def unit_with_output(self, value: int) -> Unit | None:
@@ -248,7 +265,9 @@ class _Graph:
         return next((unit for unit in self.residual_units() if unit.value == value), None)
 
     def entry(self, unit: Unit) -> int:
-        """Return the last cut before the unit's own module begins: its input."""
+        """Return the unit's input: the last cut before its own module begins, or what it takes."""
+        if not unit.is_cut and unit.source is not None:
+            return unit.source
         start = unit.branch[0] if unit.branch else unit.value
         step = self.steps[unit.value if unit.addition is None else unit.addition]
         if step.span > 0:
@@ -259,12 +278,15 @@ class _Graph:
         """Return what changes the size of the map between two units, if anything does."""
         if entry <= last:
             return None
-        span = tuple(s for s in range(last + 1, entry + 1) if s in self._relevant)
-        if not any(self.steps[s].name in WEIGHTED | POOLING for s in span):
+        span = tuple(sorted(self._ancestors(entry, last)))
+        if not any(self._work(span)) or self.steps[entry].ordinal is None:
             return None
-        if self.steps[entry].ordinal is None:
-            return None
-        return Unit(self._module_of(span) or "pool", "pool", entry)
+        path = self._module_of(span)
+        if not any(ran.path == path and ran.output == entry for ran in self.trace.spans):
+            inner = {s for s in self._relevant if self.trace.path(s).startswith(f"{path}.")}
+            if any(self._work(inner.difference(span))):  # that module does more
+                path = self.trace.path(max(s for s in span if any(self._work([s]))))
+        return Unit(path or "pool", "pool", entry)
 
     def kind(self, branch: tuple[int, ...]) -> Kind:
         """Return what a branch is: attention, else a convolution over space, else linear maps."""
@@ -276,59 +298,97 @@ class _Graph:
         return "mlp" if names & ({"linear"} | CONVOLUTIONS) else "other"
 
     def _find_cuts(self) -> list[int]:
-        """Return the values through which every way from the input to the output passes."""
-        last_use = dict.fromkeys([INPUT, *self._relevant], INPUT)
-        for s in self._relevant:
-            for value in self.steps[s].inputs:
-                if value in last_use:
-                    last_use[value] = max(last_use[value], s)
-        cuts, open_until = [INPUT], last_use[INPUT]
+        """Return the values through which every way from the input to the last output passes."""
+        cuts, open_until = [INPUT], max(self._users[INPUT], default=INPUT)
         for s in sorted(self._relevant):
             if open_until <= s:  # no earlier value is used after this one was made
                 cuts.append(s)
-            open_until = max(open_until, last_use[s])
+            open_until = max([open_until, *self._users[s]])
         return cuts
 
-    def _residual(self, s: int) -> Unit | None:
-        """Return the residual unit whose sum is step `s`, if it is one."""
+    def _residual(self, s: int, alone: bool = True) -> Unit | None:
+        """Return the residual unit whose sum is step `s`, if it is one.
+
+        Args:
+            s: The step.
+            alone: Whether its branch must take what its skip takes, and serve nothing else.
+        """
         step = self.steps[s]
         if step.name not in ADDITIONS or len(set(step.inputs)) != 2:
             return None
         if any(step.sizes[position] != step.shape for position in step.positions):
             return None
-        cut = self._last_cut_before(s)
-        behind = [self._ancestors(value, cut) for value in step.inputs]
-        weights = [sum(self.steps[i].name in WEIGHTED for i in steps) for steps in behind]
-        first, second = step.inputs
-        projected = False
-        if first in behind[1] or first == cut:
-            skip = 0
-        elif second in behind[0] or second == cut:
-            skip = 1
-        elif weights[0] == weights[1]:
+        own = [self._own(value, s) for value in step.inputs]
+        work = [self._work(steps) for steps in own]
+        if work[0] == work[1]:
             return None
-        else:
-            skip, projected = (0 if weights[0] < weights[1] else 1), True
-        branch = tuple(sorted(behind[1 - skip] - behind[skip] - {step.inputs[skip]}))
-        if not any(self.steps[i].name in WEIGHTED | POOLING for i in branch):
+        skip = int(work[0] > work[1])
+        value, branch = step.inputs[skip], own[1 - skip]
+        source = self._taken(own[skip]) or {value}
+        if alone and not source <= self._taken(branch):
             return None
-        value = self._end(s)
-        kind = self.kind(branch)
-        return Unit("", kind, value, s, step.positions[skip], projected, branch)
+        size = max(math.prod(self._shape(taken)) for taken in source)
+        branch = branch | self._way(max(source), step.inputs[1 - skip])
+        projected = any(work[skip]) or size != math.prod(step.shape or ())
+        end = self._end(s)
+        return Unit(
+            name="",
+            kind=self.kind(tuple(sorted(branch))),
+            value=end,
+            addition=s,
+            skip=step.positions[skip],
+            source=max(source),
+            projected=projected,
+            branch=tuple(sorted(branch)),
+            is_cut=self.is_cut(end),
+        )
+
+    def _own(self, value: int, s: int) -> set[int]:
+        """Return the steps that reach an output through `value` as a term of the step `s` alone."""
+        own: set[int] = set()
+        todo = {value} if self._users[value] == {s} else set()
+        while (current := max(todo, default=INPUT)) != INPUT:  # users are newer than what they use
+            todo.remove(current)
+            if current == value or self._users[current] <= own:
+                own.add(current)
+                todo.update(self.steps[current].inputs)
+        return own
+
+    def _way(self, start: int, end: int) -> set[int]:
+        """Return the steps by which `end` depends on `start`."""
+        way: set[int] = set()
+        for s in sorted(self._ancestors(end, start)):
+            if not (way | {start}).isdisjoint(self.steps[s].inputs):
+                way.add(s)
+        return way
+
+    def _taken(self, steps: set[int]) -> set[int]:
+        """Return the values that some steps take from others."""
+        return {value for step in steps for value in self.steps[step].inputs} - steps
+
+    def _work(self, steps: Iterable[int]) -> tuple[int, int]:
+        """Return how many steps have weights, or products, and how many pool."""
+        names = [self.steps[step].name for step in steps]
+        return sum(n in WEIGHTED for n in names), sum(n in POOLING for n in names)
+
+    def _shape(self, value: int) -> tuple[int, ...]:
+        return (self.trace.input_shape if value == INPUT else self.steps[value].shape) or ()
 
     def _end(self, s: int) -> int:
         """Return the block's output: the sum, or what its module makes of the sum alone."""
-        owner = self.steps[s].span
-        following = sorted(t for t in self._relevant if t > s)
-        for t in following:
+        owner, size = self.steps[s].span, math.prod(self._shape(s))
+        while len(users := self._users[s]) == 1:
+            (t,) = users
+            if t == len(self.steps):
+                break
             step = self.steps[t]
             inside = owner > 0 and self.trace.inside(t, owner)
             if (
-                not self.is_cut(t)
+                set(step.inputs) != {s}
                 or step.shape is None
                 or step.name in ADDITIONS | WEIGHTED | POOLING
                 or not (inside or step.name in ACTIVATIONS)
-                or math.prod(step.shape) != math.prod(self.steps[s].shape or ())
+                or math.prod(step.shape) != size
             ):
                 break
             s = t
@@ -356,7 +416,7 @@ class _Graph:
         path, whole = ".".join(shared), self.trace.spans[owner].path
         if len(path) <= len(whole):  # some are held elsewhere
             path = self._caller_of(weighted)
-        if path == whole:  # several children: the last one's is the output
+        if path in {"", whole}:  # several children: the last one's is the output
             longer = range(len(shared) + 1, len(paths[-1]) + 1)
             ran = (".".join(paths[-1][:end]) for end in longer)
             path = next((path for path in ran if path in self._ran), path)

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from landscape.blocks.inputs import main_input
-from landscape.objective import predict
+from landscape.objective import outputs_of
 
 INPUT = -1
 """The value that is the model's first input: images, mostly."""
@@ -88,14 +88,14 @@ class Trace:
         spans: Module calls in the order in which they began; the first is the model's.
         num_samples: Samples in the batch that was traced.
         input_shape: Shape of the model's first input tensor.
-        output: Value of the model's logits.
+        outputs: Values of the model's logits, or of all that it returns where there are none.
     """
 
     steps: list[Step] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     num_samples: int = 0
     input_shape: tuple[int, ...] = ()
-    output: int = INPUT
+    outputs: tuple[int, ...] = ()
 
     def inside(self, step: int, span: int) -> bool:
         """Whether a step was called by a module or by one below it."""
@@ -128,16 +128,17 @@ def record(model: nn.Module, inputs: Any) -> Trace:
     with warnings.catch_warnings(), torch.no_grad(), recorder.modules(model), recorder:
         # A compiled part is entered twice: with its wrapper, and by itself.
         warnings.filterwarnings("ignore", ".* when there are global hooks on modules", UserWarning)
-        logits = predict(model, inputs)
+        returned = _tensors(outputs_of(model, inputs))
     trace = recorder.trace
     trace.num_samples, trace.input_shape = len(first), tuple(first.shape)
-    if id(logits) not in recorder.values:
+    values = (recorder.values.get(id(t), INPUT) for t in returned)
+    trace.outputs = tuple(dict.fromkeys(value for value in values if value != INPUT))
+    if not trace.outputs:
         raise ValueError(
             f"`model` must compute its outputs by torch functions, got outputs of a "
             f"{type(model).__name__} whose inside cannot be seen; pass the module that it was "
             "scripted or exported from."
         )
-    trace.output = recorder.values[id(logits)]
     return trace
 
 

@@ -21,6 +21,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ from landscape.blocks.structure import (
 from landscape.blocks.tracing import Trace, function_name, record
 from landscape.caches import Cache, caches_of, emptied
 from landscape.kept import keeps_tensors
-from landscape.objective import predict
+from landscape.objective import as_logits, outputs_of
 from landscape.restore import eval_mode, untouched
 from landscape.switches import eagerly, without_fast_path
 
@@ -136,12 +137,15 @@ class Blocks:
             inputs: A batch for the model: a tensor, or a mapping of keyword arguments; it is moved
                 to the device and the precision of the model.
         """
+        return as_logits(self._outputs(inputs))
+
+    def _outputs(self, inputs: Any) -> Any:
         with paused():  # no call of the trace
             inputs = Placement.of(self.model).place(inputs)
         with eval_mode(self.model), emptied(self._caches), eagerly(), without_fast_path():
-            return predict(self.model, inputs)
+            return outputs_of(self.model, inputs)
 
-    def visit(self, inputs: Any, visitor: Visitor) -> Tensor:
+    def visit(self, inputs: Any, visitor: Visitor) -> Any:
         """Run the model once and show every block's output as it appears.
 
         Only the output at hand is kept, whatever the number of blocks. Gradients flow unless the
@@ -153,7 +157,7 @@ class Blocks:
                 later layers may overwrite, or `(n, features)` where `block.is_map` is false.
 
         Returns:
-            The logits.
+            The logits; what the model returns where it has none.
 
         Raises:
             ValueError: If the model makes other calls than in its trace.
@@ -169,7 +173,7 @@ class Blocks:
             for ordinal, ending in shown.items()
         }
         with ControlledPass(handlers):
-            return self.predict(inputs)
+            return self._outputs(inputs)
 
     def capture(self, inputs: Any) -> Features:
         """Return every block's output by name, each a copy `(n, c, h, w)`, from one forward pass.
@@ -232,14 +236,25 @@ class Blocks:
         return known or self._remember(inputs, self._record(inputs))
 
     def _record(self, inputs: Any) -> Trace:
+        trace = self._record_of(inputs, _TRACED)
+        shapes = [step.shape[:2] for step in trace.steps if step.shape and len(step.shape) == 3]
+        if (_TRACED, _TRACED) in shapes:  # as many tokens: which axis is that of the samples?
+            lengths = set().union(*shapes)
+            trace = self._record_of(inputs, next(n for n in count(4) if n not in lengths))
+        return trace
+
+    def _record_of(self, inputs: Any, size: int) -> Trace:
         placement = Placement.of(self.model)
-        example = resized(self.model, placement.place(inputs), _TRACED)
+        example = resized(self.model, placement.place(inputs), size)
         with paused(), untouched(self.model), eagerly(), without_fast_path(), torch.no_grad():
             if not keeps_tensors(self.model):
                 trace = record(self.model, example)
+                if any(not step.sizes and step.shape for step in trace.steps):
+                    # What it makes of nothing it may look up from now on, in `functools.lru_cache`.
+                    trace = record(self.model, example)
                 if not keeps_tensors(self.model):
                     return trace
-            found = caches_of(self.model, functools.partial(predict, self.model, example))
+            found = caches_of(self.model, functools.partial(outputs_of, self.model, example))
             self._caches += [cache for cache in found if cache not in self._caches]
             with emptied(self._caches):
                 return record(self.model, example)
