@@ -69,7 +69,7 @@ class PublishedCorruptions:
             Bytes `(n, 3, h, w)` on the CPU.
 
         Raises:
-            ValueError: If labels or sizes differ from those of the files.
+            ValueError: If labels or sizes differ from those of the files, or a file is damaged.
         """
         part = slice(start, start + len(pixels))
         known = self.labels[part]
@@ -212,7 +212,14 @@ def _imagenet_c(folders: dict[str, Path]) -> PublishedCorruptions:
 
     def read(name: str, severity: int, samples: slice) -> np.ndarray:
         check_choice("name", name, tuple(folders))
-        return np.stack([_decoded(folders[name] / str(severity) / file) for file in files[samples]])
+        folder = folders[name] / str(severity)
+        images = [_decoded(folder / file) for file in files[samples]]
+        if len(shapes := {image.shape for image in images}) > 1:
+            raise ValueError(
+                f"`source` must hold images of one size, got {sorted(shapes)} in {folder}; prepare "
+                "them as the published ones were."
+            )
+        return np.stack(images)
 
     return PublishedCorruptions("ImageNet-C", tuple(folders), severities, labels, read)
 
@@ -226,5 +233,10 @@ def _image_files(folder: Path) -> list[Path]:
 def _decoded(file: Path) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # damaged bytes raise anything
+        raise ValueError(
+            f"`source` must hold whole images, got {file} ({error}); fetch it again."
+        ) from error

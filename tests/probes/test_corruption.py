@@ -359,7 +359,14 @@ def test_published_imagenet_c_is_read_in_the_order_of_folders(tmp_path):
     )  # fmt: skip
     assert result.profile == "ImageNet-C"
     assert np.isfinite(result.nll).all()
-    next((tmp_path / "weather" / "fog" / "2").glob("*/*")).unlink()
+    file = tmp_path / "weather" / "fog" / "2" / classes[1] / "ILSVRC2012_val_00000030.JPEG"
+    Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(file)
+    with pytest.raises(ValueError, match=r"images of one size, got \[\(32.*\(40.* in .*fog.2;"):
+        source.take("fog", 2, 2, pixels[2:5], y[2:5])
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"`source` must hold whole images, got .*0030\.JPEG"):
+        source.take("fog", 2, 2, pixels[2:5], y[2:5])
+    file.unlink()
     with pytest.raises(ValueError, match="fog/2 differs from defocus_blur/1; is it complete"):
         load_published_corruptions(tmp_path)
 
