@@ -81,8 +81,12 @@ class FolderImages:
         files = [
             (file, label)
             for label, folder in enumerate(folders)
-            for file in sorted(folder.rglob("*"))
-            if file.suffix.lower() in _SUFFIXES and file.is_file()
+            for file in sorted(
+                Path(parent, name)
+                for parent, _, names in os.walk(folder, followlinks=True)
+                for name in names
+            )
+            if file.suffix.lower() in _SUFFIXES
         ]
         if not files:
             raise ValueError(

@@ -96,6 +96,18 @@ def test_sixteen_bits_are_scaled(tmp_path):
     torch.testing.assert_close(images[0], images[1])
 
 
+def test_links_to_folders_and_to_images_count(root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "c").symlink_to(root / "b")
+    (elsewhere / "d").mkdir()
+    (elsewhere / "d" / "part").symlink_to(root / "a")
+    images = FolderImages(elsewhere, size=8)
+    assert torch.cat([y for _, y in images]).tolist() == [0, 0, 0, 1, 1]
+    (elsewhere / "d" / "gone.png").symlink_to(root / "gone.png")
+    with pytest.raises(ValueError, match=r"whole images, got .*gone\.png"):
+        list(FolderImages(elsewhere, size=8))
+
+
 def test_an_image_of_too_many_pixels_for_pillow_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "0.png")
