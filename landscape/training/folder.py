@@ -122,11 +122,13 @@ class FolderImages:
         try:
             with Image.open(file) as opened:
                 image: Image.Image = opened
-                if opened.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
-                    wide = np.asarray(opened).astype(np.float64) / 257
-                    image = Image.fromarray(wide.round().clip(0, 255).astype(np.uint8))
+                if opened.mode[0] in "IF":  # over 8 bits, which `convert` would cut off at 255
+                    wide = np.asarray(opened).astype(np.float64)
+                    if opened.mode == "F" or wide.min() < 0 or wide.max() > 65535:
+                        raise ValueError("pixels of 32 bits, whose full scale is unknown")
+                    image = Image.fromarray((wide / 257).round().astype(np.uint8))
                 image = image.convert("RGB")
-        except Exception as error:  # damaged bytes, or too many pixels
+        except Exception as error:  # damaged bytes, too many pixels, or bits
             raise ValueError(f"`root` must hold whole images, got {file} ({error}).") from error
         # Sizes and corners are rounded as torchvision does.
         sides = (1, 1) if self._squash else image.size

@@ -96,6 +96,22 @@ def test_sixteen_bits_are_scaled(tmp_path):
     torch.testing.assert_close(images[0], images[1])
 
 
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.linspace(0, 1, 64, dtype=np.float32),
+        np.linspace(0, 2**31 - 1, 64).astype(np.int32),
+        np.linspace(-32768, 32767, 64).astype(np.int32),
+    ],
+    ids=["floats", "32 bits", "signed"],
+)
+def test_pixels_of_unknown_full_scale_are_refused(tmp_path, pixels):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels.reshape(8, 8)).save(tmp_path / "a" / "0.tif")
+    with pytest.raises(ValueError, match=r"got .*0.tif \(pixels of 32 bits, whose full scale"):
+        list(FolderImages(tmp_path))
+
+
 def test_links_to_folders_and_to_images_count(root, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "c").symlink_to(root / "b")
