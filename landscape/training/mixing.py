@@ -203,6 +203,11 @@ def recipe(
         check_at_least(name, alpha, 0)
     chain: list[Transform] = [Denormalize(mean, std)]
     if randaugment is None:
+        if len(mean) not in (1, 3):
+            raise ValueError(
+                f"`mean` must have 1 or 3 channels for RandAugment, got {len(mean)}; leave it out "
+                "with `randaugment=RandAugment(num_ops=0)`."
+            )
         colour = (min(max(float(value), 0.0), 1.0) for value in mean)
         randaugment = RandAugment(fill=tuple(round(255 * value) for value in colour))
     mixing: list[Transform] = [Mixup(mixup)] if mixup else []

@@ -265,6 +265,14 @@ def test_a_recipe_refuses_its_own_arguments(arguments, match):
         recipe((0.5,), (0.25,), 3, **arguments)
 
 
+def test_a_recipe_for_other_channels_says_what_to_leave_out():
+    mean, std, x = (0.5,) * 4, (0.25,) * 4, torch.randn(4, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"`mean` must have 1 or 3 .*, got 4; .*num_ops=0"):
+        recipe(mean, std, 3)
+    transform = recipe(mean, std, 3, randaugment=RandAugment(num_ops=0))
+    assert transform(x, torch.arange(4) % 3, generator())[0].shape == x.shape
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="`alpha` must be positive, got 0"):
         Mixup(0.0)
