@@ -3,17 +3,19 @@
 Grids whose every value is known are given to the rule of `loss_surface(tol=…)`, which asks for a
 part of the values, interpolates the others and reports the largest error that it expects there.
 The true largest error is divided by the reported one: above 1 the report was too small. The grids:
-the surfaces that Park & Kim published (their CSV files, where they are given), at 60 tolerances
-from 0.001 to 0.5; and random functions on grids of 11 to 41 points a side, each at a tolerance from
-0.001 to 0.5 (log-uniform): sums of one to five bumps, waves or ridges of width 0.1 to 2 on
-[-1, 1]², on even grids, on uneven ones (uniform coordinates, or powers of even ones), rounded to
-multiples of 1/64 as an accuracy over 64 samples is, and with a pit three steps wide at the origin,
-where a loss is sharpest and a grid is looked at first, or anywhere.
+the surfaces that Park & Kim published (their CSV files: those given, or those in the folder that
+the environment variable LANDSCAPE_REFERENCE names, as for the tests), at 60 tolerances from 0.001
+to 0.5; and random functions on grids of 11 to 41 points a side, each at a tolerance from 0.001 to
+0.5 (log-uniform): sums of one to five bumps, waves or ridges of width 0.1 to 2 on [-1, 1]², on even
+grids, on uneven ones (uniform coordinates, or powers of even ones), rounded to multiples of 1/64 as
+an accuracy over 64 samples is, and with a pit three steps wide at the origin, where a loss is
+sharpest and a grid is looked at first, or anywhere.
 
-    python benchmarks/adaptive.py [--published VIT.csv RESNET.csv] [--functions 600]
+    python benchmarks/adaptive.py [--published VIT.csv RESNET.csv] [--functions 1000]
 """
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from landscape.probes.adaptive import interpolate
 OUTPUT = Path(__file__).parent / "results" / "adaptive.json"
 Grid = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Coordinates `(p,)` and `(q,)`; values `(p, q)` to interpolate, and a part known beside."""
+Axis = Callable[[np.random.Generator, int], np.ndarray]
+"""Draws the coordinates of a given number of points."""
 
 
 def judge(grid: Grid, tol: float) -> dict[str, float]:
@@ -68,9 +72,6 @@ def uneven(rng: np.random.Generator, points: int) -> np.ndarray:
         return drawn - drawn[np.abs(drawn).argmin()]
     plain = np.linspace(-1, 1, points)
     return np.sign(plain) * np.abs(plain) ** rng.uniform(1.5, 3)
-
-
-Axis = Callable[[np.random.Generator, int], np.ndarray]
 
 
 def random_grid(rng: np.random.Generator, axis: Axis) -> Grid:
@@ -167,8 +168,10 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Judge all grids, print a table, write `results/adaptive.json` and its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--published", type=Path, nargs="*", default=[], help="CSV files")
-    parser.add_argument("--functions", type=int, default=600, help="of each family")
+    folder = os.environ.get("LANDSCAPE_REFERENCE")
+    files = sorted(Path(folder).glob("*_losslandscape.csv")) if folder else []
+    parser.add_argument("--published", type=Path, nargs="*", default=files, help="CSV files")
+    parser.add_argument("--functions", type=int, default=1000, help="of each family")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     described = machine.describe(("numpy",))

@@ -329,7 +329,7 @@ class _Graph:
             return None
         size = max(math.prod(self._shape(taken)) for taken in source)
         branch = branch | self._way(max(source), step.inputs[1 - skip])
-        projected = any(work[skip]) or size != math.prod(step.shape or ())
+        projected = any(work[skip]) or size != math.prod(self._shape(s))
         end = self._end(s)
         return Unit(
             name="",
