@@ -9,6 +9,7 @@ import glob
 import io
 import json
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -196,9 +197,10 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        if _has_ended(part.suffixes[-2][1:]):
+        if _has_ended(part.suffixes[-2][1:].partition("-")[0]):
             part.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{writer}.part")
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -172,14 +173,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
+def test_threads_may_write_one_file(tmp_path):
+    contents = [bytes([thread]) * 10_000 for thread in range(4)] * 25
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda content: write_atomically(tmp_path / "a.bin", content), contents))
+    assert (tmp_path / "a.bin").read_bytes() in contents
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     process = subprocess.Popen(["true"])
     process.wait()
-    names = [f".a.bin.{process.pid}.part", f".a.bin.{os.getppid()}.part", ".a.bin.part", ".b.part"]
-    for name in names:
+    kept = [f".a.bin.{os.getppid()}.part", ".a.bin.part", ".b.part"]
+    for name in [f".a.bin.{process.pid}.part", f".a.bin.{process.pid}-7.part", *kept]:
         (tmp_path / name).touch()
     write_atomically(tmp_path / "a.bin", b"new")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", *names[1:]}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", *kept}
 
 
 def test_results_hold_no_objects():
