@@ -1097,6 +1097,38 @@ def test_a_scaled_skip_is_no_projection(block, images):
             torch.testing.assert_close(model(images), expected)
 
 
+class SideBySide(nn.Module):
+    """Three branches of one input, or of one normalisation of it, added one after the other."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.norm, self.shared = nn.InstanceNorm2d(3, affine=True), shared
+        self.first, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.second = nn.Sequential(nn.Conv2d(3, 6, 1), nn.GELU(), nn.Conv2d(6, 3, 1))
+
+    def forward(self, x):
+        y = self.norm(x) if self.shared else x
+        return self.third(y) + (x + self.first(y) + self.second(y))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_branches_that_are_added_one_after_the_other_are_blocks_each(shared, images):
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = build(lambda: nn.Sequential(SideBySide(shared), SideBySide(shared), *ends)).eval()
+    blocks = Blocks(model, example=images)
+    names = [f"{i}.{name}" for i in range(2) for name in ("first", "second", "third")]
+    assert blocks.names == (*names, "head")
+    assert [block.kind for block in blocks][:3] == ["conv", "mlp", "conv"]
+    features = blocks.capture(images)
+    y = model[0].norm(images) if shared else images
+    torch.testing.assert_close(features["0.first"], images + model[0].first(y))
+    torch.testing.assert_close(features["0.third"], model[0](images))
+    for name in names:
+        expected = without(model, name, Zero)(images)
+        with blocks.lesion(name):
+            torch.testing.assert_close(model(images), expected)
+
+
 # --- several inputs ------------------------------------------------------------------------------
 
 

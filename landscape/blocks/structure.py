@@ -4,7 +4,8 @@ A value is a *cut* when everything that reaches the output passes through it. A 
 addition whose sum is a cut and one of whose terms, the skip, is an ancestor of the other, the
 branch, or (a projection) the shorter way from the last cut. That is how every residual network is
 built, whatever its classes are called: a transformer block has two such sums, one behind the
-attention and one behind the MLP. What the branch computes says of which kind the unit is.
+attention and one behind the MLP; where they work side by side, `x + f(x) + g(x)`, the sum before is
+the skip of the next. What the branch computes says of which kind the unit is.
 
 Where something else is handed on beside the sums (a query that all blocks of a stage share), those
 before the last one are no cuts; they are found as the skips of the sums behind them. Where maps are
@@ -319,13 +320,16 @@ class _Graph:
         if any(step.sizes[position] != step.shape for position in step.positions):
             return None
         own = [self._own(value, s) for value in step.inputs]
+        before = self._sum_before(s, own)
+        if before is not None:  # the branches of the sum before are blocks of their own
+            own[before[0]] = set()
         work = [self._work(steps) for steps in own]
         if work[0] == work[1]:
             return None
         skip = int(work[0] > work[1])
         value, branch = step.inputs[skip], own[1 - skip]
-        source = self._taken(own[skip]) or {value}
-        if alone and not source <= self._taken(branch):
+        source = self._taken(own[skip]) or {value if before is None else before[1]}
+        if alone and before is None and not source <= self._taken(branch):
             return None
         size = max(math.prod(self._shape(taken)) for taken in source)
         branch = branch | self._way(max(source), step.inputs[1 - skip])
@@ -342,6 +346,29 @@ class _Graph:
             branch=tuple(sorted(branch)),
             is_cut=self.is_cut(end),
         )
+
+    def _sum_before(self, s: int, own: list[set[int]]) -> tuple[int, int] | None:
+        """Return which term is `x + f(x)` in the sum `s` of `x + f(x) + g(x)`, and `x`."""
+        values = self.steps[s].inputs[:2]
+        for position, value in enumerate(values):
+            terms = self._terms(value, s)
+            if len(terms) > 1 and any(self._work(own[1 - position])):
+                parts = {*terms, values[1 - position]}
+                for x in terms:
+                    if all(self._way(x, part) for part in parts - {x}):
+                        return position, x
+        return None
+
+    def _terms(self, value: int, s: int) -> list[int]:
+        """Return what is added up to `value`, which serves the step `s` alone if it is a sum."""
+        terms, todo = [], [(value, s)]
+        while todo:
+            value, s = todo.pop()
+            if self._users[value] == {s} and value != INPUT and self.steps[value].name in ADDITIONS:
+                todo += [(term, value) for term in self.steps[value].inputs]
+            else:
+                terms.append(value)
+        return terms
 
     def _own(self, value: int, s: int) -> set[int]:
         """Return the steps that reach an output through `value` as a term of the step `s` alone."""
