@@ -1129,6 +1129,33 @@ def test_branches_that_are_added_one_after_the_other_are_blocks_each(shared, ima
             torch.testing.assert_close(model(images), expected)
 
 
+class Adds(nn.Module):
+    def __init__(self, out, skips):
+        super().__init__()
+        self.conv, self.skips = nn.Conv2d(6, out, 1), skips
+
+    def forward(self, x, branch):
+        branch = self.conv(branch)
+        return branch + x if self.skips else branch
+
+
+class Layered(nn.Module):
+    """As transformers' EfficientNet: a child of the block makes the sum."""
+
+    def __init__(self, channels, out):
+        super().__init__()
+        self.expand, self.project = nn.Conv2d(channels, 6, 3, padding=1), Adds(out, channels == out)
+
+    def forward(self, x):
+        return self.project(x, self.expand(x).relu())
+
+
+def test_a_child_that_adds_is_not_the_block(images):
+    model = build(lambda: nn.Sequential(Layered(3, 3), Layered(3, 4), Layered(4, 4), nn.Flatten()))
+    blocks = Blocks(model.eval(), example=images)
+    assert [(block.name, block.kind) for block in blocks][:3] == [(n, "conv") for n in "012"]
+
+
 # --- several inputs ------------------------------------------------------------------------------
 
 

@@ -421,11 +421,21 @@ class _Graph:
             s = t
         return s
 
+    def owner(self, unit: Unit, units: list[Unit]) -> int:
+        """Return the span that adds, or one around it that holds the branch and no other sum."""
+        assert unit.addition is not None
+        adds = owner = self.steps[unit.addition].span
+        weighted = [s for s in unit.branch if self.steps[s].name in WEIGHTED]
+        while owner > 0 and not all(self.trace.inside(s, owner) for s in weighted):
+            owner = self.trace.spans[owner].parent
+        sums = sum(self.trace.inside(u.addition or 0, owner) for u in units)
+        is_unit = owner > 0 and self.trace.spans[owner].output == unit.value and sums == 1
+        return owner if is_unit else adds
+
     def _placed(self, unit: Unit, units: list[Unit]) -> Unit:
         """Name a unit by the module that it is, or else by the module that holds its branch."""
-        assert unit.addition is not None
-        owner = self.steps[unit.addition].span
-        alone = sum(self.steps[u.addition or 0].span == owner for u in units) == 1
+        owner = self.owner(unit, units)
+        alone = sum(self.steps[u.addition or 0].span == owner for u in units) <= 1
         if owner > 0 and alone and self.trace.spans[owner].output == unit.value:
             return replace(unit, name=self.trace.spans[owner].path)
         return replace(unit, name=self._module_of(unit.branch, owner))
@@ -474,7 +484,7 @@ class _Graph:
 def _plain_siblings(graph: _Graph, units: list[Unit]) -> Iterator[Unit]:
     """Yield blocks of the same classes that have no residual sum (they change the size)."""
     trace, steps = graph.trace, graph.steps
-    owners = [steps[unit.addition].span for unit in units if unit.addition is not None]
+    owners = [graph.owner(unit, units) for unit in units]
     kinds = {trace.spans[owner].kind for owner in owners if owner > 0}
     kinds -= {nn.Module, nn.Sequential}
     for index, span in enumerate(trace.spans):
