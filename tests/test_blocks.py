@@ -1156,6 +1156,39 @@ def test_a_child_that_adds_is_not_the_block(images):
     assert [(block.name, block.kind) for block in blocks][:3] == [(n, "conv") for n in "012"]
 
 
+class Pieces(nn.Module):
+    """As MobileViT: pieces of the map along the batch axis, between two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
+        self.inner = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        y = self.first(x).reshape(n, 8, h // 2, 2, w // 2, 2).permute(0, 3, 5, 2, 4, 1)
+        y = y.reshape(4 * n, h * w // 4, 8)
+        for layer in self.inner:
+            y = y + layer(y)
+        y = y.reshape(n, 2, 2, h // 2, w // 2, 8).permute(0, 5, 3, 1, 4, 2)
+        return torch.cat([x, self.last(y.reshape(n, 8, h, w))], 1)
+
+
+def test_blocks_of_pieces_along_the_batch_axis_are_found(images):
+    ends = nn.Conv2d(6, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = build(lambda: nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), Pieces(), *ends)).eval()
+    blocks = Blocks(model, example=images)
+    inner = [block.name for block in blocks if block.kind == "mlp"]
+    assert inner == ["1.inner.0", "1.inner.1"]
+    features = blocks.capture(images)
+    h, w = images.shape[2:]
+    assert all(features[name].shape == (4 * len(images), 8, h // 2, w // 2) for name in inner)
+    for name in inner:
+        expected = without(model, name, Zero)(images)
+        with blocks.lesion(name):
+            torch.testing.assert_close(model(images), expected)
+
+
 # --- several inputs ------------------------------------------------------------------------------
 
 

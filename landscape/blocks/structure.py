@@ -245,7 +245,7 @@ class _Graph:
             inside = {step for unit in found for step in (unit.addition, *unit.branch)}
             for step in sorted(self._relevant, reverse=True):  # the outer sum is the later one
                 unit = None if step in inside else self._residual(step)
-                if unit is not None and self.trace.num_samples in self._shape(step)[:2]:
+                if unit is not None and self._is_of_samples(step):
                     inside.update(unit.branch)
                     found.append(unit)
             self._units = [self._placed(unit, found) for unit in found]
@@ -359,6 +359,16 @@ class _Graph:
                         return position, x
         return None
 
+    def _is_whole(self, value: int) -> bool:
+        """Whether the first or the second axis of a value is that of the samples."""
+        return self.trace.num_samples in self._shape(value)[:2]
+
+    def _is_of_samples(self, value: int) -> bool:
+        """Whether a value is whole, or its first axis that of pieces of the samples."""
+        shape = self._shape(value)
+        pieces = len(shape) > 2 and shape[0] % self.trace.num_samples == 0
+        return pieces or self._is_whole(value)
+
     def _terms(self, value: int, s: int) -> list[int]:
         """Return what is added up to `value`, which serves the step `s` alone if it is a sum."""
         terms, todo = [], [(value, s)]
@@ -416,6 +426,7 @@ class _Graph:
                 or step.name in ADDITIONS | WEIGHTED | POOLING
                 or not (inside or step.name in ACTIVATIONS)
                 or math.prod(step.shape) != size
+                or self._is_whole(t) != self._is_whole(s)
             ):
                 break
             s = t
