@@ -1189,6 +1189,31 @@ def test_blocks_of_pieces_along_the_batch_axis_are_found(images):
             torch.testing.assert_close(model(images), expected)
 
 
+class Adder(nn.Module):
+    """As LinkNet, DPT and FPNs: the decoder adds what comes from below to the encoder's maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = SMALL["resnet"]()
+        self.up = nn.ModuleList([nn.Conv2d(8, 4, 1), nn.Conv2d(16, 8, 1)])
+
+    def forward(self, x):
+        x, maps = self.net.stem(x), []
+        for stage in self.net.stages:
+            x = stage(x)
+            maps.append(x)
+        for lateral, below in zip(self.up[::-1], maps[-2::-1], strict=True):
+            x = below + F.interpolate(lateral(x), size=below.shape[2:])
+        return x.mean((2, 3))
+
+
+def test_a_decoder_that_adds_hides_no_block_of_the_encoder(images):
+    model = build(Adder).eval()
+    plain, blocks = Blocks(model.net, example=images), Blocks(model, example=images)
+    inner = [f"net.{name}" for name in plain.names[1:-1]]
+    assert [name for name in blocks.names if name.startswith("net.")] == inner
+
+
 # --- several inputs ------------------------------------------------------------------------------
 
 

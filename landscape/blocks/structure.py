@@ -10,7 +10,8 @@ the skip of the next. What the branch computes says of which kind the unit is.
 Where something else is handed on beside the sums (a query that all blocks of a stage share), those
 before the last one are no cuts; they are found as the skips of the sums behind them. Where maps are
 handed on to be concatenated (U-Nets), or streams run beside each other, a sum is one whose branch
-serves nothing else, begins where its skip does, and lies in no other branch.
+serves nothing else, begins where its skip does, and lies in no other branch. Where a decoder adds
+the maps of an encoder, the branches of these sums are networks, whose units are the blocks.
 """
 
 import math
@@ -242,10 +243,11 @@ class _Graph:
             candidates = (self._residual(step) for step in self.cuts if step != INPUT)
             found = [unit for unit in candidates if unit is not None]
             found += [before for unit in found for before in self._skips(unit)]
+            found = [unit for unit in found if not self._is_network(unit)]
             inside = {step for unit in found for step in (unit.addition, *unit.branch)}
             for step in sorted(self._relevant, reverse=True):  # the outer sum is the later one
                 unit = None if step in inside else self._residual(step)
-                if unit is not None and self._is_of_samples(step):
+                if unit and self._is_of_samples(step) and not self._is_network(unit):
                     inside.update(unit.branch)
                     found.append(unit)
             self._units = [self._placed(unit, found) for unit in found]
@@ -346,6 +348,19 @@ class _Graph:
             branch=tuple(sorted(branch)),
             is_cut=self.is_cut(end),
         )
+
+    def _is_network(self, unit: Unit) -> bool:
+        """Whether a branch is little else than residual units in a row, which are the blocks then.
+
+        A decoder that adds maps of the encoder makes a branch of what lies between the two.
+        """
+        branch = set(unit.branch)
+        sums = (self._residual(s) for s in unit.branch)
+        inner = [u for u in sums if u is not None and branch.issuperset(u.branch)]
+        ends = {u.value for u in inner}
+        ways = (self._way(u.source, u.value) for u in inner if u.source is not None)
+        few = 4 * self._work(branch.difference(*ways))[0] < self._work(branch)[0]
+        return few and any(u.source in ends for u in inner)
 
     def _sum_before(self, s: int, own: list[set[int]]) -> tuple[int, int] | None:
         """Return which term is `x + f(x)` in the sum `s` of `x + f(x) + g(x)`, and `x`."""
