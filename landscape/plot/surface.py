@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D
 from numpy.typing import NDArray
 
@@ -187,6 +188,8 @@ def _draw_surface3d(
         heights, floor, ceiling = np.log10(heights), np.log10(floor), np.log10(ceiling)
         label = log_label(label)
     ax.set_zticks(ticks, written)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
     longest = max(0 if "$" in text else len(text) for text in written)
     _make_room(ax, longest)
     # No layout keeps room for the labels of a box.

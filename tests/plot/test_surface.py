@@ -1,3 +1,5 @@
+import itertools
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -208,6 +210,16 @@ def test_heights_are_written_as_they_are_in_few_characters(scale):
     labels = [text.get_text() for text in ax.get_zticklabels()]
     np.testing.assert_allclose([float(label) for label in labels], ax.get_zticks())
     assert max(map(len, labels)) <= 7
+
+
+def test_ticks_of_a_box_of_a_column_do_not_overlap():
+    with mpl.rc_context({**plot.style.rc(), "figure.figsize": (plot.style.COLUMN_WIDTH, 2.6)}):
+        ax = plot.loss_surface(surface())
+        ax.figure.draw_without_rendering()
+        for axis in (ax.xaxis, ax.yaxis):
+            drawn = [each.label1.get_window_extent() for each in axis.get_major_ticks()]
+            assert len(drawn) > 2
+            assert not any(a.overlaps(b) for a, b in itertools.pairwise(drawn))
 
 
 def test_line_draws_the_values_and_two_standard_errors():
