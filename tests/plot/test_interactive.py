@@ -71,6 +71,11 @@ def test_polar_paths_have_degrees_steps_and_family_colours():
     assert wide.layout.polar.sector == (0, 180)
 
 
+def test_a_path_that_diverged_leaves_others_their_sector():
+    paths = {"diverged": polar((np.nan,) * 4, (np.nan,) * 4), "b": polar(angle=(0, 1, 2, np.nan))}
+    assert plot.interactive.polar_trajectory(paths).layout.polar.sector == (0, 180)
+
+
 @pytest.mark.parametrize("log", [False, True])
 def test_spectra_have_halves_apart_and_every_eigenvalue(log):
     result = random_spectrum()

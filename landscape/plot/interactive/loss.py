@@ -115,7 +115,7 @@ def polar_trajectory(result: "PolarTrajectory | Mapping[str, PolarTrajectory]") 
                 hovertemplate="step %{customdata}<br>r = %{r:.3g}<br>θ = %{theta:.3g}°",
             )
         )
-    widest = max(float(np.max(known_angles(one), initial=0.0)) for one in named.values())
+    widest = max(float(np.nanmax(known_angles(one), initial=0.0)) for one in named.values())
     sector = [0, 180 if widest > np.pi / 2 else 90]
     figure.update_layout(**LOOK, polar={"sector": sector, "radialaxis_title": "‖Δw_t‖ / ‖Δw_0‖"})
     return figure
