@@ -160,6 +160,18 @@ def test_edges_show_eigenvalues_with_residuals_hollow_where_not_converged(with_d
     assert both.layout.title.text == "ResNet: trace 20 ± 1.5; ViT: trace 20 ± 1.5"
 
 
+def test_axes_have_the_units_of_the_static_plots():
+    draw, eigenvalue = plot.interactive, "Hessian eigenvalue λ (nats)"
+    a, b = "a (units of d₁)", "b (units of d₂)"
+    path = draw.trajectory(trajectory([(1, 2), (0, 0)])).layout
+    assert (path.xaxis.title.text, path.yaxis.title.text) == (a, b)
+    scene = draw.loss_surface(surface()).layout.scene
+    assert (scene.xaxis.title.text, scene.yaxis.title.text) == (a, b)
+    assert draw.loss_line(line([3, 1, 2])).layout.xaxis.title.text == a
+    assert draw.spectral_density(density()).layout.xaxis.title.text == eigenvalue
+    assert draw.hessian_spectrum(full_spectrum(False)).layout.xaxis.title.text == eigenvalue
+
+
 def test_every_result_with_axes_of_its_own_has_an_interactive_figure():
     static = {"block_diagram"}  # of structure: there is nothing to read off
     assert set(plot.__all__[: plot.__all__.index("run_columns")]) - static == set(
