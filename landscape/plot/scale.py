@@ -131,11 +131,17 @@ def nice_ticks(norm: Normalize) -> list[float]:
 def tick_texts(ticks: Sequence[float], power: str = "$10^{{{}}}$") -> list[str]:
     """Return ticks in words, as powers where some have many digits and all are powers of ten.
 
+    Others have the digits, six at most where these will do, that tell each from the next.
+
     Args:
-        ticks: Values.
+        ticks: Values, in ascending order.
         power: How 10 to the power of `{}` is written.
     """
+    exact, digits = 0.01 * np.diff(ticks).min(), 6
     plain = [f"{tick:g}" for tick in ticks]
+    while digits < 17 and np.abs(np.subtract([*map(float, plain)], ticks)).max() > exact:
+        digits += 1
+        plain = [f"{tick:.{digits}g}" for tick in ticks]
     if min(ticks) <= 0 or max(map(len, plain)) <= _LONGEST:
         return plain
     powers = [round(math.log10(tick)) for tick in ticks]

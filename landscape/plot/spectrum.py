@@ -50,7 +50,7 @@ def spectral_density(
         return style.draw_each(partial(spectral_density, **line), result, ax, label)
     style.check_result(result, "SpectralDensity")
     ax = ax if ax is not None else style.fresh_axes()
-    width = rf"$\sigma$ = {number(result.sigma)}"
+    width = f"σ = {number(result.sigma)}"
     entry = f"density, {width}" if label is None else texts.wrapped_entries({label: width})[label]
     look = {} if label is None else style.added_line(ax, entry)
     _draw_density(ax, result, {**look, "label": entry, **line})
@@ -113,7 +113,7 @@ def hessian_spectrum(
     ax = ax if ax is not None else style.fresh_axes()
     if result.density is None and not ax.has_data():
         ax.set(xlabel=LABEL, yticks=[])
-    trace = rf"trace {number(result.trace)} $\pm$ {number(result.trace_stderr)}"
+    trace = f"trace {number(result.trace)} ± {number(result.trace_stderr)}"
     if label is None:
         _draw_alone(ax, result, trace, line)
     else:

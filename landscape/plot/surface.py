@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D
 from numpy.typing import NDArray
 
@@ -181,14 +181,17 @@ def _draw_surface3d(
     x, y = np.meshgrid(result.x, result.y, indexing="ij")
     inside = np.ma.masked_outside(values, *norm_ends(norm))
     heights = inside.filled(np.nan)
-    longest, (floor, ceiling) = 0, norm_ends(norm)
+    ticks, (floor, ceiling) = nice_ticks(norm), norm_ends(norm)
+    written = tick_texts(ticks)
     if isinstance(norm, LogNorm):  # 3D axes have no log scale of their own: log10, labelled back
-        ticks = nice_ticks(norm)
-        ax.set_zticks(np.log10(ticks), tick_texts(ticks))
+        ticks = np.log10(ticks).tolist()
         heights, floor, ceiling = np.log10(heights), np.log10(floor), np.log10(ceiling)
         label = log_label(label)
-    else:
-        longest = _tick_heights(ax, floor, ceiling)
+    ax.set_zticks(ticks, written)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
+    longest = max(0 if "$" in text else len(text) for text in written)
+    _make_room(ax, longest)
     # No layout keeps room for the labels of a box.
     narrow = ax.get_window_extent().width < _NARROW * ax.figure.dpi
     ax.set_box_aspect(None, zoom=(0.8 if narrow else 1) * (0.85 if longest > 7 else 1))
@@ -206,22 +209,12 @@ def _draw_surface3d(
     ax.set(xlim=(result.x.min(), result.x.max()), ylim=(result.y.min(), result.y.max()))
 
 
-def _tick_heights(ax: Any, floor: float, ceiling: float) -> int:
-    """Write ticks in full, as an offset would stand over the label, and move the label aside.
-
-    Returns:
-        Characters of the longest tick.
-    """
-    locator, written = MaxNLocator(5), ScalarFormatter(useOffset=False)
-    written.set_scientific(False)
-    ax.zaxis.set_major_locator(locator)
-    ax.zaxis.set_major_formatter(written)
-    longest = max(map(len, written.format_ticks([*locator.tick_values(floor, ceiling)])))
+def _make_room(ax: Any, longest: int) -> None:
+    """Move the label of the heights aside for a tick of so many characters."""
     size = ax.zaxis.get_major_ticks(1)[0].label1.get_size()
     extra = 0.5 * size * max(longest - 4, 0)  # points of what is longer than "16.5"
     ax.zaxis.labelpad = mpl.rcParams["axes.labelpad"] + extra
     ax.zaxis.set_tick_params(pad=mpl.rcParams["xtick.major.pad"] + extra / 2)
-    return longest
 
 
 def _draw_contour(

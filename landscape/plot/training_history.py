@@ -70,7 +70,7 @@ def training_history(
     ax.set(xlabel="Epoch", ylabel=height_label(result, quantity))
     if log and any((np.asarray(each.get_ydata()) > 0).any() for each in ax.lines):
         ax.set_yscale("log")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if label is not None:
         texts.place_legend(ax, **texts.OVER_DATA)
     return ax

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from landscape.probes.trajectory import PolarTrajectory, Trajectory
 
 POLAR_LABEL = r"radius $\|\Delta w_t\|\,/\,\|\Delta w_0\|$, angle in degrees"
+_CLEAR = 1.05  # radii from the origin that a legend in the corner of a quarter disc keeps off
 
 
 def polar_trajectory(
@@ -134,7 +135,9 @@ def _label(ax: PolarAxes, wide: bool) -> None:
     ax.set_xlabel(POLAR_LABEL, va="top")
     ax.xaxis.set_label_coords(0.5, edge, transform=below_ticks)
     legend: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.15, 1.15)}
-    if wide or texts.share_of_legend(ax) > 0.6:  # of more than the corner that is left
+    box = ax.legend(**legend).get_window_extent()
+    corner = 1.15 - np.array(box.size) / min(ax.bbox.size)  # where the legend begins
+    if wide or np.hypot(*corner.clip(0)) < _CLEAR:
         page = np.array(ax.figure.bbox.size) * 72 / ax.figure.dpi
         size = texts.points(mpl.rcParams["legend.fontsize"])
         handles, labels = ax.get_legend_handles_labels()

@@ -280,7 +280,7 @@ def test_edges_have_their_residuals_and_unconverged_ones_are_hollow(with_density
     ends = np.array([segment[:, 0] for segment in segments.get_segments()])
     np.testing.assert_allclose(ends, [[3.96, 4.04], [3.465, 3.535]])
     assert drawn["1 smallest, not converged"].lines[0].get_markerfacecolor() == "none"
-    assert r"trace 20 $\pm$ 1.5" in ax.get_legend_handles_labels()[1]
+    assert "trace 20 ± 1.5" in ax.get_legend_handles_labels()[1]
     ax.figure.canvas.draw()
 
 

@@ -71,6 +71,11 @@ def test_polar_paths_have_degrees_steps_and_family_colours():
     assert wide.layout.polar.sector == (0, 180)
 
 
+def test_a_path_that_diverged_leaves_others_their_sector():
+    paths = {"diverged": polar((np.nan,) * 4, (np.nan,) * 4), "b": polar(angle=(0, 1, 2, np.nan))}
+    assert plot.interactive.polar_trajectory(paths).layout.polar.sector == (0, 180)
+
+
 @pytest.mark.parametrize("log", [False, True])
 def test_spectra_have_halves_apart_and_every_eigenvalue(log):
     result = random_spectrum()
@@ -153,6 +158,18 @@ def test_edges_show_eigenvalues_with_residuals_hollow_where_not_converged(with_d
     assert len(set.union(*colors.values())) == 2
     both = plot.interactive.hessian_spectrum({"ResNet": result, "ViT": result})
     assert both.layout.title.text == "ResNet: trace 20 ± 1.5; ViT: trace 20 ± 1.5"
+
+
+def test_axes_have_the_units_of_the_static_plots():
+    draw, eigenvalue = plot.interactive, "Hessian eigenvalue λ (nats)"
+    a, b = "a (units of d₁)", "b (units of d₂)"
+    path = draw.trajectory(trajectory([(1, 2), (0, 0)])).layout
+    assert (path.xaxis.title.text, path.yaxis.title.text) == (a, b)
+    scene = draw.loss_surface(surface()).layout.scene
+    assert (scene.xaxis.title.text, scene.yaxis.title.text) == (a, b)
+    assert draw.loss_line(line([3, 1, 2])).layout.xaxis.title.text == a
+    assert draw.spectral_density(density()).layout.xaxis.title.text == eigenvalue
+    assert draw.hessian_spectrum(full_spectrum(False)).layout.xaxis.title.text == eigenvalue
 
 
 def test_every_result_with_axes_of_its_own_has_an_interactive_figure():

@@ -1,3 +1,5 @@
+import itertools
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -195,6 +197,29 @@ def test_many_decades_have_a_few_powers_of_ten():
     assert tick_texts([0.1, 1.0, 100.0]) == ["0.1", "1", "100"]
     assert tick_texts([123456.0, 234567.0]) == ["123456", "234567"]
     assert tick_texts([-200000.0, 0.0]) == ["-200000", "0"]
+
+
+def test_ticks_have_the_digits_that_tell_them_apart():
+    assert tick_texts([2.302585, 2.3025855, 2.302586]) == ["2.302585", "2.3025855", "2.302586"]
+    assert tick_texts([1e6, 1e6 + 0.5, 1e6 + 1]) == ["1000000", "1000000.5", "1000001"]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
+def test_heights_are_written_as_they_are_in_few_characters(scale):
+    ax = plot.loss_surface(surface(scale * np.arange(35.0).reshape(7, 5)), quantity="nll")
+    labels = [text.get_text() for text in ax.get_zticklabels()]
+    np.testing.assert_allclose([float(label) for label in labels], ax.get_zticks())
+    assert max(map(len, labels)) <= 7
+
+
+def test_ticks_of_a_box_of_a_column_do_not_overlap():
+    with mpl.rc_context({**plot.style.rc(), "figure.figsize": (plot.style.COLUMN_WIDTH, 2.6)}):
+        ax = plot.loss_surface(surface())
+        ax.figure.draw_without_rendering()
+        for axis in (ax.xaxis, ax.yaxis):
+            drawn = [each.label1.get_window_extent() for each in axis.get_major_ticks()]
+            assert len(drawn) > 2
+            assert not any(a.overlaps(b) for a, b in itertools.pairwise(drawn))
 
 
 def test_line_draws_the_values_and_two_standard_errors():

@@ -20,6 +20,13 @@ def test_validation_is_a_line_and_training_a_pale_one():
     assert [text.get_text() for text in ax.texts] == ["pale: on training data"]
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 5, 100])
+def test_ticks_are_whole_epochs(epochs):
+    ticks = history(epochs).plot().get_xticks()
+    assert len(ticks) > 0
+    np.testing.assert_array_equal(ticks, np.round(ticks))
+
+
 def test_training_alone_and_other_quantities():
     result = history(validated=False, loss="mse_loss")
     ax = result.plot(quantity="accuracy")

@@ -52,6 +52,18 @@ def test_sector_holds_every_path(results, degrees, radius):
     ax.figure.canvas.draw()
 
 
+def test_a_legend_of_long_names_leaves_the_paths_and_their_angles_alone():
+    names = [f"{name} with augmentation" for name in ("ViT-Ti", "ResNet-50", "mine")]
+    paths = {name: polar(angle=(0, 0.8, 1, np.nan)) for name in names}
+    with mpl.rc_context({**plot.style.rc(), "figure.figsize": (plot.style.COLUMN_WIDTH, 2.6)}):
+        ax = plot.polar_trajectory(paths)
+        ax.figure.draw_without_rendering()
+    legend = ax.get_legend().get_window_extent()
+    ticks = [tick.label1.get_window_extent() for tick in ax.xaxis.get_major_ticks()]
+    assert legend.count_overlaps(ticks) == 0
+    assert not legend.count_contains(ax.transData.transform([(0.8, 0.9), (1.0, 0.5)]))
+
+
 def test_flat_axes_are_refused_for_a_polar_path():
     with pytest.raises(ValueError, match="`ax` must be polar axes"):
         plot.polar_trajectory(polar(), ax=mpl.figure.Figure().add_subplot())

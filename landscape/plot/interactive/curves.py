@@ -9,9 +9,10 @@ from matplotlib.colors import to_hex, to_rgb
 from landscape._checks import check_choice
 from landscape.plot import style
 from landscape.plot.build_up import SCORE_LABELS
-from landscape.plot.interactive.look import LOOK, named_line, plotly_line
+from landscape.plot.interactive.look import LOOK, named_line, plotly_line, plotly_text
 from landscape.plot.scale import LABELS, Quantity, finite_values
-from landscape.plot.spectrum import density_floor
+from landscape.plot.spectrum import LABEL, density_floor
+from landscape.plot.surface import X_LABEL, Y_LABEL
 from landscape.plot.training_history import COLUMNS, PALE, Column, curves, height_label
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def loss_line(
                 hovertemplate=f"a = %{{x:.3g}}<br>{quantity} = %{{y:.4g}}",
             )
         )
-    figure.update_xaxes(title_text="a")
+    figure.update_xaxes(title_text=plotly_text(X_LABEL))
     figure.update_yaxes(title_text=LABELS[quantity], type="log" if log else "linear")
     return figure
 
@@ -156,8 +157,8 @@ def trajectory(result: "Trajectory | Mapping[str, Trajectory]") -> "Figure":
                 hovertemplate="step %{customdata}<br>a = %{x:.3g}<br>b = %{y:.3g}",
             )
         )
-    figure.update_xaxes(title_text="a")
-    figure.update_yaxes(title_text="b")
+    figure.update_xaxes(title_text=plotly_text(X_LABEL))
+    figure.update_yaxes(title_text=plotly_text(Y_LABEL))
     return figure
 
 
@@ -200,7 +201,7 @@ def _densities(named: dict[str, Any], styles: Mapping[str, dict[str, Any]]) -> "
                 hovertemplate="λ = %{x:.4g}<br>density %{y:.3g}",
             )
         )
-    figure.update_xaxes(title_text="Hessian eigenvalue λ")
+    figure.update_xaxes(title_text=plotly_text(LABEL))
     span = np.log10([lowest, 3 * max(highest, lowest)]).tolist()
     figure.update_yaxes(title_text="Density (1/nats)", type="log", range=span)
     return figure
@@ -259,7 +260,7 @@ def hessian_spectrum(result: "HessianSpectrum | Mapping[str, HessianSpectrum]") 
     traces = [f"{r.trace:.4g} ± {r.trace_stderr:.2g}" for r in named.values()]
     labelled = [f"{n}: trace {t}".removeprefix(": ") for n, t in zip(named, traces, strict=True)]
     figure.update_layout(title="; ".join(labelled))
-    figure.update_xaxes(title_text="Hessian eigenvalue λ")
+    figure.update_xaxes(title_text=plotly_text(LABEL))
     if span is None:
         figure.update_yaxes(visible=False, range=[0, 1])
     return figure

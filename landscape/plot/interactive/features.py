@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 
 from landscape.plot import features, style
-from landscape.plot.interactive.look import LOOK, named_line
+from landscape.plot.interactive.look import LOOK, named_line, plotly_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -93,9 +93,7 @@ def fourier_depth(result: "FourierAmplitude | Mapping[str, FourierAmplitude]") -
     missing = [features.missing_amplitudes(each) for each in by_label.values()]
     figure = _against_depth(by_label, values, missing)
     label = features.highest_label(by_label.values())
-    for written, shown in ((r"$\Delta$", "Δ"), (r"$\pi$", "π"), ("\n", "<br>")):
-        label = label.replace(written, shown)
-    figure.update_yaxes(title_text=label, col=1)
+    figure.update_yaxes(title_text=plotly_text(label), col=1)
     return figure
 
 

@@ -12,6 +12,19 @@ LOOK: dict[str, Any] = {
 """Layout of every figure."""
 
 
+_SYMBOLS = {
+    r"$\Delta$": "Δ", r"$\lambda$": "λ", r"$\pi$": "π",
+    "$a$": "a", "$b$": "b", "$d_1$": "d₁", "$d_2$": "d₂", "\n": "<br>",
+}  # fmt: skip
+
+
+def plotly_text(label: str) -> str:
+    """Return the label of an axis of matplotlib in plotly's terms."""
+    for written, shown in _SYMBOLS.items():
+        label = label.replace(written, shown)
+    return label
+
+
 def named_line(name: str, line: dict[str, Any]) -> dict[str, Any]:
     """Return a line with points, named in the legend, in a style of `style.line_styles`."""
     return {"mode": "lines+markers", "name": name, "legendgroup": name, "line": plotly_line(line)}

@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from landscape.plot import style
 from landscape.plot.density import half_density
 from landscape.plot.hessian import MAX_LABEL, number
-from landscape.plot.interactive.look import LOOK, named_line, plotly_line
+from landscape.plot.interactive.look import LOOK, named_line, plotly_line, plotly_text
 from landscape.plot.scale import (
     LABELS,
     Quantity,
@@ -20,6 +20,7 @@ from landscape.plot.scale import (
     shared_limits,
     tick_texts,
 )
+from landscape.plot.surface import X_LABEL, Y_LABEL
 from landscape.plot.trajectory import known_angles
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def loss_surface(
         coloraxis_colorscale=style.SEQUENTIAL.capitalize(),
         updatemenus=[{"type": "buttons", "direction": "right", "x": 0, "y": 0, "buttons": buttons}],
     )
-    figure.update_scenes(xaxis_title="a", yaxis_title="b", aspectmode="cube")
+    x, y = plotly_text(X_LABEL), plotly_text(Y_LABEL)
+    figure.update_scenes(xaxis_title=x, yaxis_title=y, aspectmode="cube")
     return figure
 
 
@@ -115,7 +117,7 @@ def polar_trajectory(result: "PolarTrajectory | Mapping[str, PolarTrajectory]") 
                 hovertemplate="step %{customdata}<br>r = %{r:.3g}<br>θ = %{theta:.3g}°",
             )
         )
-    widest = max(float(np.max(known_angles(one), initial=0.0)) for one in named.values())
+    widest = max(float(np.nanmax(known_angles(one), initial=0.0)) for one in named.values())
     sector = [0, 180 if widest > np.pi / 2 else 90]
     figure.update_layout(**LOOK, polar={"sector": sector, "radialaxis_title": "‖Δw_t‖ / ‖Δw_0‖"})
     return figure
@@ -148,7 +150,7 @@ def hessian_max_spectrum(
             traces = _half_traces(name, one, sign, log, row, plotly_line(styles[name]))
             for trace in traces:
                 figure.add_trace(trace, row=1, col=column)
-    label = MAX_LABEL.replace(r"$\lambda$", "λ")
+    label = plotly_text(MAX_LABEL)
     figure.update_xaxes(title_text=label, type="log" if log else "linear")
     if log:
         figure.update_xaxes(title_text=label.replace("λ", "−λ"), autorange="reversed", col=1)
