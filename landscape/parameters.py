@@ -100,14 +100,22 @@ class ParameterSpace:
         return torch.cat([t.to_dense().reshape(-1).to(self.dtype) for t in tensors])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return a vector of shape `(dim,)` as tensors by name (views where dtypes agree)."""
+        """Return a vector of shape `(dim,)` as tensors by name."""
         pieces = torch.split(vector, self._sizes)
         return {
-            name: piece.view(shape).to(value.dtype)
+            name: shaped(piece, shape).to(value.dtype)
             for (name, value), piece, shape in zip(
                 self.values.items(), pieces, self.shapes, strict=True
             )
         }
+
+
+def shaped(piece: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a piece of a vector in a shape, copied where it may hold complex numbers as pairs.
+
+    `torch.view_as_complex` takes no pairs that begin at an odd place of their storage.
+    """
+    return (piece.clone() if tuple(shape[-1:]) == (2,) else piece).view(shape)
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

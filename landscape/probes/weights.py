@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from landscape.parameters import shaped
+
 
 class MovedWeights:
     """θ + Σ_k a_k d_k for any coordinates, computed afresh from θ and rounded once.
@@ -93,4 +95,4 @@ class _Block:
         if self._channels_last and len(shape) == 4:
             n, c, h, w = shape
             return piece.view(n, h, w, c).permute(0, 3, 1, 2)
-        return piece.view(shape)
+        return shaped(piece, shape)

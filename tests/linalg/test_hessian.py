@@ -61,6 +61,35 @@ def test_operators_equal_dense_autograd(kind, name):
     torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
 
 
+class Spectral(nn.Module):
+    """Multiplies by complex weights, pairs of real ones that lie behind an odd number of others."""
+
+    def __init__(self, complex_of):
+        super().__init__()
+        self.complex_of = complex_of
+        self.mix = nn.Parameter(torch.randn(3, 3))
+        self.pairs = nn.Parameter(torch.randn(3, 3, 2))
+
+    def forward(self, x):
+        return (x.to(torch.complex128) @ self.complex_of(self.pairs)).abs() @ self.mix
+
+
+def test_weights_may_be_viewed_as_complex(generator):
+    x = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    batches = [(x[:5], torch.arange(5) % 3), (x[5:], torch.arange(3))]
+    views = Spectral(torch.view_as_complex).double()
+    plain = Spectral(lambda pairs: torch.complex(pairs[..., 0], pairs[..., 1])).double()
+    plain.load_state_dict(views.state_dict())
+    expected = oracles.dense(plain, batches)
+    operator = HessianOperator(views, batches)
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(times_ones(operator), expected.sum(1), rtol=1e-8, atol=1e-10)
+    ours, theirs = (landscape.hessian_max_spectrum(m, batches, k=2) for m in (views, plain))
+    np.testing.assert_allclose(ours.eigenvalues, theirs.eigenvalues, rtol=1e-8)
+    ours, theirs = (landscape.loss_line(m, batches, points=3) for m in (views, plain))
+    np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-12)
+
+
 class Viewed(nn.Module):
     """Its `view` wants channels first in memory."""
 
