@@ -230,7 +230,13 @@ def check_mean(
         others: Returns outputs and targets of a few samples of another batch.
     """
     cut = len(targets) // 3 or 1
-    _compare_mean(loss, [(outputs[:cut], targets[:cut]), (outputs[cut:], targets[cut:])], value)
+    parts = [(outputs[:cut], targets[:cut]), (outputs[cut:], targets[cut:])]
+    try:
+        values = [float(loss(*part)) for part in parts]
+    except Exception as error:  # as of one that pairs the samples of a whole batch
+        error.add_note(f"It came from `loss`, which must be a mean, on part of a batch; {_REMEDY}.")
+        raise
+    _compare_mean(loss, parts, value, values)
     rows = _samples(outputs[:FEW], targets[:FEW])
     with suppress(Exception):  # a loss that needs samples of one size, or several, is spared
         more = _samples(*others())
@@ -319,9 +325,8 @@ def _compare_mean(
     function: Loss,
     parts: Sequence[tuple[Tensor, Tensor]],
     loss: float,
-    values: Sequence[float] = (),
+    values: Sequence[float],
 ) -> None:
-    values = values or [float(function(*part)) for part in parts]
     amounts = [float(amount_averaged(function, t, len(t))) for _, t in parts]
     counted = [(a, v) for a, v in zip(amounts, values, strict=True) if a > 0]
     # With label smoothing, samples of weight 0 add to the sum, and have no mean of their own.

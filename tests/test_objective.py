@@ -768,6 +768,17 @@ def test_a_loss_that_is_no_mean_is_refused_though_a_batch_holds_one_class(loss, 
     assert own.freeze(model, batches).value() == pytest.approx(own.freeze(model, [(x, y)]).value())
 
 
+def test_a_loss_that_needs_its_batch_whole_is_told_what_to_pass():
+    def paired(outputs, targets):  # as of images and texts: each target is a place in the batch
+        return F.cross_entropy(outputs @ outputs.T, targets)
+
+    model, batches = make_model("conv"), [(x, torch.arange(4)) for x, _ in make_batches((4, 4))]
+    Objective(loss=paired).freeze(model, batches[:1])
+    with pytest.raises((ValueError, RuntimeError, IndexError)) as error:
+        Objective(loss=paired).freeze(model, batches)
+    assert "or all samples as one batch" in error.value.__notes__[0]
+
+
 def test_a_loss_that_draws_or_remembers_is_refused():
     class Dropped(nn.Module):
         def forward(self, outputs, targets):
