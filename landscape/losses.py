@@ -112,6 +112,27 @@ def amount_averaged(loss: Any, targets: Tensor | None, size: int) -> Tensor | fl
     return sample_weights(loss, targets).sum()
 
 
+def amount_of_all(loss: Any, targets: Tensor | None, size: int) -> Tensor | float:
+    """Return `amount_averaged` of a batch that is one of several in a mean.
+
+    Raises:
+        ValueError: If the batch adds to the sum though its labels weigh nothing, as it does with
+            label smoothing: it has no mean that could be weighed.
+    """
+    amount = amount_averaged(loss, targets, size)
+    weight, ignore, _ = loss_settings(loss)
+    if weight is None or targets is None or amount > 0 or not (targets != ignore).any():
+        return amount
+    settings = loss.keywords if isinstance(loss, functools.partial) else vars(loss)
+    if settings.get("label_smoothing"):
+        raise ValueError(
+            "`data` must have a label of positive class weight in every batch where `loss` smooths "
+            "labels, got one without; pass larger batches, or leave these labels out by "
+            "`ignore_index`."
+        )
+    return amount
+
+
 def sample_weights(loss: Any, targets: Tensor) -> Tensor:
     """Return the weight `(n,)` of each sample in the mean that `loss` takes, in float64."""
     if not counts_labels(loss, targets):

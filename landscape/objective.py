@@ -48,6 +48,7 @@ from landscape.frozen import FrozenBatches
 from landscape.losses import (
     Loss,
     amount_averaged,
+    amount_of_all,
     check_reduction,
     for_loss,
     is_classification,
@@ -209,7 +210,9 @@ class FrozenObjective:
             placement=Placement.of(model),
             transform=objective.transform,
             seed=objective.seed,
-            amount=functools.partial(amount_averaged, objective.loss),
+            amount=functools.partial(
+                amount_of_all if check_mean else amount_averaged, objective.loss
+            ),
             ignore=loss_settings(objective.loss)[1],
             labels=is_classification(objective.loss),
             wide=takes_float32(objective.loss),

@@ -22,6 +22,7 @@ from landscape import (
     HessianOperator,
     Objective,
     evaluate,
+    hessian_max_spectrum,
     hessian_trace,
     loss_line,
     random_directions,
@@ -95,6 +96,25 @@ def test_class_weights_average_over_all_data_not_over_batches(loss):
     model = make_model("conv")
     value = Objective(loss=loss).freeze(model, make_batches((8, 2, 1))).value()
     assert value == pytest.approx(direct_value(model, make_batches((11,)), loss=loss), rel=1e-12)
+
+
+WITHOUT_FIRST = {"weight": torch.tensor([0.0, 1.0, 5.0]).double(), "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [nn.CrossEntropyLoss(**WITHOUT_FIRST), functools.partial(F.cross_entropy, **WITHOUT_FIRST)],
+    ids=["module", "partial"],
+)
+def test_smoothed_labels_that_weigh_nothing_make_no_batch(loss):
+    model, ((x, _),) = make_model("conv"), make_batches((6,))
+    y = torch.tensor([0, 0, 1, 2, 0, 1])
+    # The first batch has a sum that belongs to the mean, and nothing to divide it by.
+    batches, objective = [(x[:2], y[:2]), (x[2:], y[2:])], Objective(loss=loss)
+    with pytest.raises(ValueError, match="must have a label of positive class weight"):
+        objective.freeze(model, batches)
+    with pytest.warns(UserWarning, match="mini-batches without a sample or label that counts"):
+        hessian_max_spectrum(model, batches, objective=objective, k=1)
 
 
 def test_an_ignored_label_may_lie_beyond_the_classes():
