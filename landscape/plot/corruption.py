@@ -1,13 +1,14 @@
-"""Error under corruptions as a table of colours."""
+"""Error under corruptions: a table of colours, or the means of several models."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from numpy.typing import NDArray
 
-from landscape.plot import style
+from landscape.plot import style, texts
 from landscape.plot.robustness import percent
 
 if TYPE_CHECKING:
@@ -19,50 +20,43 @@ GROUPS = {  # of Hendrycks & Dietterich (2019, Fig. 1)
     "weather": ("snow", "frost", "fog", "brightness"),
     "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
+_MARKERS = "os^DvPX*"
 
 
 def corruption_robustness(
-    result: "CorruptionRobustness", *, ax: Axes | None = None, **artist: Any
+    result: "CorruptionRobustness | Mapping[str, CorruptionRobustness]",
+    *,
+    ax: Axes | None = None,
+    **artist: Any,
 ) -> Axes:
-    """Draw the error under each corruption and severity as a table of colours, in percent.
+    """Draw the error under each corruption, in percent: a table of one model, points of several.
 
     Rows are in the groups of Hendrycks & Dietterich (2019): noise, blur, weather, digital. The
-    scale of the colours is 0 … 100 %, the same for all models; the title gives the mean corruption
-    error with its standard error, and the clean error.
+    table has a column a severity; the scale of its colours is 0 … 100 %, the same for all models,
+    and the title gives the mean corruption error with its standard error, and the clean error.
+    Of several models each row holds the means over the severities, with bars of two standard errors
+    each side, below the clean error; the legend gives the mean corruption errors. Values that are
+    not finite are gaps.
 
     Args:
-        result: The table.
+        result: One table, or several of the same corruptions by label; model families decide the
+            colours.
         ax: Axes to draw on; fresh ones by default.
-        **artist: Passed to `Axes.imshow`.
+        **artist: Passed to `Axes.imshow`, of several models to `Axes.errorbar`.
 
     Returns:
         The axes.
 
     Raises:
-        TypeError: If `result` is no `CorruptionRobustness`.
+        TypeError: If a result is no `CorruptionRobustness`.
+        ValueError: If `result` is empty, or mixes corruptions, severities or profiles.
     """
-    style.check_result(result, "CorruptionRobustness")
+    named = style.named(result, "CorruptionRobustness")
     ax = ax if ax is not None else style.fresh_axes()
-    rows, groups = grouped_rows(result.corruptions)
-    values = 100 * np.asarray(result.error)[rows]
-    image = ax.imshow(
-        np.ma.masked_invalid(values),
-        **{"cmap": style.SEQUENTIAL, "vmin": 0, "vmax": 100, "aspect": "auto", **artist},
-    )
-    for (row, column), value in np.ndenumerate(values):
-        known = np.isfinite(value)
-        below = image.to_rgba(value) if known else to_rgb(ax.get_facecolor())
-        dark = np.dot(below[:3], (0.299, 0.587, 0.114)) < 0.5  # luma (ITU-R BT.601)
-        text = f"{value:.0f}" if known else "–"
-        place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": style.NOTE_SIZE}
-        ax.text(column, row, text, color="w" if dark else "k", gid="cell", **place)
-    _draw_groups(ax, groups)
-    names = [result.corruptions[row].replace("_", " ") for row in rows]
-    ax.set_yticks(range(len(rows)), names)
-    ax.set_xticks(range(len(result.severities)), [str(each) for each in result.severities])
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    ax.set(xlabel="Severity", title=corruption_title(result))
+    if isinstance(result, Mapping):
+        _draw_means(named, ax, artist)
+    else:
+        _draw_table(named[""], ax, artist)
     return ax
 
 
@@ -82,6 +76,96 @@ def corruption_title(result: "CorruptionRobustness") -> str:
     mean = percent(result.mean_corruption_error).removesuffix(" %")
     stderr, clean = percent(result.mean_corruption_error_stderr), percent(result.clean_error)
     return f"Mean corruption error {mean} ± {stderr}, clean {clean}"
+
+
+def _mean_errors(
+    result: "CorruptionRobustness",
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the clean error and the means over severities, and their standard errors.
+
+    Both are `(1 + corruptions,)`; standard errors are NaN in results saved before they were known.
+    """
+    means = np.asarray(result.error).mean(1)
+    covariance = result.error_covariance
+    known = np.full(len(means), np.nan) if covariance is None else np.diag(covariance)[1:] ** 0.5
+    return (
+        np.array([result.clean_error, *means]),
+        np.array([result.clean_error_stderr, *known]),
+    )
+
+
+def _mean_label(severities: Sequence[int]) -> str:
+    """Return the label of an axis of mean errors."""
+    if len(severities) == 1:
+        return f"Error at severity {severities[0]} (%)"
+    first, last = severities[0], severities[-1]
+    dense = list(severities) == list(range(first, last + 1))
+    said = f"{first}–{last}" if dense else ", ".join(map(str, severities))
+    return f"Error, mean over severities {said} (%)"
+
+
+def _draw_table(result: "CorruptionRobustness", ax: Axes, artist: dict[str, Any]) -> None:
+    """Draw the error at each severity as colours and numbers."""
+    rows, groups = grouped_rows(result.corruptions)
+    values = 100 * np.asarray(result.error)[rows]
+    image = ax.imshow(
+        np.ma.masked_invalid(values),
+        **{"cmap": style.SEQUENTIAL, "vmin": 0, "vmax": 100, "aspect": "auto", **artist},
+    )
+    for (row, column), value in np.ndenumerate(values):
+        known = np.isfinite(value)
+        below = image.to_rgba(value) if known else to_rgb(ax.get_facecolor())
+        dark = np.dot(below[:3], (0.299, 0.587, 0.114)) < 0.5  # luma (ITU-R BT.601)
+        text = f"{value:.0f}" if known else "–"
+        place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": style.NOTE_SIZE}
+        ax.text(column, row, text, color="w" if dark else "k", gid="cell", **place)
+    _draw_groups(ax, groups)
+    ax.set_yticks(range(len(rows)), _row_names(result, rows))
+    ax.set_xticks(range(len(result.severities)), [str(each) for each in result.severities])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="Severity", title=corruption_title(result))
+
+
+def _draw_means(
+    named: "Mapping[str, CorruptionRobustness]", ax: Axes, artist: dict[str, Any]
+) -> None:
+    """Draw the means over severities of several models side by side in each row."""
+    first = next(iter(named.values()))
+    for name, one in named.items():
+        for what in ("corruptions", "severities", "profile"):
+            if getattr(one, what) != getattr(first, what):
+                raise ValueError(
+                    f"`result` must share its {what}, got {getattr(one, what)!r} of {name!r} and "
+                    f"{getattr(first, what)!r}; draw them separately."
+                )
+    rows, groups = grouped_rows(first.corruptions)
+    labels = texts.wrapped_entries({name: _mean_in_words(one) for name, one in named.items()})
+    looks = style.line_styles(named)
+    offsets = (np.arange(len(named)) - (len(named) - 1) / 2) * (0.6 / len(named))
+    for number, (name, one) in enumerate(named.items()):
+        order = np.array([0, *(1 + row for row in rows)])
+        mean, stderr = (100 * each[order] for each in _mean_errors(one))
+        look = {"color": looks[name]["color"], "label": labels[name], "elinewidth": 0.7}
+        look |= {"linestyle": "none", "marker": _MARKERS[number % len(_MARKERS)], **artist}
+        ax.errorbar(mean, np.arange(len(order)) + offsets[number], xerr=2 * stderr, **look)
+    for group in dict.fromkeys(groups):
+        ax.axhline(groups.index(group) + 0.5, color=style.MUTED, lw=0.4, gid="separator")
+    ax.set_yticks(range(1 + len(rows)), ["clean", *_row_names(first, rows)])
+    ax.set_ylim(len(rows) + 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlim(-100 * style.EDGE, 100 * (1 + style.EDGE))
+    ax.set_xlabel(_mean_label(first.severities))
+    texts.place_legend(ax, **texts.OVER_DATA)
+
+
+def _row_names(result: "CorruptionRobustness", rows: Sequence[int]) -> list[str]:
+    return [result.corruptions[row].replace("_", " ") for row in rows]
+
+
+def _mean_in_words(result: "CorruptionRobustness") -> str:
+    mean = percent(result.mean_corruption_error).removesuffix(" %")
+    return f"mean {mean} ± {percent(result.mean_corruption_error_stderr)}"
 
 
 def _draw_groups(ax: Axes, groups: list[str]) -> None:

@@ -265,6 +265,7 @@ def test_a_logarithmic_plot_of_nothing_to_draw_is_blank(name, module):
 
 SEVERAL = {
     "adversarial_robustness": "AdversarialRobustness",
+    "corruption_robustness": "CorruptionRobustness",
     "frequency_robustness": "RobustnessCurve",
     "hessian_max_spectrum": "HessianMaxSpectrum",
     "reliability_diagram": "Evaluation",
@@ -273,7 +274,6 @@ ONE = {
     "block_diagram": "Architecture",
     "build_up": "BuildUp",
     "cka": "CKA",
-    "corruption_robustness": "CorruptionRobustness",
     "feature_variance": "FeatureVariance",
     "fourier_amplitude": "FourierAmplitude",
     "fourier_depth": "FourierAmplitude",

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -332,6 +333,60 @@ def test_numbers_stand_out_from_their_cells_and_gaps_stay_gaps():
         assert text.get_color() == ("w" if lightness < 0.5 else "k")
 
 
+def spread(result, *deviations):
+    """A result that knows how sure its clean error and means are."""
+    return replace(result, error_covariance=np.diag(deviations) ** 2)
+
+
+def test_several_models_have_points_of_their_means_in_rows_by_group():
+    resnet = spread(table(severities=(1, 2, 3)), 0.002, *np.linspace(0.01, 0.06, 6))
+    vit = replace(resnet, error=resnet.error[::-1], clean_error=0.1, error_covariance=None)
+    ax = corruption_robustness({"ResNet-50": resnet, "ViT-Ti": vit})
+    ticks = [label.get_text() for label in ax.get_yticklabels()]
+    assert ticks[:3] == ["clean", "gaussian noise", "shot noise"]
+    order = [resnet.corruptions.index(name.replace(" ", "_")) for name in ticks[1:]]
+    for name, result, drawn in zip(
+        ("ResNet-50", "ViT-Ti"), (resnet, vit), ax.containers, strict=True
+    ):
+        x, y = drawn.lines[0].get_data()
+        means = [result.clean_error, *result.error.mean(1)[order]]
+        np.testing.assert_allclose(x, 100 * np.array(means))
+        np.testing.assert_array_equal(np.round(y), np.arange(7))
+        assert drawn.lines[0].get_color() == style.family_color(name)
+    assert ax.containers[0].lines[0].get_marker() != ax.containers[1].lines[0].get_marker()
+    (bars,) = ax.containers[0].lines[2]
+    widths = [np.ptp(segment[:, 0]) for segment in bars.get_segments()]
+    expected = np.linspace(0.01, 0.06, 6)[order]
+    np.testing.assert_allclose(widths, 400 * np.array([0.002, *expected]))
+    low, high = sorted(ax.get_ylim())
+    assert ax.yaxis_inverted()
+    assert (low, high) == (-0.5, 6.5)
+    lines = [line.get_ydata()[0] for line in by_gid(ax, "separator")]
+    assert lines == [0.5, 2.5, 3.5, 4.5, 5.5]
+    assert ax.get_xlabel() == "Error, mean over severities 1–3 (%)"
+    entries = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert entries == [f"{name}: mean 45.7 ± 0.5 %" for name in ("ResNet-50", "ViT-Ti")]
+
+
+@pytest.mark.parametrize(
+    ("severities", "label"),
+    [((3,), "Error at severity 3 (%)"), ((1, 3, 5), "Error, mean over severities 1, 3, 5 (%)")],
+)
+def test_the_axis_of_means_says_over_which_severities(severities, label):
+    assert corruption_robustness({"ViT": table(severities=severities)}).get_xlabel() == label
+
+
+@pytest.mark.parametrize(
+    "other",
+    [table(NAMES[:5]), table(severities=(1, 2)), replace(table(), profile="imagenet")],
+    ids=["corruptions", "severities", "profile"],
+)
+def test_errors_under_other_corruptions_are_not_compared(other, request):
+    what = request.node.callspec.id
+    with pytest.raises(ValueError, match=f"`result` must share its {what}, got .* of 'b' and"):
+        corruption_robustness({"a": table(), "b": other})
+
+
 def test_all_corruptions_have_their_group():
     everything = [name for names in corruption.GROUPS.values() for name in names]
     assert sorted(everything) == sorted(CORRUPTIONS)
@@ -353,6 +408,11 @@ STATIC = {
     "corruption": (
         corruption_robustness,
         table([n for names in corruption.GROUPS.values() for n in names]),
+        1.1,
+    ),
+    "corruption of several": (
+        corruption_robustness,
+        {"ResNet-50": table(CORRUPTIONS), "ViT-Ti": table(CORRUPTIONS)},
         1.1,
     ),
 }
