@@ -31,6 +31,7 @@ LOSS_LABEL = "Accuracy loss (points)"
 UNIT_LABEL = "Removed unit"
 
 SHADES = {style.KIND_NAMES[kind]: style.KIND_COLORS[kind] for kind in ("msa", "pool")}
+_LONGEST_TABLE = 3  # times the shorter side up to which cells are squares
 _SHADE: dict[str, Any] = {"alpha": style.KIND_ALPHA, "lw": 0, "zorder": 0}
 
 
@@ -170,7 +171,7 @@ def cka(result: "CKA", *, ax: Axes | None = None, colorbar: bool = True, **image
 
     Blocks are numbered in network order from 1, at the bottom left: rows are those of `model_a`,
     columns those of `model_b`. Grey pairs have no similarity: the features of one of them are
-    constant or not finite.
+    constant or not finite. Cells are squares where one side has at most three times the other's.
 
     Args:
         result: The similarities.
@@ -191,6 +192,7 @@ def cka(result: "CKA", *, ax: Axes | None = None, colorbar: bool = True, **image
     ax.imshow(
         np.ma.masked_invalid(result.values),
         **{
+            "aspect": "equal" if max(a, b) <= _LONGEST_TABLE * min(a, b) else "auto",
             "origin": "lower",
             "extent": (0.5, b + 0.5, 0.5, a + 0.5),
             "cmap": colors,

@@ -235,6 +235,14 @@ def test_matrix_is_the_result_with_the_first_block_at_the_bottom_and_lines_betwe
     assert len(features.cka(result, colorbar=False).figure.axes) == 1
 
 
+@pytest.mark.parametrize(("stages", "square"), [((2, 2, 2), True), ((9, 9, 9), False)], ids=str)
+def test_a_deep_network_beside_a_shallow_one_is_no_sliver(stages, square):
+    ax = features.cka(similarity(resnet(stages), vit(2)))
+    assert (ax.get_aspect() == 1) is square
+    ax.figure.canvas.draw()
+    assert ax.bbox.width > 0.3 * ax.bbox.height
+
+
 def test_bars_are_accuracy_losses_in_points_by_kind_in_network_order():
     kinds = ("conv", "msa", "conv", "stem", "mlp", "conv")
     result = lesions(resnet((2, 3, 1)), ("x", "y"), kinds)

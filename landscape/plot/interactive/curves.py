@@ -257,9 +257,12 @@ def hessian_spectrum(result: "HessianSpectrum | Mapping[str, HessianSpectrum]") 
                     "<br>residual %{customdata[0]:.1g}",
                 )
             )
-    traces = [f"{r.trace:.4g} ± {r.trace_stderr:.2g}" for r in named.values()]
-    labelled = [f"{n}: trace {t}".removeprefix(": ") for n, t in zip(named, traces, strict=True)]
-    figure.update_layout(title="; ".join(labelled))
+        trace = f"trace {one.trace:.4g} ± {one.trace_stderr:.2g}"
+        if name:
+            group = {"legendgrouptitle": {"text": f"{name}: {trace}"}}
+            figure.update_traces(group, selector={"legendgroup": name})
+        else:
+            figure.update_layout(title=trace)
     figure.update_xaxes(title_text=plotly_text(LABEL))
     if span is None:
         figure.update_yaxes(visible=False, range=[0, 1])
