@@ -84,6 +84,10 @@ class HessianOperator(CurvatureOperator):
     2.5 to 3.5. On a GPU all of it is recorded and replayed (`landscape.recording`), which holds the
     memory of one batch more.
 
+    What a model detaches is a constant here, as it is in the gradient. Where it depends on the
+    parameters (the codes of a VQ-VAE, equilibrium models with a Jacobian-free step), the matrix is
+    not the second derivative of the loss that `loss_surface` draws.
+
     Attributes:
         num_kept: Number of batches whose graph is kept.
         bytes_per_sample: Memory of a graph a sample, measured on the first batch; infinite, so that
