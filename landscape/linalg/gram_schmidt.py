@@ -68,6 +68,13 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return A Bᵀ in float64, shape `(m, k)`, of vectors that are the rows of A and B."""
+    pieces = zip(torch.split(a, CHUNK, 1), torch.split(b, CHUNK, 1), strict=True)
+    total: Tensor = torch.stack([x.double() @ y.double().T for x, y in pieces]).sum(0)
+    return total
+
+
 def length(v: Tensor) -> Tensor:
     """Return ‖v‖, a scalar tensor, on a CPU without under- or overflow of the squares."""
     if v.is_cuda or v.dtype == torch.float64:

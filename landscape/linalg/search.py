@@ -15,7 +15,7 @@ from landscape._checks import (
 )
 from landscape.linalg.certificate import OWN, chances, check_certify, watched
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, rank, select
-from landscape.linalg.gram_schmidt import are_long
+from landscape.linalg.gram_schmidt import are_long, inner_products, length
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
 from landscape.linalg.operators import VectorSpace, generator_on, to_array
 
@@ -216,13 +216,16 @@ class EigenSearch:
                 products.append((yield row).to(rows))
                 self.num_matvecs += 1
             images = torch.stack(products)
-            projection = (rows @ images.T).double().cpu().numpy()
+            projection = inner_products(rows, images).cpu().numpy()
+            lengths = np.linalg.cholesky(inner_products(rows, rows).cpu().numpy())  # almost I
+            projection = np.linalg.solve(lengths, np.linalg.solve(lengths, projection).T)
             values, rotation = np.linalg.eigh((projection + projection.T) / 2)
+            rotation = np.linalg.solve(lengths.T, rotation)
             order = select(values, k, which)
             small = torch.from_numpy(np.ascontiguousarray(rotation[:, order].T)).to(rows)
             values, rows, images = values[order], small @ rows, small @ images
             rest = images - torch.from_numpy(values).to(rows)[:, None] * rows
-            residuals = rest.norm(dim=1).double().cpu().numpy()
+            residuals = np.array([float(length(row)) for row in rest])
             self._checked[name] = values, residuals, rows
 
     def pairs(self, name: str, vectors: bool = False) -> Eigenpairs:

@@ -12,7 +12,7 @@ from landscape.linalg.certificate import chances
 from landscape.linalg.eigenpairs import error_estimates
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
 from landscape.linalg.quadrature import density_of
-from landscape.linalg.search import EigenSearch
+from landscape.linalg.search import EigenSearch, multiply
 from landscape.linalg.trace import hutch_plus_plus
 from landscape.recording import unsynchronised
 from tests.oracles import planted
@@ -401,6 +401,21 @@ def test_a_basis_in_single_precision_neither_under_nor_overflows(dim, scale):
     pairs = top_eigenpairs(Diagonal(values * scale), 3, basis_dtype=torch.float32)
     assert pairs.converged.all()
     np.testing.assert_allclose(pairs.values / scale, [5, 4, 3], rtol=1e-3)
+
+
+def test_accurate_products_give_accurate_values_of_long_vectors(generator):
+    """A sum over a million products in float32 loses three digits on a CPU."""
+    values = torch.linspace(-0.1, 0.1, 1_000_000)
+    values[::200_000] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    operator = Diagonal(values)
+    limits = {"tol": 1e-5, "max_iter": 60, "max_basis": None, "basis_dtype": torch.float32}
+    search = EigenSearch(operator, {"top": (3, "LM")}, generator=generator, rough=True, **limits)
+    search.run(operator.matvec, starts=1, certify=False)
+    for _ in multiply(search.check(), operator.matvec):
+        pass
+    found = search.pairs("top")
+    np.testing.assert_allclose(found.values, [5, 4, 3], rtol=1e-5)
+    assert found.converged.all()
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 10])
