@@ -29,6 +29,8 @@ class GradientGraph:
     Attributes:
         loss: Value of the loss.
         depends: Whether it depends on any of the leaves.
+        smooth: Whether it is known to have no kinks, as those of a ReLU; it is looked at where the
+            memory is measured.
         gradient: Its gradient, one tensor a parameter.
         weight: Factor of the loss in the objective.
         num_bytes: Memory of the graph, where it was measured; infinite where it cannot be, for a
@@ -56,6 +58,7 @@ class GradientGraph:
             ValueError: If it cannot.
         """
         self.weight = weight
+        self.smooth = False
         self._leaves = list(leaves.values())
         sizes: dict[int, int] = {}
 
@@ -79,7 +82,8 @@ class GradientGraph:
             sizes.clear()
             value = loss()
             if measure:
-                check_twice_differentiable([value])
+                names = check_twice_differentiable([value])
+                self.smooth = not any(_KINKED.search(name) for name in names)
             return value
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack) if measure else nullcontext()
@@ -128,11 +132,14 @@ class GradientGraph:
             )
 
 
-def check_twice_differentiable(tensors: Sequence[Tensor]) -> None:
+def check_twice_differentiable(tensors: Sequence[Tensor]) -> set[str]:
     """Refuse a graph through a function whose derivative PyTorch would leave out.
 
     That of one marked with `once_differentiable` is refused by `backward` alone, not where
     derivatives are asked for by name; of one without any, as of quantised layers, it only warns.
+
+    Returns:
+        The names of the functions.
 
     Raises:
         ValueError: If there is one.
@@ -149,6 +156,11 @@ def check_twice_differentiable(tensors: Sequence[Tensor]) -> None:
             "derivative, such as a quantised layer; take the model as it was before, or choose "
             "parameters behind it with `Objective(parameters=…)`."
         )
+    return names
+
+
+# the usual ones: others show in the products
+_KINKED = re.compile("relu|hardtanh|hardswish|max_?pool", re.IGNORECASE)
 
 
 @contextmanager

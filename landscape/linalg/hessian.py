@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from landscape._checks import check_at_least, is_number
 from landscape.batches import PreparedBatch
+from landscape.linalg.differences import GradientDifferences
 from landscape.linalg.gradient import (
     GradientGraph,
     Precision,
@@ -24,6 +25,7 @@ from landscape.linalg.gradient import (
     hessian_product,
     twice_differentiable,
 )
+from landscape.linalg.gram_schmidt import are_long
 from landscape.linalg.operators import SymmetricOperator
 from landscape.linalg.recorded_hessian import RecordedHessian
 from landscape.memory import free_memory
@@ -32,6 +34,10 @@ from landscape.parameters import ParameterSpace
 from landscape.recording import Repeated, apart
 
 Memory = int | float | str
+
+WORTHWHILE = 16
+"""Bytes of activations over those of the parameters from which differences of gradients are
+cheaper, a heuristic: 7 is too few (a Mixer), 20 enough (an EfficientNet)."""
 
 
 class CurvatureOperator(SymmetricOperator):
@@ -90,6 +96,7 @@ class HessianOperator(CurvatureOperator):
 
     Attributes:
         num_kept: Number of batches whose graph is kept.
+        smooth: Whether the loss is known to have no kinks, as those of a ReLU.
         bytes_per_sample: Memory of a graph a sample, measured on the first batch; infinite, so that
             none is kept, for a model that takes derivatives by `torch.func`.
         precision: Of the products: `"full"` is the model's, `"tf32"` lets a GPU round the factors
@@ -100,6 +107,7 @@ class HessianOperator(CurvatureOperator):
 
     precision: Precision = "full"
     bytes_per_sample: float = 0.0
+    smooth: bool = False
 
     def __init__(
         self,
@@ -134,6 +142,7 @@ class HessianOperator(CurvatureOperator):
         memory: Memory = "auto",
         precision: Precision = "full",
         bytes_per_sample: float = 0.0,
+        smooth: bool = False,
     ) -> Self:
         """Return the operator of an objective that is already frozen.
 
@@ -142,6 +151,7 @@ class HessianOperator(CurvatureOperator):
             memory: As in the constructor.
             precision: Of the products; see the class.
             bytes_per_sample: Memory of a graph, where it is known.
+            smooth: Whether the loss has no kinks, where the memory is known.
 
         Raises:
             ValueError: If the model is not in float32 for a reduced precision, or `"tf32"` has no
@@ -150,7 +160,7 @@ class HessianOperator(CurvatureOperator):
         check_precision(precision, frozen.space)
         check_memory(memory)
         self = cls.__new__(cls)
-        self.precision, self.bytes_per_sample = precision, bytes_per_sample
+        self.precision, self.bytes_per_sample, self.smooth = precision, bytes_per_sample, smooth
         self.memory = memory
         self._set_frozen(frozen)
         return self
@@ -182,7 +192,10 @@ class HessianOperator(CurvatureOperator):
                     with torch.no_grad():
                         losses.append(self.frozen.data_term(self._leaves, batch))
                     continue
-                graph = self._graph(batch, measure=not self.bytes_per_sample)
+                measure = not self.bytes_per_sample
+                graph = self._graph(batch, measure)
+                if measure:
+                    self.smooth = graph.smooth
                 if not losses and not graph.depends:
                     warn_independent()
                 losses.append(graph.loss)
@@ -212,6 +225,22 @@ class HessianOperator(CurvatureOperator):
             for graph in chain(self._graphs, map(self._graph, self._other_batches())):
                 out.add_(space.flatten([g.detach() for g in graph.gradient]), alpha=graph.weight)
         return out
+
+    def differences(self) -> GradientDifferences | None:
+        """Return products by differences of gradients, where they are cheaper; one gradient.
+
+        That is for a smooth loss and long vectors on a CPU, where what is done with activations
+        outweighs what is done with vectors; on a GPU products are recorded.
+        """
+        usable = self.smooth and self.precision == "full"
+        if not usable or not are_long(self.dim, self.dtype, self.device):
+            return None
+        activations = self.bytes_per_sample * self.frozen.num_samples
+        if activations < WORTHWHILE * self.dim * self.dtype.itemsize:
+            return None
+        if not any(value.any() for value in self.frozen.space.values.values()):
+            return None  # a step has no measure
+        return GradientDifferences(self.frozen, self.gradient())
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:

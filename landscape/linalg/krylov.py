@@ -115,6 +115,11 @@ class KrylovSpace:
         return self.size == self.capacity
 
     @property
+    def scale(self) -> float:
+        """Largest entry of T, about ‖A‖ after a few products."""
+        return float(np.abs(self._projection[: self.size, : self.size]).max(initial=0.0))
+
+    @property
     def alive(self) -> list[int]:
         """Chains that can still grow."""
         return [chain for chain, alive in enumerate(self._alive) if alive]
@@ -202,8 +207,7 @@ class KrylovSpace:
         inverse = np.linalg.pinv(gram, rcond=1e-12, hermitian=True)
         # Of a chain that has ended nothing is left but rounding: what lies along that is seen.
         ended = gram.diagonal() == 0
-        scale = np.abs(self._projection[: self.size, : self.size]).max(initial=0.0)
-        inverse[ended, ended] = 1 / max((self._rounding * scale) ** 2, _TINY)
+        inverse[ended, ended] = 1 / max((self._rounding * self.scale) ** 2, _TINY)
         z = self._marked[:, : self.size].reshape(chains, len(self.marks), -1)
         w = self._marked_frontier.reshape(chains, len(self.marks), -1)
         squares: np.ndarray = np.einsum("cai,dai->acd", z, z)
@@ -306,8 +310,7 @@ class KrylovSpace:
 
     def _is_small(self, norm: Tensor) -> bool:
         """Whether a direction is so short beside A that rounding shows in it."""
-        scale = np.abs(self._projection[: self.size, : self.size]).max(initial=0.0)
-        return bool(norm < _CANCELLED * scale)
+        return bool(norm < _CANCELLED * self.scale)
 
     def ritz(self, rounding: bool = True) -> RitzPairs:
         """Return the Ritz pairs of the whole space, ascending.

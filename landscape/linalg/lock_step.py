@@ -10,6 +10,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from landscape.linalg.eigenpairs import Eigenpairs
 from landscape.linalg.gradient import Precision
 from landscape.linalg.hessian import Memory
 from landscape.linalg.mini_batches import MiniBatchHessian
-from landscape.linalg.search import EigenSearch, multiply
+from landscape.linalg.search import ROUGH_TOL, EigenSearch, multiply, search_roughly
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective
 
@@ -74,7 +75,7 @@ class MiniBatchSolver:
         self._frozen, self._k, self._certify, self._memory = frozen, k, certify, memory
         self._precision: Precision = precision
         self._settings: dict[str, Any] = {"tol": tol, "max_iter": max_iter}
-        self._settings |= {"wanted": {"top": (k, "LM")}, "rough": precision != "full"}
+        self._settings |= {"wanted": {"top": (k, "LM")}}
         # A generator each: what one draws does not depend on how far the others have come.
         self._seeds = torch.randint(
             1 << 62, (frozen.num_batches,), generator=generator, device=generator.device
@@ -143,29 +144,38 @@ class MiniBatchSolver:
         while (item := self._queue.next(worker.place)) is not None:
             worker.item = index, batch = item
             hessian.load(batch)
-            search = self._search(index, compact=hessian.recorded and self._group != 1)
-            steps = search.steps(starts=1, certify=self._certify, first=first)
-            yield from multiply(steps, hessian.matvec)
-            if self._precision != "full":
-                yield from multiply(search.check(), hessian.exact_matvec)
-            self._rows[index], first = search.pairs("top"), search.direction("top")
+            make = partial(self._search, index, compact=hessian.recorded and self._group != 1)
+            start: dict[str, Any] = {"certify": self._certify, "first": first}
+            pays = self._settings["tol"] >= ROUGH_TOL and self._settings["max_iter"] > 3 * self._k
+            rough = hessian.differences() if pays else None
+            if rough is not None:
+                search = yield from search_roughly(make, rough, hessian.matvec, **start)
+            else:
+                search = make(rough=self._precision != "full")
+                yield from multiply(search.steps(starts=1, **start), hessian.matvec)
+                if self._precision != "full":
+                    yield from multiply(search.check(), hessian.exact_matvec)
+            self._rows[index], first = search.pairs("top"), search.direction()
             self.kept += hessian.kept
             worker.item = None
             self._tick()
 
-    def _search(self, index: int, compact: bool) -> EigenSearch:
+    def _search(self, index: int, compact: bool, rough: bool, spent: int = 0) -> EigenSearch:
         """Return the search of a mini-batch, if compact with a basis that leaves memory for others.
 
         Args:
             index: Number of the mini-batch.
             compact: Whether there are others.
+            rough: As in `EigenSearch`.
+            spent: As there.
         """
         space = self._frozen.space
         generator = torch.Generator(space.device).manual_seed(self._seeds[index])
         room: dict[str, Any] = {"max_basis": None}
         if compact:
             room = {"max_basis": self._k + BASIS, "basis_dtype": self._basis_dtype}
-        return EigenSearch(space, generator=generator, **room, **self._settings)
+        how: dict[str, Any] = room | self._settings | {"rough": rough, "spent": spent}
+        return EigenSearch(space, generator=generator, **how)
 
 
 class _Worker:

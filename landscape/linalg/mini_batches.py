@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from landscape.batches import PreparedBatch
+from landscape.linalg.differences import GradientDifferences
 from landscape.linalg.gradient import Precision
 from landscape.linalg.hessian import HessianOperator, Memory
 from landscape.linalg.recorded_hessian import RecordedHessian
@@ -53,7 +54,7 @@ class MiniBatchHessian:
         self._frozen, self._precision, self._memory = frozen, precision, memory
         self._place = place
         self.stream = side_stream(frozen.space.device, place)
-        self.num_bytes, self._bytes_per_sample = 0, 0.0
+        self.num_bytes, self._bytes_per_sample, self._smooth = 0, 0.0, False
         self.kept = False
         self._recorded: RecordedHessian | None = None
         self._recordable = self.stream is not None and not frozen.draws
@@ -80,8 +81,10 @@ class MiniBatchHessian:
                 memory=self._memory,
                 precision=self._precision,
                 bytes_per_sample=self._bytes_per_sample,
+                smooth=self._smooth,
             )
             self._bytes_per_sample = self._operator.bytes_per_sample
+            self._smooth = self._operator.smooth
         self.kept = self._recorded is not None or bool(self._operator.num_kept)
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -93,6 +96,10 @@ class MiniBatchHessian:
         if self._recorded is not None:
             return self._product(self._recorded, v, self._precision)
         return self._operator.matvec(v)
+
+    def differences(self) -> GradientDifferences | None:
+        """Return cheaper products for the mini-batch that was loaded last, if there are any."""
+        return None if self._recorded is not None else self._operator.differences()
 
     def exact_matvec(self, v: Tensor) -> Tensor:
         """Return H v in full precision.

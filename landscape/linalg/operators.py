@@ -10,6 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+    from landscape.linalg.differences import GradientDifferences
+
 
 class VectorSpace(Protocol):
     """What a vector is like: an operator and a `ParameterSpace` both say so.
@@ -87,6 +89,10 @@ class SymmetricOperator(ABC):
     def __matmul__(self, other: Tensor) -> Tensor:
         _check_tensor(other)
         return self.matvec(other) if other.dim() == 1 else self.matmat(other)
+
+    def differences(self) -> "GradientDifferences | None":
+        """Return cheaper products for a search whose pairs are checked, if there are any."""
+        return None
 
     def to_scipy(self) -> "LinearOperator":
         """Return the operator for SciPy's solvers, in float32 at least, through the host."""

@@ -14,6 +14,7 @@ from landscape._checks import (
     check_type,
 )
 from landscape.linalg.certificate import OWN, chances, check_certify, watched
+from landscape.linalg.differences import GradientDifferences
 from landscape.linalg.eigenpairs import Eigenpairs, error_estimates, rank, select
 from landscape.linalg.gram_schmidt import are_long, inner_products, length
 from landscape.linalg.krylov import KrylovSpace, RitzPairs
@@ -27,6 +28,15 @@ SINGLE_TOL = 1e-4
 """Tolerance from which a basis in float32 does as well, a heuristic: it shows at 1e-6 of ‖A‖."""
 FEWEST = 8
 """Products that a certificate may take at least, a heuristic: few pairs are told apart too soon."""
+SKEWED = 0.01
+"""Asymmetry over ‖A‖ from which products are no use, a heuristic: differences of gradients of a
+smooth network have 3e-4 to 8e-4, over kinks 0.1 and more."""
+REFINEMENTS = 2
+"""Times that a check may widen the space of the vectors that it has found."""
+DEPENDENT = 1e-4
+"""Eigenvalue of a matrix of cosines up to which vectors are dependent, a heuristic."""
+ROUGH_TOL = 5e-4
+"""Tolerance from which a rough search pays, a heuristic: errors of 1e-3 of ‖A‖ must do."""
 READS = 2
 """Products on a GPU between two looks at convergence, a heuristic: a look waits for the device."""
 
@@ -34,9 +44,10 @@ READS = 2
 class EigenSearch:
     """One growing Krylov space and the sets of extreme pairs that are wanted of it.
 
-    Products of reduced precision make the residuals of the space those of another operator. `check`
-    then takes one accurate product a pair, and gives the Ritz pairs of the space of these vectors:
-    their residuals are true, and their errors of the order of the vectors' squared errors.
+    Rough products, which are only about right, make the residuals of the space those of another
+    operator. `check` then takes one accurate product a pair, and gives the Ritz pairs of the space
+    of these vectors: their residuals are true, and their errors of the order of the vectors'
+    squared errors.
 
     Attributes:
         space: The Krylov space.
@@ -58,6 +69,7 @@ class EigenSearch:
         basis_device: torch.device | str | None = None,
         reads: int | None = None,
         rough: bool = False,
+        spent: int = 0,
     ) -> None:
         """Set out the search.
 
@@ -74,8 +86,9 @@ class EigenSearch:
             basis_device: Device of the basis, or `None` for the operator's.
             reads: Number of products between two looks at convergence; 1 on a CPU by default, and
                 `READS` on a GPU.
-            rough: The products are of reduced precision, and `check` will follow: their rounding
-                does not hold the stop.
+            rough: The products are rough, and `check` will follow: their rounding does not hold
+                the stop, and it has its products of `max_iter`, which are twice as many at least.
+            spent: Products that were made before, of `max_iter`.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -87,7 +100,7 @@ class EigenSearch:
                     f"`k` must be at most the dimension {vectors.dim}, got {k}; lower `k`."
                 )
         total = sum(k for k, _ in wanted.values())
-        check_count("max_iter", max_iter, min(total, vectors.dim))
+        check_count("max_iter", max_iter, min(total * (1 + rough), vectors.dim))
         check_positive("tol", tol)
         check_basis(max_basis, basis_dtype, basis_device)
         long = are_long(vectors.dim, vectors.dtype, vectors.device)
@@ -106,12 +119,14 @@ class EigenSearch:
         self._vectors = vectors
         self.basis_at_restart: tuple[RitzPairs, np.ndarray] | None = None
         self._wanted = {name: (int(k), which) for name, (k, which) in wanted.items()}
-        self._tol, self._max_iter = float(tol), max_iter  # plain, whatever kind of number
+        self._tol = float(tol)  # plain, whatever kind of number
+        self._max_iter = max_iter
+        self._limit = max_iter - total * rough  # of the search: the rest is for the check
         self._generator = generator
         self._rough = rough
         self._checked: dict[str, tuple[np.ndarray, np.ndarray, torch.Tensor]] = {}
         self._own = False  # whether the first start vector was given
-        self.num_matvecs = 0
+        self.num_matvecs, self._spent = spent, spent
         self.miss = 1.0
 
     def run(
@@ -167,7 +182,7 @@ class EigenSearch:
             space.start(self._random())
         found = known = None
         target = min_iter  # number of products before the next look at convergence
-        while self.num_matvecs < self._max_iter:
+        while self.num_matvecs < self._limit:
             if not space.alive:
                 if space.size == space.dim:
                     break
@@ -176,11 +191,11 @@ class EigenSearch:
                 self._restart(starts)
             space.take((yield space.next(space.alive[self.num_matvecs % len(space.alive)])))
             self.num_matvecs += 1
-            if space.behind and self.num_matvecs < self._max_iter:
+            if space.behind and self.num_matvecs < self._limit:
                 continue
             self._ritz = space.ritz(rounding=not self._rough)
             if found is None and self._all_within(0.1):
-                found = max(self.num_matvecs, 2)
+                found = max(self.num_matvecs - self._spent, 2)
             waiting = bool(space.alive) and self.num_matvecs < target
             if known is not None:
                 # Stopped as soon as it is low enough, so the level is all that can be claimed.
@@ -207,26 +222,41 @@ class EigenSearch:
         if space.size == space.dim:
             self.miss = 0.0  # nothing lies outside
 
-    def check(self) -> Products:
-        """Find the residuals of all wanted pairs, and better values, from accurate products."""
+    def check(self, refine: bool = False) -> Products:
+        """Find the residuals of all wanted pairs, and better values, from accurate products.
+
+        Args:
+            refine: Take residuals of pairs that have not converged into the space of their vectors,
+                at one more product each, up to `REFINEMENTS` times.
+        """
         for name, (k, which) in self._wanted.items():
-            rows = self.space.vectors(self._coordinates(name))
-            products = []
-            for row in rows:
-                products.append((yield row).to(rows))
-                self.num_matvecs += 1
-            images = torch.stack(products)
-            projection = inner_products(rows, images).cpu().numpy()
-            lengths = np.linalg.cholesky(inner_products(rows, rows).cpu().numpy())  # almost I
-            projection = np.linalg.solve(lengths, np.linalg.solve(lengths, projection).T)
-            values, rotation = np.linalg.eigh((projection + projection.T) / 2)
-            rotation = np.linalg.solve(lengths.T, rotation)
-            order = select(values, k, which)
-            small = torch.from_numpy(np.ascontiguousarray(rotation[:, order].T)).to(rows)
-            values, rows, images = values[order], small @ rows, small @ images
-            rest = images - torch.from_numpy(values).to(rows)[:, None] * rows
-            residuals = np.array([float(length(row)) for row in rest])
-            self._checked[name] = values, residuals, rows
+            new = self.space.vectors(self._coordinates(name))
+            rows = images = new[:0]
+            for _ in range(1 + REFINEMENTS * refine):
+                rows, products = torch.cat([rows, new]), []
+                for row in new:
+                    products.append((yield row).to(new))
+                    self.num_matvecs += 1
+                images = torch.cat([images, torch.stack(products)])
+                values, small = _projected(rows, images, k, which)
+                found = small @ rows
+                rest = (small @ images).addcmul_(torch.from_numpy(-values).to(rows)[:, None], found)
+                residuals = np.array([float(length(row)) for row in rest])
+                self._checked[name] = values, residuals, found
+                off = np.flatnonzero(~self.pairs(name).converged)
+                if not len(off) or self.num_matvecs + len(off) > self._max_iter:
+                    break
+                new = rest[off] / torch.from_numpy(residuals[off]).to(rows)[:, None]
+
+    @property
+    def converged(self) -> bool:
+        """Whether every wanted pair has, as `check` has found them if it was called."""
+        return all(self.pairs(name).converged.all() for name in self._wanted)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether another search may take the products that this one has left."""
+        return self._max_iter - self.num_matvecs >= sum(k for k, _ in self._wanted.values())
 
     def pairs(self, name: str, vectors: bool = False) -> Eigenpairs:
         """Return one wanted set, as `check` has found it if it was called.
@@ -254,13 +284,10 @@ class EigenSearch:
             values, residuals, errors, converged, which, self.num_matvecs, found, self.miss
         )
 
-    def direction(self, name: str) -> torch.Tensor:
-        """Return the sum of a set's vectors, to start from on an operator near this one.
-
-        Args:
-            name: Name of the set.
-        """
-        return self.space.vectors(self._coordinates(name).sum(1, keepdims=True))[0]
+    def direction(self) -> torch.Tensor:
+        """Return the sum of all wanted vectors, to start from on an operator near this one."""
+        total = sum(self._coordinates(name).sum(1, keepdims=True) for name in self._wanted)
+        return self.space.vectors(total)[0]
 
     def snapshot(self, starts: int) -> tuple[RitzPairs, np.ndarray] | None:
         """Return Ritz pairs and quadrature weights of the first random start vectors.
@@ -370,6 +397,68 @@ class EigenSearch:
         return values
 
 
+def _projected(
+    rows: torch.Tensor, images: torch.Tensor, k: int, which: str
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Return `k` Ritz values of the space of some rows, and coordinates `(k, m)` of their vectors.
+
+    Args:
+        rows: Vectors of length 1, shape `(m, dim)`; almost dependent ones count once.
+        images: Their products.
+        k: Number of pairs.
+        which: Which end.
+    """
+    lengths, axes = np.linalg.eigh(inner_products(rows, rows).cpu().numpy())
+    independent = lengths > DEPENDENT
+    axes = axes[:, independent] / np.sqrt(lengths[independent])
+    projection = axes.T @ inner_products(rows, images).cpu().numpy() @ axes
+    values, rotation = np.linalg.eigh((projection + projection.T) / 2)
+    order = select(values, k, which)
+    small = np.ascontiguousarray((axes @ rotation[:, order]).T)
+    return values[order], torch.from_numpy(small).to(rows)
+
+
+def search_roughly(
+    make: Callable[..., EigenSearch],
+    rough: GradientDifferences,
+    matvec: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    certify: bool | float,
+    first: torch.Tensor | None,
+) -> Generator[None, None, EigenSearch]:
+    """Search with rough products, and check what is found, or search with accurate ones after all.
+
+    Pauses after each product.
+
+    Args:
+        make: `make(rough=…, spent=…)` makes the search.
+        rough: Rough products.
+        matvec: Accurate ones.
+        certify: As in `EigenSearch.run`.
+        first: Start vector of shape `(dim,)`, if any.
+
+    Returns:
+        The search that found the pairs.
+    """
+    search = make(rough=True)
+    spent = 0
+    for _ in multiply(search.steps(starts=1, certify=certify, first=first), rough.matvec):
+        spent += 1
+        yield
+        if search.space.size > 2:  # it knows the scale of A
+            rough.scale = search.space.scale
+            if search.space.asymmetry > SKEWED * rough.scale:
+                break
+    else:
+        yield from multiply(search.check(refine=True), matvec)
+        if search.converged or not search.can_go_on:
+            return search
+        first, spent = search.direction(), search.num_matvecs
+    again = make(rough=False, spent=spent)
+    yield from multiply(again.steps(starts=1, certify=certify, first=first), matvec)
+    return again
+
+
 def check_basis(
     max_basis: int | None,
     basis_dtype: torch.dtype | None,
@@ -424,6 +513,22 @@ def multiply(products: Products, matvec: Callable[[torch.Tensor], torch.Tensor])
             v = products.send(product)
     except StopIteration:
         return
+
+
+def finish(work: Generator[None, None, EigenSearch], tick: Callable[[], object]) -> EigenSearch:
+    """Return the search that pauses after each product, when it is done.
+
+    Args:
+        work: As `search_roughly` makes it.
+        tick: Called at each pause.
+    """
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            search: EigenSearch = done.value
+            return search
+        tick()
 
 
 def random_unit_vector(vectors: VectorSpace, generator: torch.Generator) -> torch.Tensor:

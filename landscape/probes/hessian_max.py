@@ -52,7 +52,8 @@ class HessianMaxSpectrum(Result):
             repository's figures the median variance of NEP is 0.7 of that of independent values.
         ape: Average of the positive max eigenvalues, ∫_0^∞ λp(λ)dλ / ∫_0^∞ p(λ)dλ; NaN if none.
         ape_interval: That of `ape`.
-        num_hvps: Mini-batch Hessian-vector products in all.
+        num_hvps: Mini-batch Hessian-vector products in all, differences of gradients that stand
+            for one (`top_eigenpairs`) among them.
         provenance: Where it came from.
         errors: Estimates of the eigenvalues' errors (`Eigenpairs`), shape `(batches, k)`.
         miss: Bound on the probability that a value of a mini-batch is missing (`Eigenpairs`), shape
