@@ -61,7 +61,8 @@ class CalibrationBins:
         return {
             "ece": ece,
             "ece_stderr": float(np.sqrt(spread / (num_samples - 1))) if num_samples > 1 else np.nan,
-            "ece_noise": float(np.sqrt(2 / np.pi * noise).sum()) / num_samples,
+            "ece_noise": float(np.minimum(np.sqrt(2 / np.pi * noise), 2 * noise).sum())
+            / num_samples,
             "bin_edges": self._edges(torch.device("cpu")).numpy(),
             "bin_count": count.round().astype(np.int64),
             "bin_confidence": confidence / held,

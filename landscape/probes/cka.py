@@ -48,7 +48,8 @@ class CKA(Result):
     Attributes:
         values: `(a, b)`: CKA, at most 1; 0 for independent features, below 0 by chance. NaN where
             the features of a block are the same for all samples, or not finite.
-        stderr: `(a, b)`: jackknife standard error over mini-batches, NaN for fewer than two.
+        stderr: `(a, b)`: jackknife standard error over mini-batches, weighted by their sizes; NaN
+            for fewer than two.
         blocks_a: The `a` blocks.
         blocks_b: The `b` blocks.
         hsic: `(m, a, b)`: HSIC₁ of each mini-batch.
@@ -234,12 +235,16 @@ def _norms(x: Tensor) -> Tensor:
 def _ratio(
     hsic: np.ndarray, own_a: np.ndarray, own_b: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return CKA from sums over mini-batches, and its delete-one jackknife standard error."""
+    """Return CKA from sums over mini-batches, and its delete-one jackknife standard error.
+
+    With weights w_i that sum to 1, mini-batch i draws the value θ by d_i = (1 − w_i)(θ − θ₋ᵢ). Of a
+    mean Σ w_i x_i that is w_i (x_i − θ), and Σ d_i² / (1 − Σ w_i²) has no bias where the variance
+    of x_i goes as 1 / w_i. With equal weights it is the usual one.
+    """
     weights = sizes / sizes.sum()
     parts = [np.tensordot(weights, each, 1) for each in (hsic, own_a, own_b)]
     values = _alignment(*parts)
-    num = len(sizes)
-    if num < 2:
+    if len(sizes) < 2:
         return values, np.full_like(values, np.nan)
     left = [
         _alignment(
@@ -247,7 +252,8 @@ def _ratio(
         )
         for i, w in enumerate(weights)
     ]
-    return values, np.sqrt((num - 1) * np.var(left, axis=0))
+    drawn = (1 - weights)[:, None, None] * (values - left)
+    return values, np.sqrt(np.square(drawn).sum(0) / (1 - np.square(weights).sum()))
 
 
 def _alignment(hsic: np.ndarray, own_a: np.ndarray, own_b: np.ndarray) -> np.ndarray:

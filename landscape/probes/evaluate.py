@@ -8,10 +8,11 @@ With p the softmax of the outputs for a sample of label y, its confidence c the 
 - ECE = Σ_b |s_b| / n with s_b = Σ (r − c) over the samples of bin b, one of equal bins (low, high]
   of the confidence (Guo et al. 2017, eq. 3).
 
-ECE is biased: |s_b| does not average to 0 for a calibrated model, but to √(2/π · Σ c(1 − c)) where
-there are many samples. The sum of these over n is the ECE that a perfectly calibrated model of the
-same confidences would show, and it comes with the result. Where a gap stands out from its noise,
-|s_b| is ±s_b and ECE a mean over samples of ±(r − c): that is its standard error here.
+ECE is biased: |s_b| does not average to 0 for a calibrated model. With V = Σ c(1 − c) it averages
+to √(2/π · V) where that is large, and to 2V, which it never exceeds, where hardly a sample will be
+wrong. The sum over bins of the smaller of these, over n, is the ECE that a perfectly calibrated
+model of the same confidences would show, and it comes with the result. Where a gap stands out from
+its noise, |s_b| is ±s_b and ECE a mean over samples of ±(r − c): that is its standard error here.
 """
 
 import time

@@ -45,9 +45,11 @@ class HessianMaxSpectrum(Result):
         nep: Negative max eigenvalue proportion, ∫_{-∞}^0 p(λ)dλ, over all finite eigenvalues
             gathered. One within its error, or within rounding, of 0 counts as neither negative nor
             positive, here and in `ape` (`signed_eigenvalues`): those of a rank below `k`.
-        nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high); for fewer
-            than ten it is a rough one, for a single one NaN. Of 0 and 1, where all resamples are
-            alike, it is that of as many independent values (Clopper & Pearson 1934, with the
+        nep_interval: 95 % bootstrap interval of `nep` over mini-batches, (low, high); NaN for a
+            single one. For fewer than ten it is a rough one, as it ends at the extreme mini-batches
+            at most: of two it covers the truth in half of the cases, of three in 75 %, of five in
+            90 %. Where all resamples are alike, as of 0, 1, and mini-batches of as many negative
+            ones each, it is that of as many independent values (Clopper & Pearson 1934, with the
             degrees of freedom of Korn & Graubard 1998). Of some 180 other spectra of this
             repository's figures the median variance of NEP is 0.7 of that of independent values.
         ape: Average of the positive max eigenvalues, ∫_0^∞ λp(λ)dλ / ∫_0^∞ p(λ)dλ; NaN if none.
@@ -268,8 +270,9 @@ def _bootstrap(
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
         low, high = np.nanpercentile(np.array(samples), [tail, 100 - tail], axis=0)
     negative = eigenvalues[np.isfinite(eigenvalues)] < 0
-    if len(negative) and negative.all() == negative.any():  # resamples tell nothing of others
+    if low[0] == high[0]:  # resamples tell nothing of others
         effective = len(negative) * (stats.t.ppf(0.975, len(negative) - 1) / student) ** 2
-        unseen = 1 - 0.025 ** (1 / effective)
-        low[0], high[0] = (1 - unseen, 1) if negative.all() else (0, unseen)
+        some, others = effective * negative.mean(), effective * (~negative).mean()
+        low[0] = stats.beta.ppf(0.025, some, others + 1) if some else 0
+        high[0] = stats.beta.ppf(0.975, some + 1, others) if others else 1
     return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))

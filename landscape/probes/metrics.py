@@ -20,13 +20,18 @@ from landscape.probes.calibration import CalibrationBins, largest_probability
 class LossError:
     """Standard error over samples of a mean loss.
 
-    With terms c_n and weights a_n of the samples, the mean is m = Σ c_n / Σ a_n and its standard
-    error √(n/(n−1) · Σ (c_n − a_n m)²) / Σ a_n: for a_n = 1 the usual one, else that of a ratio.
+    With terms c_n and weights a_n of the samples, the mean is m = Σ c_n / Σ a_n, and with shares
+    w_n = a_n / Σ a_n, S = Σ w_n² and T = Σ w_n³ the square of its standard error
+
+        S / (S + S² − 2T) · Σ (c_n − a_n m)² / (Σ a_n)²,
+
+    which has no bias where the losses c_n / a_n have one variance. For a_n = 1 it is the usual one,
+    as the factor is n/(n−1) then; samples of large weight draw the mean to themselves.
     """
 
     def __init__(self, loss: Any, device: torch.device) -> None:
         self._loss, self._unreduced = loss, unreduced(loss)
-        self._sums = torch.zeros(6, dtype=torch.float64, device=device)  # n, c, a, cc, ca, aa
+        self._sums = torch.zeros(7, dtype=torch.float64, device=device)  # n, c, …, aaa
 
     def add(self, logits: Tensor, batch: PreparedBatch) -> None:
         """Add one batch."""
@@ -41,13 +46,14 @@ class LossError:
         # Where weights are counts of labels (segmentation) they belong to a sum, else to a mean.
         c = c.sum(1) if counts_labels(self._loss, batch.targets) else c.mean(1)
         counted = (a > 0).sum()
-        self._sums += torch.stack([counted, c.sum(), a.sum(), c @ c, c @ a, a @ a])
+        self._sums += torch.stack([counted, c.sum(), a.sum(), c @ c, c @ a, a @ a, (a**3).sum()])
 
     def result(self, mean: Tensor) -> Tensor:
         """Return the standard error of `mean`, NaN where the loss has no terms by sample."""
-        n, c, a, cc, ca, aa = self._sums
+        n, c, a, cc, ca, aa, aaa = self._sums
         squares = (cc - 2 * mean * ca + mean**2 * aa).clamp_min(0)
-        error = (squares * n / (n - 1)).sqrt() / a
+        s, t = aa / a**2, aaa / a**3
+        error = (squares * s / (s + s**2 - 2 * t)).sqrt() / a
         # A loss whose own mean is another one has unreduced terms that mean something else.
         known = (c / a - mean).abs() <= 1e-3 * mean.abs()
         return torch.where(known & (n > 1), error, torch.nan)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from landscape.blocks import Blocks
 from landscape.models import resnet20, vit_nano
-from landscape.probes.cka import CKA, cka
+from landscape.probes.cka import CKA, _ratio, cka
 from landscape.switches import rounding
 from tests.cases import assert_untouched, snapshot
 from tests.probes.filters import Cached, filters, images
@@ -151,11 +151,22 @@ def test_independent_features_have_none_within_the_error():
 
 def test_error_is_the_jackknife_over_batches():
     model, blocks = filters()
-    data = images((13, 12, 7))
+    data = images((9, 9, 9))
     left = [cka(model, data[:i] + data[i + 1 :], blocks_a=blocks).values for i in range(3)]
-    expected = np.sqrt((3 - 1) / 3 * np.square(left - np.mean(left, axis=0)).sum(0))
-    found = cka(model, data, blocks_a=blocks).stderr
-    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-12)
+    found = cka(model, data, blocks_a=blocks)
+    expected = np.sqrt((3 - 1) / 3 * np.square(left - found.values).sum(0))
+    np.testing.assert_allclose(found.stderr, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (64, 4), (64, 64, 4), (40, 30, 20, 10)], ids=str)
+def test_batches_of_any_sizes_have_the_error_of_their_weighted_mean(sizes):
+    """A thousand pairs of blocks whose HSIC has the variance 1 / n, and 1 with themselves."""
+    sizes = np.array(sizes)
+    draws = np.random.RandomState(0).normal(size=(len(sizes), 1, 1000))
+    draws /= np.sqrt(sizes)[:, None, None]
+    values, stderr = _ratio(draws, np.ones((len(sizes), 1)), np.ones((len(sizes), 1000)), sizes)
+    assert values.std() == pytest.approx(1 / np.sqrt(sizes.sum()), rel=0.1)
+    assert np.sqrt(np.square(stderr).mean()) == pytest.approx(1 / np.sqrt(sizes.sum()), rel=0.1)
 
 
 def test_error_is_the_spread_over_repeated_draws():

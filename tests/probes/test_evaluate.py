@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import nn
 
 from landscape.probes.evaluate import Evaluation, evaluate
@@ -133,6 +134,15 @@ def test_noise_of_a_calibrated_model_and_error_of_a_miscalibrated_one_are_what_t
     # The confidences are the same in every draw: what varies is the labels alone, so that the
     # spread over draws is the smaller one.
     assert 0.7 * stderr < ece.std() < 1.1 * stderr
+
+
+@pytest.mark.parametrize("count", [1, 10, 100])
+def test_noise_of_a_model_that_is_hardly_ever_wrong_is_that_of_a_binomial_count(count):
+    logits = torch.tensor([0.9999, 0.0001], dtype=torch.float64).log().expand(count, 2)
+    result = evaluate(Identity(), [(logits, torch.zeros(count, dtype=torch.long))])
+    wrong = stats.binom(count, 0.0001)
+    expected = wrong.expect(lambda k: abs(k - wrong.mean())) / count
+    assert result.ece_noise == pytest.approx(expected, rel=0.02)
 
 
 def test_soft_targets_are_compared_as_probabilities():

@@ -688,6 +688,23 @@ class Scale(nn.Module):
         return self.scale * x
 
 
+def test_mini_batches_with_as_many_negative_eigenvalues_each_tell_little_of_others(generator):
+    """One or two of five are negative: where all mini-batches have one, an interval of length 0."""
+    from landscape.probes.hessian_max import _bootstrap
+
+    covered = []
+    for _ in range(200):
+        values = torch.ones(10, 5, dtype=torch.float64)
+        values[:, 3] = -1
+        values[:, 4] = torch.where(torch.rand(10, generator=generator) < 0.1, -1.0, 1.0)
+        (low, high), _ = _bootstrap(values.numpy(), 200, generator)
+        covered.append(low <= 0.22 <= high)
+    assert np.mean(covered) > 0.9
+    (low, high), _ = _bootstrap(values[:, :4].numpy(), 200, generator)
+    exact = stats.binomtest(10, 40).proportion_ci(0.95, "exact")
+    assert (low, high) == pytest.approx((exact.low, exact.high), abs=0.03)
+
+
 def test_mini_batches_of_a_single_parameter_without_a_positive_eigenvalue():
     """L = −mean (θ x)²: the Hessian of each mini-batch is −2 mean x², its only eigenvalue."""
     x = torch.arange(1.0, 21).double().view(5, 4, 1)

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -347,8 +348,25 @@ def test_labels_soft_ignored_and_weighted(generator):
         assert line.nll[0] == pytest.approx(F.cross_entropy(logits, hard, weight).item())
         a = weight[hard].numpy()
         c = F.cross_entropy(logits, hard, weight, reduction="none").numpy()
-        spread = ((c - a * line.nll[0]) ** 2).sum() * 12 / 11
-        assert line.nll_stderr[0] == pytest.approx(np.sqrt(spread) / a.sum())
+        spread = ((c - a * line.nll[0]) ** 2).sum() / a.sum() ** 2
+        s, t = (((a / a.sum()) ** power).sum() for power in (2, 3))
+        assert line.nll_stderr[0] == pytest.approx(np.sqrt(spread * s / (s + s**2 - 2 * t)))
+
+
+def test_the_error_of_few_weighted_samples_is_the_spread_over_all_their_losses():
+    """Each of four samples has a loss of 0.5 or 1.5: the mean over all 16 cases is exact."""
+    model = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+    nn.init.eye_(model.weight)
+    labels = torch.tensor([0, 0, 1, 2])
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 3.0, 10.0], dtype=torch.float64))
+    means, errors = [], []
+    for losses in itertools.product([0.5, 1.5], repeat=4):
+        own = torch.tensor(losses, dtype=torch.float64).neg().exp()[:, None]
+        p = torch.where(labels[:, None] == torch.arange(3), own, (1 - own) / 2)
+        line = loss_line(model, [(p.log(), labels)], points=[0.0], objective=Objective(loss=loss))
+        means.append(line.nll[0])
+        errors.append(line.nll_stderr[0])
+    assert np.square(errors).mean() == pytest.approx(np.var(means), rel=1e-9)
 
 
 def test_a_loss_without_terms_by_sample_has_no_error():
