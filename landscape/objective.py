@@ -312,7 +312,7 @@ class FrozenObjective:
             run = functools.partial(self._call_with_gradient, inputs, size)
             self._caches = caches_of(self.model, run, learned=True)
             if self.objective.loss is None:
-                with watched_streams(self.model) as moved:
+                with trial.explained("`model` on", inputs), watched_streams(self.model) as moved:
                     once = self.data_term(self.space.values, batch)
                 for _ in range(2):  # two numbers may agree by chance
                     trial.check_same(once, self._again(self.space.values, batch, self.data_term))

@@ -35,6 +35,11 @@ def explained(what: str, *arguments: Any) -> Iterator[None]:
             for t in arguments
         ]
         error.add_note(f"It came from {what} the first batch of `data`: {', '.join(shown)}.")
+        if not torch.is_grad_enabled() and "does not require grad" in str(error):
+            error.add_note(
+                "Probes need no gradients of most passes; a model that takes one in its forward "
+                "pass, or a loss, must do so within `torch.enable_grad()`."
+            )
         raise
 
 
@@ -130,10 +135,12 @@ def check_targets(loss: Loss | None, logits: Tensor, targets: Tensor | None) -> 
     elif not is_elementwise(loss):
         return
     if targets.shape != expected:
+        last = logits.dim() > 2 and targets.shape == logits.shape[:-1] and is_classification(loss)
+        remedy = "; return the classes as dimension 1, by `outputs.movedim(-1, 1)`" if last else ""
         raise ValueError(
             f"`data` must have targets of shape {tuple(expected)} for outputs "
             f"{tuple(logits.shape)} of `model` and this loss, got {targets.dtype} "
-            f"{tuple(targets.shape)}."
+            f"{tuple(targets.shape)}{remedy}."
         )
 
 

@@ -664,6 +664,12 @@ def test_targets_that_a_loss_would_broadcast_are_refused():
         Objective(loss=nn.MSELoss()).freeze(model, [(X, Y.float())])
 
 
+def test_classes_in_the_last_dimension_are_named():
+    model, ids = nn.Embedding(7, 5), torch.randint(5, (6, 4))
+    with pytest.raises(ValueError, match=r"\(6, 4\); .* `outputs.movedim\(-1, 1\)`"):
+        Objective().freeze(model, [(ids, ids)])
+
+
 @pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)])
 def test_class_labels_that_are_floats_are_refused(loss):
     model = make_model("conv")
@@ -692,6 +698,34 @@ def test_an_error_of_the_model_says_what_it_was_called_with():
     assert caught.value.__notes__ == [
         f"It came from `model` on the first batch of `data`: torch.uint8 {tuple(X.shape)}."
     ]
+
+
+class Slope(nn.Module):
+    """Gives the slope of a curve, as networks informed by physics do, where gradients are on."""
+
+    def __init__(self, inside=nullcontext):
+        super().__init__()
+        self.curve = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
+        self.inside = inside
+
+    def forward(self, x, f=None):
+        with self.inside():
+            x = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.curve(x).sum(), x, create_graph=True)
+        return slope if f is None else {"loss": F.mse_loss(slope, f)}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_gradient_in_a_forward_pass_is_told_to_enable_gradients(own):
+    x, f = torch.rand(5, 1), torch.rand(5, 1)
+    data = [{"x": x, "f": f}] if own else [(x, f)]
+    objective = Objective(loss=None if own else F.mse_loss)
+    with pytest.raises(RuntimeError) as caught:
+        objective.freeze(Slope(), data)
+    assert "within `torch.enable_grad()`" in caught.value.__notes__[-1]
+    model = Slope(torch.enable_grad)
+    value = objective.freeze(model, data).value()
+    torch.testing.assert_close(value, F.mse_loss(model(x), f).item(), rtol=1e-6, atol=0)
 
 
 class Counting(nn.Module):

@@ -25,7 +25,7 @@ from landscape.linalg.gradient import (
 )
 from landscape.linalg.hessian import CurvatureOperator, warn_independent
 from landscape.linalg.layers import with_cheap_second_derivatives
-from landscape.losses import makes_no_softmax, sample_weights
+from landscape.losses import is_probability, makes_no_softmax, sample_weights
 
 
 class _OutputCurvature(CurvatureOperator):
@@ -145,7 +145,8 @@ class FisherOperator(_OutputCurvature):
 
     Raises:
         ValueError: Besides what a `HessianOperator` raises, if the outputs have another shape, the
-            model brings its own loss, or it is one of PyTorch's that takes no softmax of them.
+            model brings its own loss, it is one of PyTorch's that takes no softmax of them, or the
+            targets are those of a regression.
     """
 
     def _setup(self) -> None:
@@ -159,10 +160,18 @@ class FisherOperator(_OutputCurvature):
         batch = next(iter(self.frozen.batches))
         with torch.no_grad():
             logits = self.frozen.logits(self.frozen.space.values, batch.inputs)
-        if logits.dim() != 2:
+        if logits.dim() != 2 or logits.shape[1] < 2:
             raise ValueError(
-                f"`model` must return logits of shape (n, classes) for a Fisher matrix, got "
-                f"{tuple(logits.shape)}."
+                "`model` must return logits of shape (n, classes) of two or more classes for a "
+                f"Fisher matrix, got {tuple(logits.shape)}; see `GaussNewtonOperator`."
+            )
+        targets = batch.targets
+        assert targets is not None  # the set-up has taken the loss of both
+        alike = targets.is_floating_point() and targets.shape == logits.shape
+        if alike and not is_probability(targets):  # of a loss whose name does not tell
+            raise ValueError(
+                "`data` must have labels, or probabilities that sum to 1, for a Fisher matrix, got "
+                "floating targets that are none, as of a regression; see `GaussNewtonOperator`."
             )
         super()._setup()
 

@@ -13,7 +13,8 @@ arXiv 1712.09913, sec. 4). With d drawn from a standard normal:
   the code of Park & Kim (2022) does under the name of filter normalisation; it is not Li et al.
 - `None`: d as drawn.
 
-A filter of zeros gets a direction of zeros.
+A filter of zeros gets a direction of zeros, and so do weights that `torch.nn.utils.prune` masks:
+the norms are of what is left.
 """
 
 import fnmatch
@@ -222,6 +223,7 @@ def random_directions(
             "pass `ignore_1d=False` or fewer patterns."
         )
     groups = _transposed_groups(model)
+    masks = _masks(model)
     vectors = []
     for _ in range(num):
         vector = {}
@@ -229,6 +231,8 @@ def random_directions(
             noise = torch.randn(
                 value.shape, generator=generator, device=generator.device, dtype=torch.float64
             )
+            if name in masks:
+                noise, value = noise * masks[name].to(noise), value * masks[name]
             scaled = _rescale(noise, value.to(noise), normalization, groups.get(name))
             vector[name] = to_array(scaled, value.dtype)
         vectors.append(vector)
@@ -288,6 +292,16 @@ def _match_norms(noise: Tensor, value: Tensor, over: Sequence[int]) -> Tensor:
     wanted = torch.linalg.vector_norm(value, dim=tuple(over), keepdim=True)
     drawn = torch.linalg.vector_norm(noise, dim=tuple(over), keepdim=True)
     return noise * torch.where(drawn > 0, wanted / drawn, 0.0)
+
+
+def _masks(model: nn.Module) -> dict[str, Tensor]:
+    """Return the masks of `torch.nn.utils.prune`, by the name of the parameter."""
+    first, found = aliases(model), {}
+    for name, mask in model.named_buffers():
+        weight = f"{name.removesuffix('_mask')}_orig"
+        if name.endswith("_mask") and weight in first:
+            found[first[weight]] = mask
+    return found
 
 
 def _transposed_groups(model: nn.Module) -> Mapping[str, int]:

@@ -282,6 +282,21 @@ def test_a_fisher_matrix_is_that_of_a_softmax(loss):
         FisherOperator(make_model("conv"), data, Objective(loss=loss))
 
 
+def test_a_fisher_matrix_is_not_that_of_a_regression_whose_loss_is_ones_own():
+    def squared(outputs, targets):
+        return 0.5 * (outputs - targets).square().sum(1).mean()
+
+    data = [(x, torch.randn(len(x), 3).double()) for x, _ in make_batches((7,))]
+    with pytest.raises(ValueError, match="labels, or probabilities that sum to 1, .* `Gauss"):
+        FisherOperator(make_model("conv"), data, Objective(loss=squared))
+    one = nn.Sequential(nn.Flatten(), nn.LazyLinear(1, dtype=torch.float64))
+    one(data[0][0])
+    with pytest.raises(ValueError, match=r"two or more classes .* got \(7, 1\)"):
+        FisherOperator(one, [(x, y[:, :1]) for x, y in data], Objective(loss=squared))
+    soft = [(x, y.softmax(1)) for x, y in data]
+    FisherOperator(make_model("conv"), soft, Objective(loss=squared))
+
+
 class Cube(torch.autograd.Function):
     """Differentiable once, as operations with a kernel of their own are."""
 

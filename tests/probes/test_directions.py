@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from landscape.probes.directions import Directions, random_directions
 from tests.cases import MODELS, Tied, assert_untouched, make_model, snapshot
@@ -65,6 +66,21 @@ def test_filters_of_a_reparametrised_transposed_convolution_are_its_own_too(wrap
     theirs = dict(model.named_parameters())[name].detach().numpy()
     lengths = [(v**2).sum((0, 2, 3)) for v in (ours, theirs)]
     np.testing.assert_allclose(*lengths)
+
+
+@pytest.mark.parametrize("rule", ["filter", "layer", "input", None])
+def test_pruned_weights_do_not_move_and_do_not_count(rule):
+    model = nn.Linear(6, 4, dtype=torch.float64)
+    whole = random_directions(model, normalization=None).vectors[0]["weight"]
+    prune.l1_unstructured(model, "weight", 0.5)
+    vector = random_directions(model, normalization=rule).vectors[0]["weight_orig"]
+    kept, weight = model.weight_mask.numpy(), model.weight.detach().numpy()
+    assert not vector[kept == 0].any()
+    if rule is None:
+        np.testing.assert_array_equal(vector, whole * kept)
+        return
+    dims = {"filter": 1, "layer": (0, 1), "input": 0}[rule]
+    np.testing.assert_allclose(norms(vector, dims), norms(weight, dims))
 
 
 def test_a_spectral_norm_takes_no_step_of_its_iteration():
