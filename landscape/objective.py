@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointFunction
 
 from landscape import trial
-from landscape._checks import check_at_least, check_count
+from landscape._checks import check_at_least, check_count, check_type
 from landscape._names import name_of
 from landscape.batches import (
     LABEL_KEYS,
@@ -162,11 +162,7 @@ def check_transform(transform: Transform) -> None:
 
 def check_objective(objective: object) -> None:
     """Refuse what is no objective, such as a loss alone."""
-    if not isinstance(objective, Objective):
-        raise TypeError(
-            f"`objective` must be an Objective, got {type(objective).__name__}; pass "
-            "`Objective(loss=…)`."
-        )
+    check_type("objective", objective, Objective, "an Objective", "pass `Objective(loss=…)`")
 
 
 class FrozenObjective:
