@@ -237,12 +237,12 @@ def sample_size(result: "Evaluation") -> str:
 
 
 def wilson_interval(
-    share: NDArray[np.float64], count: NDArray[np.int64], z: float = 2.0
+    share: NDArray[np.float64], count: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the interval of `z` standard errors of shares of `count` samples (Wilson, 1927)."""
+    """Return the interval of 2 standard errors of shares of `count` samples (Wilson, 1927)."""
     n = np.where(count > 0, count, np.nan)
-    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    center = (share + 2 / n) / (1 + 4 / n)
+    half = 2 / (1 + 4 / n) * np.sqrt(share * (1 - share) / n + 1 / n**2)
     return center - half, center + half
 
 

@@ -79,7 +79,7 @@ def _name_lines(name: str) -> list[str]:
     return textwrap.wrap(short, _LONGEST_NAME) if len(name) > _LONGEST_NAME else [name]
 
 
-def room_for(inches: float, size: float = _SIZE) -> int:
+def room_for(inches: float, size: float) -> int:
     """Return how many characters of a size in points a width has room for, 8 at least."""
     return max(8, int(inches * 72 * _SIZE / size / _CHARACTER))
 
