@@ -73,9 +73,7 @@ def grouped_rows(corruptions: Iterable[str]) -> tuple[list[int], list[str]]:
 
 def corruption_title(result: "CorruptionRobustness") -> str:
     """Return mean corruption error with its standard error, and clean error in words."""
-    mean = percent(result.mean_corruption_error).removesuffix(" %")
-    stderr, clean = percent(result.mean_corruption_error_stderr), percent(result.clean_error)
-    return f"Mean corruption error {mean} ± {stderr}, clean {clean}"
+    return f"Mean corruption error {_mean_in_words(result)}, clean {percent(result.clean_error)}"
 
 
 def _mean_errors(
@@ -140,7 +138,7 @@ def _draw_means(
                     f"{getattr(first, what)!r}; draw them separately."
                 )
     rows, groups = grouped_rows(first.corruptions)
-    labels = texts.wrapped_entries({name: _mean_in_words(one) for name, one in named.items()})
+    labels = texts.wrapped_entries({n: f"mean {_mean_in_words(one)}" for n, one in named.items()})
     looks = style.line_styles(named)
     offsets = (np.arange(len(named)) - (len(named) - 1) / 2) * (0.6 / len(named))
     for number, (name, one) in enumerate(named.items()):
@@ -164,8 +162,7 @@ def _row_names(result: "CorruptionRobustness", rows: Sequence[int]) -> list[str]
 
 
 def _mean_in_words(result: "CorruptionRobustness") -> str:
-    mean = percent(result.mean_corruption_error).removesuffix(" %")
-    return f"mean {mean} ± {percent(result.mean_corruption_error_stderr)}"
+    return percent(result.mean_corruption_error, result.mean_corruption_error_stderr)
 
 
 def _draw_groups(ax: Axes, groups: list[str]) -> None:

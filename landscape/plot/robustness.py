@@ -227,8 +227,8 @@ def common_norm(named: "Mapping[str, AdversarialRobustness]") -> str:
 
 def ece_entry(result: "Evaluation") -> str:
     """Return calibration error, its standard error, and that of a calibrated model in words."""
-    ece, stderr, noise = (percent(e) for e in (result.ece, result.ece_stderr, result.ece_noise))
-    return f"ECE {ece.removesuffix(' %')} ± {stderr} (noise {noise})"
+    ece, noise = percent(result.ece, result.ece_stderr), percent(result.ece_noise)
+    return f"ECE {ece} (noise {noise})"
 
 
 def sample_size(result: "Evaluation") -> str:
@@ -246,9 +246,10 @@ def wilson_interval(
     return center - half, center + half
 
 
-def percent(share: float) -> str:
-    """Return a fraction as a percentage with one decimal, "–" where it is not finite."""
-    return f"{100 * share:.1f} %" if np.isfinite(share) else "–"
+def percent(*values: float) -> str:
+    """Return a fraction, or one ± its error, in percent with one decimal; "–" is not finite."""
+    digits = [f"{100 * value:.1f}" if np.isfinite(value) else "–" for value in values]
+    return " ± ".join(digits) + (" %" if np.isfinite(values[-1]) else "")
 
 
 def _draw_curve(
