@@ -118,7 +118,7 @@ def _draw_table(result: "CorruptionRobustness", ax: Axes, artist: dict[str, Any]
         place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": style.NOTE_SIZE}
         ax.text(column, row, text, color="w" if dark else "k", gid="cell", **place)
     _draw_groups(ax, groups)
-    ax.set_yticks(range(len(rows)), _row_names(result, rows))
+    ax.set_yticks(range(len(rows)), row_names(result, rows))
     ax.set_xticks(range(len(result.severities)), [str(each) for each in result.severities])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -149,7 +149,7 @@ def _draw_means(
         ax.errorbar(mean, np.arange(len(order)) + offsets[number], xerr=2 * stderr, **look)
     for group in dict.fromkeys(groups):
         ax.axhline(groups.index(group) + 0.5, color=style.MUTED, lw=0.4, gid="separator")
-    ax.set_yticks(range(1 + len(rows)), ["clean", *_row_names(first, rows)])
+    ax.set_yticks(range(1 + len(rows)), ["clean", *row_names(first, rows)])
     ax.set_ylim(len(rows) + 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.set_xlim(-100 * style.EDGE, 100 * (1 + style.EDGE))
@@ -157,7 +157,8 @@ def _draw_means(
     texts.place_legend(ax, **texts.OVER_DATA)
 
 
-def _row_names(result: "CorruptionRobustness", rows: Sequence[int]) -> list[str]:
+def row_names(result: "CorruptionRobustness", rows: Sequence[int]) -> list[str]:
+    """Return the names of corruptions in the order of the rows."""
     return [result.corruptions[row].replace("_", " ") for row in rows]
 
 
