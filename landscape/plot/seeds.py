@@ -110,10 +110,9 @@ def spectra_over_runs(results: "Runs") -> Figure:
     Raises:
         ValueError: If `results` is empty, or a network has no runs.
     """
-    with mpl.rc_context(style.rc()):
-        figure = Figure(figsize=(style.TEXT_WIDTH, 2.1 + 0.12 * max(len(results) - 3, 0)))
+    height = 2.1 + 0.12 * max(len(results) - 3, 0)
+    with style.paper_figure(results, style.TEXT_WIDTH, height) as figure:
         draw_spectra_over_runs(figure, results)
-        figure.draw_without_rendering()  # ticks are made now, in this style
     return figure
 
 
