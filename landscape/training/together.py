@@ -16,7 +16,6 @@ from landscape.restore import same_buffers
 from landscape.training import loop, run
 from landscape.training.draws import Draws, replayed
 from landscape.training.run import Callback, History, Run
-from landscape.training.run import call as call_back
 from landscape.training.stacking import Stack, stack_batches
 
 Batch = tuple[Any, Tensor, list[Tensor]]
@@ -148,7 +147,7 @@ def _put_back(stack: Stack, before: Mapping[str, Tensor]) -> None:
 def call(callbacks: Sequence[Sequence[Callback]], runs: Sequence[Run], done: int) -> None:
     """Call what each member has, with its model and the number of epochs done."""
     for own, member in zip(callbacks, runs, strict=True):
-        call_back(own, member, done)
+        run.call(own, member, done)
 
 
 @contextmanager
