@@ -34,13 +34,15 @@ _LONGEST_NAME, _MOST_LINES = 30, 2  # characters of a line of a name, and lines
 _LONGEST, _LONGEST_OF_MANY = 60, 40  # characters of a line of a legend
 
 
-def labelled_line(ax: Axes, name: str) -> dict[str, Any]:
+def labelled_line(ax: Axes, name: str | None) -> dict[str, Any]:
     """Return `added_line` with a label that a legend has room for.
 
     Args:
         ax: Axes with any number of lines.
-        name: Name of the line.
+        name: Name of the line; `None` leaves its look to `Axes.plot`.
     """
+    if name is None:
+        return {}
     label = "\n".join(_name_lines(name))
     alike = sum(entry.startswith(label) for entry in entries_of(ax))
     if "…" in label and alike:  # of another name, as far as one can see
