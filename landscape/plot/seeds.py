@@ -8,7 +8,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.font_manager import FontProperties
 from numpy.typing import ArrayLike
 
 from landscape.intervals import mean_interval
@@ -52,9 +51,8 @@ def run_columns(values: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> A
     for column, (label, runs) in enumerate(named.items()):
         color = styles[label]["color"]
         _draw_runs(ax, np.array([column]), np.asarray(runs, dtype=float)[None], color)
-    size = FontProperties(size=mpl.rcParams["xtick.labelsize"]).get_size_in_points()
-    width = ax.get_window_extent().width * 72 / ax.figure.dpi / len(named)
-    room = int(width / (0.55 * size))  # characters
+    width = texts.size_of(ax)[0] / len(named)
+    room = int(width / (0.55 * texts.points(mpl.rcParams["xtick.labelsize"])))  # characters
     labels = list(texts.short_names(named, max(room, _LONGEST_COLUMN)).values())
     ax.set_xticks(range(len(named)), labels)
     ax.set_xlim(-0.5, len(named) - 0.5)
