@@ -155,11 +155,8 @@ def check_data(data: object, name: str = "data") -> None:
     """
     if isinstance(data, torch.Tensor):
         raise TypeError(f"`{name}` must be an iterable of batches, got a tensor; pass `[(x, y)]`.")
-    if not isinstance(data, Iterable):
-        raise TypeError(
-            f"`{name}` must be an iterable of batches such as a DataLoader or a list of (x, y), "
-            f"got {type(data).__name__}."
-        )
+    wanted = "an iterable of batches such as a DataLoader or a list of (x, y)"
+    check_type(name, data, Iterable, wanted)
     # Only an iterator is asked for one: a loader would start its workers.
     if isinstance(data, Iterator) and iter(data) is data:
         raise TypeError(

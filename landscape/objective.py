@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointFunction
 
 from landscape import trial
-from landscape._checks import check_at_least, check_count
+from landscape._checks import check_at_least, check_count, check_type
 from landscape._names import name_of
 from landscape.batches import (
     LABEL_KEYS,
@@ -162,11 +162,7 @@ def check_transform(transform: Transform) -> None:
 
 def check_objective(objective: object) -> None:
     """Refuse what is no objective, such as a loss alone."""
-    if not isinstance(objective, Objective):
-        raise TypeError(
-            f"`objective` must be an Objective, got {type(objective).__name__}; pass "
-            "`Objective(loss=…)`."
-        )
+    check_type("objective", objective, Objective, "an Objective", "pass `Objective(loss=…)`")
 
 
 class FrozenObjective:
@@ -366,18 +362,14 @@ class FrozenObjective:
         cut = few // 3 or 1
         parts = [rows for rows in (slice(0, cut), slice(cut, few)) if rows.start < rows.stop]
         try:
-            values = [
-                float(self.data_term(self.space.values, batch.part(rows)))
-                for rows in (slice(0, few), *parts)
-            ]
+            samples = [batch.part(rows) for rows in (slice(0, few), *parts)]
+            values = [float(self.data_term(self.space.values, each)) for each in samples]
         except Exception:  # a model that needs batches of one size is spared
             return
-        sizes = [rows.stop - rows.start for rows in parts]
+        sizes = [part.size for part in samples[1:]]
         trial.check_own_mean(values[0], values[1:], sizes)
         try:
-            whole, *each = [
-                self._own_gradient(batch.part(rows)) for rows in (slice(0, few), *parts)
-            ]
+            whole, *each = map(self._own_gradient, samples)
         except Exception:  # a loss that has none
             return
         trial.check_own_gradient(whole, each, sizes)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from landscape._checks import check_materialised, check_module, nearest
+from landscape._checks import check_materialised, check_module, check_type, nearest
 from landscape.restore import exclusive
 
 Choice = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
@@ -178,11 +178,9 @@ def check_parameters(choice: object) -> None:
     Raises:
         TypeError: If it is neither patterns nor a predicate, nor `None`.
     """
-    if not callable(choice) and not isinstance(choice, Iterable | None):
-        raise TypeError(
-            "`parameters` must be patterns of names, a predicate `(name, parameter)` or None, got "
-            f"{type(choice).__name__}."
-        )
+    if not callable(choice):
+        wanted = "patterns of names, a predicate `(name, parameter)` or None"
+        check_type("parameters", choice, Iterable | None, wanted)
 
 
 def _choose(model: nn.Module, choice: Choice) -> dict[str, nn.Parameter]:

@@ -19,7 +19,7 @@ def provenance(
     seconds: float,
     num_hvps: float = 0.0,
     num_forwards: float = 0.0,
-    settings: dict[str, Any] | None = None,
+    settings: dict[str, Any],
 ) -> Provenance:
     """Return the provenance of a probe of an objective; `Provenance` explains the arguments."""
     return Provenance(
@@ -35,7 +35,7 @@ def provenance(
         seconds=seconds,
         num_hvps=num_hvps,
         num_forwards=num_forwards,
-        settings=settings or {},
+        settings=settings,
     )
 
 

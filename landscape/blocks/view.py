@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from landscape._checks import check_module, check_python, nearest
+from landscape._checks import check_module, check_python, check_type, nearest
 from landscape.batches import Placement
 from landscape.blocks.block import Block, Traced, describe
 from landscape.blocks.features import Features
@@ -315,7 +315,7 @@ class Blocks:
         )
 
 
-def check_blocks(name: str, model: nn.Module, blocks: object) -> None:
+def check_blocks(name: str, model: nn.Module, blocks: Blocks | None) -> None:
     """Refuse what are no blocks of a model; `None` stands for those found by themselves.
 
     Args:
@@ -329,11 +329,8 @@ def check_blocks(name: str, model: nn.Module, blocks: object) -> None:
     """
     if blocks is None:
         return
-    if not isinstance(blocks, Blocks):
-        raise TypeError(
-            f"`{name}` must be Blocks of the model, or None to find them, got "
-            f"{type(blocks).__name__}; pass Blocks(model, [names or patterns])."
-        )
+    remedy = "pass Blocks(model, [names or patterns])"
+    check_type(name, blocks, Blocks, "Blocks of the model, or None to find them", remedy)
     if blocks.model is not getattr(model, "_orig_mod", model):
         raise ValueError(
             f"`{name}` must be those of the model that is probed, got those of another "

@@ -52,7 +52,7 @@ def warn_unconverged(
     converged: list[np.ndarray],
     num_matvecs: float,
     tol: float,
-    remedy: str = "raise `max_iter`",
+    remedy: str,
     stacklevel: int = 3,
 ) -> None:
     """Warn once where some pair has not converged."""

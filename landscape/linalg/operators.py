@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from landscape._checks import check_type
+
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
@@ -112,11 +114,8 @@ class SymmetricOperator(ABC):
 
 
 def _check_tensor(vectors: object) -> None:
-    if not isinstance(vectors, Tensor):
-        raise TypeError(
-            f"`v` must be a tensor, got {type(vectors).__name__}; call `torch.as_tensor`, or use "
-            "`to_scipy()` for NumPy arrays."
-        )
+    remedy = "call `torch.as_tensor`, or use `to_scipy()` for NumPy arrays"
+    check_type("v", vectors, Tensor, "a tensor", remedy)
 
 
 def to_array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
@@ -149,10 +148,7 @@ class MatrixOperator(SymmetricOperator):
             ValueError: If the matrix is not square, floating, finite and symmetric.
             TypeError: If it is no tensor.
         """
-        if not isinstance(matrix, Tensor):
-            raise TypeError(
-                f"`matrix` must be a tensor, got {type(matrix).__name__}; call `torch.as_tensor`."
-            )
+        check_type("matrix", matrix, Tensor, "a tensor", "call `torch.as_tensor`")
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
             raise ValueError(f"`matrix` must be square, got shape {tuple(matrix.shape)}.")
         if not matrix.is_floating_point():

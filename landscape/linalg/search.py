@@ -166,7 +166,7 @@ class EigenSearch:
         starts: int,
         certify: bool | float,
         min_iter: int = 0,
-        first: torch.Tensor | None = None,
+        first: torch.Tensor | None,
     ) -> Products:
         """Search as `run` does, with products from outside; `first` is what `start_vector` returns.
 

@@ -223,10 +223,10 @@ def _as_convolution(key: str, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
 
 
-def _listed(keys: list[str], most: int = 5) -> str:
-    """Return the first few of `keys` and how many more there are."""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+def _listed(keys: list[str]) -> str:
+    """Return the first five of `keys` and how many more there are."""
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return ", ".join(keys[:5]) + more
 
 
 def _pit_ti() -> nn.Module:

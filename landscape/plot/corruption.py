@@ -73,9 +73,7 @@ def grouped_rows(corruptions: Iterable[str]) -> tuple[list[int], list[str]]:
 
 def corruption_title(result: "CorruptionRobustness") -> str:
     """Return mean corruption error with its standard error, and clean error in words."""
-    mean = percent(result.mean_corruption_error).removesuffix(" %")
-    stderr, clean = percent(result.mean_corruption_error_stderr), percent(result.clean_error)
-    return f"Mean corruption error {mean} ± {stderr}, clean {clean}"
+    return f"Mean corruption error {_mean_in_words(result)}, clean {percent(result.clean_error)}"
 
 
 def _mean_errors(
@@ -120,7 +118,7 @@ def _draw_table(result: "CorruptionRobustness", ax: Axes, artist: dict[str, Any]
         place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": style.NOTE_SIZE}
         ax.text(column, row, text, color="w" if dark else "k", gid="cell", **place)
     _draw_groups(ax, groups)
-    ax.set_yticks(range(len(rows)), _row_names(result, rows))
+    ax.set_yticks(range(len(rows)), row_names(result, rows))
     ax.set_xticks(range(len(result.severities)), [str(each) for each in result.severities])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -140,7 +138,7 @@ def _draw_means(
                     f"{getattr(first, what)!r}; draw them separately."
                 )
     rows, groups = grouped_rows(first.corruptions)
-    labels = texts.wrapped_entries({name: _mean_in_words(one) for name, one in named.items()})
+    labels = texts.wrapped_entries({n: f"mean {_mean_in_words(one)}" for n, one in named.items()})
     looks = style.line_styles(named)
     offsets = (np.arange(len(named)) - (len(named) - 1) / 2) * (0.6 / len(named))
     for number, (name, one) in enumerate(named.items()):
@@ -151,7 +149,7 @@ def _draw_means(
         ax.errorbar(mean, np.arange(len(order)) + offsets[number], xerr=2 * stderr, **look)
     for group in dict.fromkeys(groups):
         ax.axhline(groups.index(group) + 0.5, color=style.MUTED, lw=0.4, gid="separator")
-    ax.set_yticks(range(1 + len(rows)), ["clean", *_row_names(first, rows)])
+    ax.set_yticks(range(1 + len(rows)), ["clean", *row_names(first, rows)])
     ax.set_ylim(len(rows) + 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.set_xlim(-100 * style.EDGE, 100 * (1 + style.EDGE))
@@ -159,13 +157,13 @@ def _draw_means(
     texts.place_legend(ax, **texts.OVER_DATA)
 
 
-def _row_names(result: "CorruptionRobustness", rows: Sequence[int]) -> list[str]:
+def row_names(result: "CorruptionRobustness", rows: Sequence[int]) -> list[str]:
+    """Return the names of corruptions in the order of the rows."""
     return [result.corruptions[row].replace("_", " ") for row in rows]
 
 
 def _mean_in_words(result: "CorruptionRobustness") -> str:
-    mean = percent(result.mean_corruption_error).removesuffix(" %")
-    return f"mean {mean} ± {percent(result.mean_corruption_error_stderr)}"
+    return percent(result.mean_corruption_error, result.mean_corruption_error_stderr)
 
 
 def _draw_groups(ax: Axes, groups: list[str]) -> None:

@@ -72,7 +72,7 @@ def block_diagram(
         height = diagram_rows(result, columns) * _LINE + 17
         ax = plt.subplots(figsize=(style.COLUMN_WIDTH, height / 72))[1]
         ax.set_position((0.005, 1 / height, 0.99, 1 - 17 / height))
-    width, height = _size(ax)
+    width, height = texts.size_of(ax)
     if columns is None:
         columns = 1
         while diagram_rows(result, columns) * _LINE > height and columns < len(result.names):
@@ -194,12 +194,6 @@ def _draw_stages(ax: Axes, result: "Architecture", places: list[_Place], points:
         rotation = 0 if upright else 90
         ax.text(column + width / 2, (low + high) / 2, label, rotation=rotation,
                 size=style.NOTE_SIZE, gid="stage", **middle)  # fmt: skip
-
-
-def _size(ax: Axes) -> tuple[float, float]:
-    """Return width and height of axes in points."""
-    box, dpi = ax.get_window_extent(), ax.figure.dpi
-    return box.width * 72 / dpi, box.height * 72 / dpi
 
 
 def _fitting(name: str, room: float) -> str:

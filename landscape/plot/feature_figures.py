@@ -5,7 +5,8 @@ Every function returns a `matplotlib.figure.Figure` that no global state knows o
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -59,15 +60,13 @@ def figure2a(results: "Mapping[str, FourierAmplitude]") -> Figure:
     Raises:
         ValueError: If `results` is empty.
     """
-    with mpl.rc_context(style.rc()):
-        figure, axes = _panels(2.1, results)
+    with _panels(2.1, results) as (figure, axes):
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             fourier_amplitude(result, ax=ax, colorbar=False)
             _entitle(ax, name, len(results))
         _label_first(axes[0])
         color_bar(figure, Normalize(0, 1), DEPTH_LABEL, ax=axes[0], cmap=depth_map(), pad=0.02)
-        figure.draw_without_rendering()  # ticks are made now, in this style
     return figure
 
 
@@ -90,13 +89,12 @@ def figure2(
     """
     if not amplitudes or not curves:
         raise ValueError("`amplitudes` and `curves` must hold a result each, got an empty mapping.")
-    with mpl.rc_context(style.rc()):
-        beside = max(len(amplitudes), len(curves)) <= 2
-        entries = legend_entries(curves, clean_entry, noise_of, wrap=True)[1].values()
-        lines = sum(1 + entry.count("\n") for entry in entries)
-        below = 2.8 + 0.13 * max(lines - (4 if len(curves) <= 4 else 12), 0)  # room for a legend
-        height = 2.2 if beside else 2 + below
-        figure = Figure((style.TEXT_WIDTH, height), layout="constrained")
+    beside = max(len(amplitudes), len(curves)) <= 2
+    entries = legend_entries(curves, clean_entry, noise_of, wrap=True)[1].values()
+    lines = sum(1 + entry.count("\n") for entry in entries)
+    below = 2.8 + 0.13 * max(lines - (4 if len(curves) <= 4 else 12), 0)  # room for a legend
+    size = style.TEXT_WIDTH, 2.2 if beside else 2 + below
+    with style.paper_figure(amplitudes, *size, layout="constrained") as figure:
         parts: Any = (
             figure.subfigures(1, 2, width_ratios=(1.15 * len(amplitudes), 1.35))
             if beside
@@ -113,7 +111,6 @@ def figure2(
         frequency_robustness(curves, ax=second.subplots())
         for part, letter in ((first, "a"), (second, "b")):
             style.letter_panel(part, letter)
-        figure.draw_without_rendering()
     return figure
 
 
@@ -166,8 +163,7 @@ def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") ->
     """
     names = dict.fromkeys([*ckas, *lesions])
     parts = bool(ckas) + bool(lesions)
-    with mpl.rc_context(style.rc()):
-        figure, axes = _panels(2.1, names, parts)
+    with _panels(2.1, names, parts) as (figure, axes):
         for part in axes if len(names) > _MOST_COLUMNS else axes[:1]:
             for ax, name in zip(part, names, strict=True):
                 _entitle(ax, name, len(names))
@@ -178,7 +174,6 @@ def figure10(ckas: "Mapping[str, CKA]", lesions: "Mapping[str, LesionStudy]") ->
             _draw_matrices(figure, dict(zip(names, axes[0], strict=True)), ckas)
         if lesions:
             _draw_lesions(figure, dict(zip(names, axes[-1], strict=True)), lesions)
-        figure.draw_without_rendering()
     return figure
 
 
@@ -201,9 +196,9 @@ def panels(results: "Mapping[str, Result]") -> Figure:
     """
     columns = 2 if len(results) == 4 else min(len(results), 3)
     rows = math.ceil(len(results) / max(columns, 1))
-    small: dict[Any, Any] = {"legend.fontsize": style.NOTE_SIZE} if columns > 2 else {}
-    with mpl.rc_context({**style.rc(), **small}):
-        figure = _figure(2.3 * rows, results)
+    with _figure(2.3 * rows, results) as figure:
+        if columns > 2:
+            mpl.rcParams["legend.fontsize"] = style.NOTE_SIZE
         parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]  # each row has its own widths
         notes = [0.0]
         for place, (name, result) in enumerate(results.items()):
@@ -217,7 +212,6 @@ def panels(results: "Mapping[str, Result]") -> Figure:
             notes.append(_head(ax, str(name), columns))
             ax.set_xlabel(texts.wrapped_title(ax.get_xlabel(), columns))
         figure.set_figheight(rows * (2.3 + max(notes)))
-        figure.draw_without_rendering()
     return figure
 
 
@@ -272,8 +266,7 @@ def _draw_lesions(
 def _against_depth(
     results: Mapping[str, Any], draw: Callable[..., Axes], label: str, **look: Any
 ) -> Figure:
-    with mpl.rc_context(style.rc()):
-        figure, axes = _panels(2.1, results)
+    with _panels(2.1, results) as (figure, axes):
         _share(axes[0])
         for ax, (name, result) in zip(axes[0], results.items(), strict=True):
             draw(result, ax=ax, **style.added_line(ax, name), **look)
@@ -281,19 +274,21 @@ def _against_depth(
             ax.set_ylabel(label)  # it holds for all panels
         _label_first(axes[0])
         _one_legend(figure, axes[0])
-        figure.draw_without_rendering()
     return figure
 
 
-def _panels(height: float, results: Mapping[str, Any], parts: int = 1) -> tuple[Figure, Any]:
-    """Return a figure with a panel a result in each part, and its axes `(parts, results)`."""
+@contextmanager
+def _panels(
+    height: float, results: Mapping[str, Any], parts: int = 1
+) -> Iterator[tuple[Figure, Any]]:
+    """Yield a figure with a panel a result in each part, and its axes `(parts, results)`."""
     columns = min(len(results), _MOST_COLUMNS)
     rows = math.ceil(len(results) / max(columns, 1))
-    figure = _figure(height * parts * rows, results)
-    axes = figure.subplots(parts * rows, columns, squeeze=False).reshape(parts, rows * columns)
-    for ax in axes[:, len(results) :].flat:
-        ax.remove()
-    return figure, axes[:, : len(results)]
+    with _figure(height * parts * rows, results) as figure:
+        axes = figure.subplots(parts * rows, columns, squeeze=False).reshape(parts, rows * columns)
+        for ax in axes[:, len(results) :].flat:
+            ax.remove()
+        yield figure, axes[:, : len(results)]
 
 
 def _entitle(ax: Axes, name: str, count: int) -> None:
@@ -301,12 +296,10 @@ def _entitle(ax: Axes, name: str, count: int) -> None:
     ax.set_title(texts.wrapped_title(name, min(count, _MOST_COLUMNS)))
 
 
-def _figure(height: float, results: Mapping[str, Any]) -> Figure:
-    """Return a figure with room for a column a result."""
-    if not results:
-        raise ValueError("`results` must hold at least one result, got an empty mapping.")
+def _figure(height: float, results: Mapping[str, Any]) -> AbstractContextManager[Figure]:
+    """Return a figure with room for a column a result, as a context."""
     width = style.TEXT_WIDTH if len(results) > 1 else style.COLUMN_WIDTH
-    return Figure(figsize=(width, height), layout="constrained")
+    return style.paper_figure(results, width, height, layout="constrained")
 
 
 def _share(axes: Sequence[Axes]) -> None:

@@ -7,7 +7,6 @@ Every function returns a `matplotlib.figure.Figure` that no global state knows o
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
@@ -61,10 +60,8 @@ def figure1a(results: "Surfaces") -> Figure:
     Raises:
         ValueError: If `results` is empty.
     """
-    with mpl.rc_context(style.rc()):
-        figure = _figure(3.5, results)
+    with style.paper_figure(results, style.TEXT_WIDTH, 3.5) as figure:
         _draw_surfaces(figure, results)
-        figure.draw_without_rendering()  # ticks are made now, in this style
     return figure
 
 
@@ -80,10 +77,8 @@ def figure1b(results: "Trajectories") -> Figure:
     Raises:
         ValueError: If `results` is empty.
     """
-    with mpl.rc_context(style.rc()):
-        figure = _figure(2.4, results, width=style.COLUMN_WIDTH)
+    with style.paper_figure(results, style.COLUMN_WIDTH, 2.4) as figure:
         _draw_trajectories(figure, results)
-        figure.draw_without_rendering()
     return figure
 
 
@@ -103,10 +98,9 @@ def figure1c(results: "Spectra") -> Figure:
     Raises:
         ValueError: If `results` is empty.
     """
-    with mpl.rc_context(style.rc()):
-        figure = _figure(0.7 + 0.75 * len(_epochs(results)), results)
+    height = 0.7 + 0.75 * len(_epochs(results))
+    with style.paper_figure(results, style.TEXT_WIDTH, height) as figure:
         _draw_spectra(figure, results)
-        figure.draw_without_rendering()
     return figure
 
 
@@ -124,8 +118,7 @@ def figure1(surfaces: "Surfaces", trajectories: "Trajectories", spectra: "Spectr
     Raises:
         ValueError: If one of them is empty.
     """
-    with mpl.rc_context(style.rc()):
-        figure = _figure(6.4, surfaces)
+    with style.paper_figure(surfaces, style.TEXT_WIDTH, 6.4) as figure:
         rows: Any = figure.subfigures(2, 1, height_ratios=(3.5, 2.9))
         top, (left, right) = rows[0], rows[1].subfigures(1, 2, width_ratios=(1.85, 3.65))
         _draw_surfaces(top, surfaces)
@@ -133,14 +126,7 @@ def figure1(surfaces: "Surfaces", trajectories: "Trajectories", spectra: "Spectr
         _draw_spectra(right, spectra)
         for panel, letter in ((top, "a"), (left, "b"), (right, "c")):
             style.letter_panel(panel, letter)
-        figure.draw_without_rendering()
     return figure
-
-
-def _figure(height: float, results: Mapping[str, Any], width: float = style.TEXT_WIDTH) -> Figure:
-    if not results:
-        raise ValueError("`results` must hold at least one result, got an empty mapping.")
-    return Figure(figsize=(width, height))
 
 
 def _draw_surfaces(figure: Figure | SubFigure, results: "Surfaces") -> None:

@@ -73,7 +73,7 @@ def hessian_max_spectrum(
     if drawn:  # by the calls before
         ax.set_xlim(min(limits[0], ax.get_xlim()[0]), max(limits[1], ax.get_xlim()[1]))
     ax.set(xlabel=MAX_LABEL, ylabel="Density per decade" if log else "Density (1/nats)")
-    room_for_legend(ax)
+    _limit_densities(ax)
     backed = {"frameon": True, "edgecolor": "none", "framealpha": 0.8} if half == "both" else {}
     texts.place_legend(ax, "upper left" if half == "negative" else "upper right", **backed)
     return ax
@@ -122,7 +122,7 @@ def _density_end(results: Iterable["HessianMaxSpectrum"], sign: Literal[-1, 1], 
     return max(ends)
 
 
-def room_for_legend(ax: Axes, line_height: float | None = None) -> None:
+def _limit_densities(ax: Axes, line_height: float | None = None) -> None:
     """Set the density axis from 0 to the largest density and the lines of the legend above it.
 
     Args:
@@ -160,7 +160,7 @@ def trim_spectrum(ax: Axes, half: Half, line_height: float = 0.5) -> None:
         longest -= 1
         for line in ax.get_legend_handles_labels()[0]:
             line.set_label(textwrap.fill(str(line.get_label()), longest))
-    room_for_legend(ax, line_height)
+    _limit_densities(ax, line_height)
 
 
 def density_text(log: bool) -> str:

@@ -227,8 +227,8 @@ def common_norm(named: "Mapping[str, AdversarialRobustness]") -> str:
 
 def ece_entry(result: "Evaluation") -> str:
     """Return calibration error, its standard error, and that of a calibrated model in words."""
-    ece, stderr, noise = (percent(e) for e in (result.ece, result.ece_stderr, result.ece_noise))
-    return f"ECE {ece.removesuffix(' %')} ± {stderr} (noise {noise})"
+    ece, noise = percent(result.ece, result.ece_stderr), percent(result.ece_noise)
+    return f"ECE {ece} (noise {noise})"
 
 
 def sample_size(result: "Evaluation") -> str:
@@ -237,18 +237,19 @@ def sample_size(result: "Evaluation") -> str:
 
 
 def wilson_interval(
-    share: NDArray[np.float64], count: NDArray[np.int64], z: float = 2.0
+    share: NDArray[np.float64], count: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the interval of `z` standard errors of shares of `count` samples (Wilson, 1927)."""
+    """Return the interval of 2 standard errors of shares of `count` samples (Wilson, 1927)."""
     n = np.where(count > 0, count, np.nan)
-    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    center = (share + 2 / n) / (1 + 4 / n)
+    half = 2 / (1 + 4 / n) * np.sqrt(share * (1 - share) / n + 1 / n**2)
     return center - half, center + half
 
 
-def percent(share: float) -> str:
-    """Return a fraction as a percentage with one decimal, "–" where it is not finite."""
-    return f"{100 * share:.1f} %" if np.isfinite(share) else "–"
+def percent(*values: float) -> str:
+    """Return a fraction, or one ± its error, in percent with one decimal; "–" is not finite."""
+    digits = [f"{100 * value:.1f}" if np.isfinite(value) else "–" for value in values]
+    return " ± ".join(digits) + (" %" if np.isfinite(values[-1]) else "")
 
 
 def _draw_curve(

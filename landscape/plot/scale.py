@@ -12,7 +12,7 @@ from matplotlib.figure import FigureBase
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
 from landscape._checks import check_choice
-from landscape.plot import style
+from landscape.plot import style, texts
 
 if TYPE_CHECKING:
     from landscape.probes.surface import LossLine, LossSurface
@@ -175,8 +175,7 @@ class SignedDecades(Locator):
         first, second = scale.transform([smallest, 10 * smallest])
         # `Axis.get_tick_space` would ask the settings at drawing for the size, not the labels
         label = 3.4 * axis.get_major_ticks(1)[0].label1.get_size()  # points of "-10^-8" and a gap
-        width = axis.axes.get_window_extent().width * 72 / axis.figure.dpi
-        closest = (high - low) * label / width
+        closest = (high - low) * label / texts.size_of(axis.axes)[0]
         top = int(np.log10(max(-vmin, vmax) / smallest) + 1e-9)
         decade = second - first
         step = max(np.ceil(closest / decade), np.ceil((0.65 * closest - first) / decade) + 1)

@@ -8,7 +8,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.font_manager import FontProperties
 from numpy.typing import ArrayLike
 
 from landscape.intervals import mean_interval
@@ -52,9 +51,8 @@ def run_columns(values: Mapping[str, ArrayLike], *, ax: Axes | None = None) -> A
     for column, (label, runs) in enumerate(named.items()):
         color = styles[label]["color"]
         _draw_runs(ax, np.array([column]), np.asarray(runs, dtype=float)[None], color)
-    size = FontProperties(size=mpl.rcParams["xtick.labelsize"]).get_size_in_points()
-    width = ax.get_window_extent().width * 72 / ax.figure.dpi / len(named)
-    room = int(width / (0.55 * size))  # characters
+    width = texts.size_of(ax)[0] / len(named)
+    room = int(width / (0.55 * texts.points(mpl.rcParams["xtick.labelsize"])))  # characters
     labels = list(texts.short_names(named, max(room, _LONGEST_COLUMN)).values())
     ax.set_xticks(range(len(named)), labels)
     ax.set_xlim(-0.5, len(named) - 0.5)
@@ -110,10 +108,9 @@ def spectra_over_runs(results: "Runs") -> Figure:
     Raises:
         ValueError: If `results` is empty, or a network has no runs.
     """
-    with mpl.rc_context(style.rc()):
-        figure = Figure(figsize=(style.TEXT_WIDTH, 2.1 + 0.12 * max(len(results) - 3, 0)))
+    height = 2.1 + 0.12 * max(len(results) - 3, 0)
+    with style.paper_figure(results, style.TEXT_WIDTH, height) as figure:
         draw_spectra_over_runs(figure, results)
-        figure.draw_without_rendering()  # ticks are made now, in this style
     return figure
 
 

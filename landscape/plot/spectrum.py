@@ -62,9 +62,7 @@ def spectral_density(
 def _draw_density(ax: Axes, result: "SpectralDensity", line: dict[str, Any]) -> None:
     """Draw a density and its band; the scale holds those that are there already, too."""
     (drawn,) = ax.plot(result.grid, result.values, **line)
-    floor = density_floor(result)
-    low = np.maximum(result.values - 2 * result.values_stderr, floor)
-    high = np.maximum(result.values + 2 * result.values_stderr, floor)
+    floor, low, high = density_band(result)
     band: dict[str, Any] = {"alpha": 0.25, "lw": 0, "gid": "band"}
     ax.fill_between(result.grid, low, high, color=drawn.get_color(), **band)
     ax.set_yscale("log")
@@ -75,9 +73,13 @@ def _draw_density(ax: Axes, result: "SpectralDensity", line: dict[str, Any]) -> 
     ax.set(xlabel=LABEL, ylabel="Density (1/nats)")
 
 
-def density_floor(result: "SpectralDensity") -> float:
-    """Return a tenth of the peak that a single eigenvalue makes, mass 1/dim smoothed by σ."""
-    return float(0.1 / (result.dim * result.sigma * np.sqrt(2 * np.pi)))
+def density_band(
+    result: "SpectralDensity",
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """Return a tenth of the peak that one eigenvalue makes, and two standard errors above that."""
+    floor = float(0.1 / (result.dim * result.sigma * np.sqrt(2 * np.pi)))  # mass 1/dim, width σ
+    error = 2 * result.values_stderr
+    return floor, np.maximum(result.values - error, floor), np.maximum(result.values + error, floor)
 
 
 def hessian_spectrum(

@@ -9,14 +9,16 @@ Colours are those of Okabe and Ito, told apart under every common colour blindne
 figure; kinds of blocks have colours of their own.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import FigureBase
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -95,6 +97,18 @@ def rc() -> dict[Any, Any]:
         "pdf.fonttype": 42,  # TrueType: text in the PDF stays text
         "ps.fonttype": 42,
     }
+
+
+@contextmanager
+def paper_figure(
+    results: Mapping[str, Any], width: float, height: float, **settings: Any
+) -> Iterator[Figure]:
+    """Yield a figure of a size in inches to draw results on, one at least, as in a paper."""
+    named(results, argument="results")
+    with mpl.rc_context(rc()):
+        figure = Figure(figsize=(width, height), **settings)
+        yield figure
+        figure.draw_without_rendering()  # ticks are made now, in this style
 
 
 def family_color(name: str) -> str | None:

@@ -146,9 +146,7 @@ def loss_line(
     style.check_result(result, "LossLine")
     values = finite_values(result, quantity, log=log)
     ax = ax if ax is not None else style.fresh_axes()
-    if label is not None:
-        line = {**texts.labelled_line(ax, label), **line}
-    (drawn,) = ax.plot(result.x, values, **line)
+    (drawn,) = ax.plot(result.x, values, **{**texts.labelled_line(ax, label), **line})
     if quantity in {"loss", "nll"}:
         error = 2 * np.ma.masked_invalid(result.nll_stderr)
         low, high = values - error, values + error

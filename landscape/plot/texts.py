@@ -34,13 +34,15 @@ _LONGEST_NAME, _MOST_LINES = 30, 2  # characters of a line of a name, and lines
 _LONGEST, _LONGEST_OF_MANY = 60, 40  # characters of a line of a legend
 
 
-def labelled_line(ax: Axes, name: str) -> dict[str, Any]:
+def labelled_line(ax: Axes, name: str | None) -> dict[str, Any]:
     """Return `added_line` with a label that a legend has room for.
 
     Args:
         ax: Axes with any number of lines.
-        name: Name of the line.
+        name: Name of the line; `None` leaves its look to `Axes.plot`.
     """
+    if name is None:
+        return {}
     label = "\n".join(_name_lines(name))
     alike = sum(entry.startswith(label) for entry in entries_of(ax))
     if "…" in label and alike:  # of another name, as far as one can see
@@ -79,7 +81,7 @@ def _name_lines(name: str) -> list[str]:
     return textwrap.wrap(short, _LONGEST_NAME) if len(name) > _LONGEST_NAME else [name]
 
 
-def room_for(inches: float, size: float = _SIZE) -> int:
+def room_for(inches: float, size: float) -> int:
     """Return how many characters of a size in points a width has room for, 8 at least."""
     return max(8, int(inches * 72 * _SIZE / size / _CHARACTER))
 
@@ -143,7 +145,7 @@ def place_legend(
     lines = [line for entry in entries_of(ax) for line in entry.split("\n")]
     size = points("small")
     entry, line = (0.55 * max(map(len, lines)) + 3) * size, 1.45 * size
-    width, height = np.array(ax.get_window_extent().size) * 72 / ax.figure.dpi
+    width, height = size_of(ax)
     columns = max(1, int(1.2 * width / entry))  # the scale at the left is a fifth of narrow axes
     beside = (width - entry) * height
     below = width * (height - line * np.ceil(len(lines) / columns))
@@ -189,14 +191,19 @@ def fitting_entries(
 def share_of_legend(ax: Axes) -> float:
     """Return the share of the height of axes that their legend would take inside of them."""
     lines = sum(1 + entry.count("\n") for entry in entries_of(ax))
-    height = ax.get_window_extent().height * 72 / ax.figure.dpi
-    return (1.5 * lines + 1) * points(mpl.rcParams["legend.fontsize"]) / height
+    return (1.5 * lines + 1) * points(mpl.rcParams["legend.fontsize"]) / size_of(ax)[1]
 
 
 def room_for_legend(ax: Axes) -> float:
     """Return the height that a legend takes above what is drawn, in units of the latter's."""
     share = share_of_legend(ax)
     return share / (1 - share) if share <= _MOST_INSIDE else 0.0
+
+
+def size_of(ax: Axes) -> tuple[float, float]:
+    """Return width and height of axes in points."""
+    box, dpi = ax.get_window_extent(), ax.figure.dpi
+    return box.width * 72 / dpi, box.height * 72 / dpi
 
 
 def points(size: float | str) -> float:

@@ -56,14 +56,13 @@ def training_history(
         return style.draw_each(draw, result, ax, label)
     style.check_result(result, "FitResult")
     ax = ax if ax is not None else style.fresh_axes()
-    look: dict[str, Any] = {} if label is None else texts.labelled_line(ax, label)
+    look = {"marker": "o", "ms": 2, **texts.labelled_line(ax, label), **line}
     training, validation = curves(result, quantity)
     if validation is None:
-        ax.plot(result.epoch, training, **{"marker": "o", "ms": 2, **look, **line})
+        ax.plot(result.epoch, training, **look)
         texts.add_note(ax, "on training data")
     else:
-        whole = {"marker": "o", "ms": 2, **look, **line}
-        (drawn,) = ax.plot(result.epoch, validation, **whole)
+        (drawn,) = ax.plot(result.epoch, validation, **look)
         pale: dict[str, Any] = {"color": drawn.get_color(), "ls": drawn.get_linestyle()}
         ax.plot(result.epoch, training, lw=0.8, alpha=PALE, **pale)
         texts.add_note(ax, "pale: on training data")

@@ -62,7 +62,8 @@ def polar_trajectory(
         mark: dict[str, Any] = {"color": ink, "ls": "none", "clip_on": False, "zorder": 4}
         ax.plot(0, 1, "*", ms=6, label=r"$w_\mathrm{init}$", gid="w_init", **mark)
         ax.plot(0, 0, "s", ms=4, label=r"$w_\mathrm{opt}$", gid="w_opt", **mark)
-    ax.plot(angle, radius, **{"marker": "o", "ms": 2, **_labelled(ax, label), **line})
+    look = {"marker": "o", "ms": 2, **texts.labelled_line(ax, label), **line}
+    ax.plot(angle, radius, **look)
     widest, farthest = np.nanmax(angle, initial=0.0), np.nanmax(radius, initial=1.0)
     wide = bool(widest > np.pi / 2) or (not fresh and ax.get_thetamax() > 90)
     ax.set_thetalim(0, np.pi if wide else np.pi / 2)
@@ -108,7 +109,8 @@ def trajectory(
             "it on two directions."
         )
     ax = ax if ax is not None else style.fresh_axes()
-    (drawn,) = ax.plot(*coordinates.T, **{"marker": "o", "ms": 2, **_labelled(ax, label), **line})
+    look = {"marker": "o", "ms": 2, **texts.labelled_line(ax, label), **line}
+    (drawn,) = ax.plot(*coordinates.T, **look)
     end = {"color": drawn.get_color(), "mec": mpl.rcParams["text.color"], "mew": 0.4, "zorder": 3}
     ax.plot(*coordinates[0], "*", ms=6, gid="w_init", **end)
     ax.plot(*coordinates[-1], "s", ms=4, gid="w_opt", **end)
@@ -148,7 +150,3 @@ def _label(ax: PolarAxes, wide: bool) -> None:
         legend |= {"bbox_transform": below_label, "columnspacing": 1}
         legend |= texts.fitting_entries(handles, texts.MOST_BELOW * page[1], size, columns)
     ax.legend(**legend)
-
-
-def _labelled(ax: Axes, label: str | None) -> dict[str, Any]:
-    return {} if label is None else texts.labelled_line(ax, label)

@@ -12,7 +12,7 @@ A run's folder holds
 import csv
 import io
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -197,11 +197,14 @@ def write_log(path: Path, columns: Mapping[str, Sequence[float]]) -> None:
         path: File to write.
         columns: Values by column name, equally many each.
     """
+    write_atomically(path, csv_lines(columns, *zip(*columns.values(), strict=True)))
+
+
+def csv_lines(*rows: Iterable[object]) -> bytes:
+    """Return rows as lines of CSV."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    write_atomically(path, text.getvalue().encode())
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
 
 
 def _resume_files(folder: Path) -> list[Path]:

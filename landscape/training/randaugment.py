@@ -150,9 +150,7 @@ def strengths(ops: Tensor, level: Tensor, negative: Tensor) -> Tensor:
     return (strength - whole * strength.frac()) * (1 - 2 * signed * negative)
 
 
-def apply_sorted(
-    images: Tensor, ops: Tensor, strength: Tensor, fill: int | Sequence[int] = 128
-) -> None:
+def apply_sorted(images: Tensor, ops: Tensor, strength: Tensor, fill: int | Sequence[int]) -> None:
     """Apply one operation to each image, in place.
 
     Args:

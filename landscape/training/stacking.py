@@ -172,12 +172,7 @@ def stacked(steps: Sequence[Step]) -> Iterator[Stack]:
     Yields:
         The stack.
     """
-    models = [step.model for step in steps]
-    own = [
-        (tensor, tensor.data)
-        for model in models
-        for tensor in (*model.parameters(), *model.buffers())
-    ]
+    own = _memory(steps)
     stack = None
     try:
         stack = Stack(steps)
@@ -196,11 +191,7 @@ def doubled(steps: Sequence[Step]) -> Iterator[None]:
     Args:
         steps: What a step of each model does.
     """
-    own = [
-        (tensor, tensor.data)
-        for step in steps
-        for tensor in (*step.model.parameters(), *step.model.buffers())
-    ]
+    own = _memory(steps)
     states = [dict(step.optimizer.state) for step in steps]
     try:
         for tensor, data in own:
@@ -212,6 +203,12 @@ def doubled(steps: Sequence[Step]) -> Iterator[None]:
         for step, state in zip(steps, states, strict=True):
             step.optimizer.state.clear()
             step.optimizer.state.update(state)
+
+
+def _memory(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]]:
+    """Return the tensors of all models, each with the memory that it has now."""
+    models = [step.model for step in steps]
+    return [(t, t.data) for model in models for t in (*model.parameters(), *model.buffers())]
 
 
 def stack_batches(batches: Sequence[Any]) -> Any:

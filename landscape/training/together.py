@@ -16,8 +16,10 @@ from landscape.restore import same_buffers
 from landscape.training import loop, run
 from landscape.training.draws import Draws, replayed
 from landscape.training.run import Callback, History, Run
-from landscape.training.run import call as call_back
 from landscape.training.stacking import Stack, stack_batches
+
+Batch = tuple[Any, Tensor, list[Tensor]]
+"""Inputs, targets and dropout masks of one member."""
 
 _TOLERANCE = 1e-2  # of a gradient, a heuristic: what rounding makes is far below, a mix-up above
 
@@ -94,10 +96,8 @@ def rehearse(stack: Stack, runs: Sequence[Run], exactly: bool = False) -> tuple[
     if exactly:
         taken = [_doubled(batch) for batch in taken]
     try:
-        inputs, targets = (stack_batches([batch[part] for batch in taken]) for part in (0, 1))
-        masks = [torch.stack(own) for own in zip(*(batch[2] for batch in taken), strict=True)]
         with streams[0].entered():
-            together = stack.gradients(stack.losses(inputs, targets, masks)[0])
+            together = stack.gradients(_losses(stack, taken)[0])
         for k, (member, stream, batch) in enumerate(zip(runs, streams, taken, strict=True)):
             alone = _alone(stack, k, member, stream, batch)
             if alone is None:
@@ -118,7 +118,7 @@ def _alone(
     index: int,
     member: Run,
     stream: OwnStreams,
-    batch: tuple[Any, Tensor, list[Tensor]],
+    batch: Batch,
 ) -> Tensor | None:
     """Return the gradient of a member, or `None` where its model has exchanged a buffer."""
     model = member.step.model
@@ -147,7 +147,7 @@ def _put_back(stack: Stack, before: Mapping[str, Tensor]) -> None:
 def call(callbacks: Sequence[Sequence[Callback]], runs: Sequence[Run], done: int) -> None:
     """Call what each member has, with its model and the number of epochs done."""
     for own, member in zip(callbacks, runs, strict=True):
-        call_back(own, member, done)
+        run.call(own, member, done)
 
 
 @contextmanager
@@ -182,46 +182,36 @@ def _train_epoch(
     bar: "tqdm[Any]",
 ) -> loop.Means:
     """Take one step a batch with all members; return means of values `(members,)`."""
+    means = loop.Means()
     with same_generators(runs) as generators:
         batches = [_batches(*each, epoch) for each in zip(runs, streams, generators, strict=True)]
-        return _take_steps(stack, runs, epoch, streams, batches, bar)
-
-
-def _take_steps(
-    stack: Stack,
-    runs: Sequence[Run],
-    epoch: int,
-    streams: Sequence[OwnStreams],
-    batches: Sequence[Iterator[tuple[Any, Tensor, list[Tensor]]]],
-    bar: "tqdm[Any]",
-) -> loop.Means:
-    """Take the steps of an epoch with the batches of each member."""
-    means = loop.Means()
-    for index in itertools.count():
-        taken = [batch for own in batches if (batch := next(own, None)) is not None]
-        if not taken:
-            break
-        if len(taken) < len(runs):
-            raise ValueError(
-                f"`data` must give all members equally many batches, got {index} for some and "
-                'more for others; take subsets of equal length, or method="loop".'
-            )
-        for member in runs:
-            run.set_rates(member, epoch, index)
-        inputs, targets = (stack_batches([batch[part] for batch in taken]) for part in (0, 1))
-        masks = [torch.stack(own) for own in zip(*(batch[2] for batch in taken), strict=True)]
-        with streams[0].entered():  # for random layers other than dropout
-            tally = stack.losses(inputs, targets, masks)
-        stack.update(tally[0])
-        means.add(*tally)
-        bar.update(len(runs))
+        for index, taken in enumerate(itertools.zip_longest(*batches)):
+            if None in taken:
+                raise ValueError(
+                    f"`data` must give all members equally many batches, got {index} for some and "
+                    'more for others; take subsets of equal length, or method="loop".'
+                )
+            for member in runs:
+                run.set_rates(member, epoch, index)
+            with streams[0].entered():  # for random layers other than dropout
+                tally = _losses(stack, taken)
+            stack.update(tally[0])
+            means.add(*tally)
+            bar.update(len(runs))
     loop.check_any(means)
     return means
 
 
+def _losses(stack: Stack, batches: Sequence[Batch]) -> loop.Tally:
+    """Return what `Stack.losses` returns for a batch of each member."""
+    inputs, targets, masks = zip(*batches, strict=True)
+    drawn = [torch.stack(own) for own in zip(*masks, strict=True)]
+    return stack.losses(stack_batches(inputs), stack_batches(targets), drawn)
+
+
 def _batches(
     member: Run, stream: OwnStreams, generators: OwnGenerators, epoch: int
-) -> Iterator[tuple[Any, Tensor, list[Tensor]]]:
+) -> Iterator[Batch]:
     """Yield inputs, targets and dropout masks of one member, drawn as its own run draws them."""
     generator, draws = run.transform_stream(member, epoch), Draws(member.step.model)
     with stream.entered(), generators.entered():

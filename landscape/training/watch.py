@@ -36,6 +36,7 @@ from torch import nn
 from landscape._checks import check_callable, check_count
 from landscape.restore import same_buffers, same_modes, same_trainable
 from landscape.results import Result, write_atomically
+from landscape.training.checkpoints import csv_lines
 from landscape.training.surroundings import same_random_state
 from landscape.training.watch_history import (
     COLUMNS,
@@ -44,7 +45,6 @@ from landscape.training.watch_history import (
     SKIPPED,
     Row,
     WatchHistory,
-    log_text,
     read_log,
     result_path,
 )
@@ -179,7 +179,7 @@ class Watch:
         self._taken = dict.fromkeys(self._probes, (0.0, 0.0))
         for row in self._rows:
             self._count(row)
-        write_atomically(self._folder / LOG, log_text(COLUMNS, *map(astuple, self._rows)))
+        write_atomically(self._folder / LOG, csv_lines(COLUMNS, *map(astuple, self._rows)))
 
     def _measure(self, name: str, model: nn.Module, step: int) -> None:
         """Measure one probe, or record that it would go beyond its share of the budget."""
@@ -205,7 +205,7 @@ class Watch:
         self._rows.append(row)
         self._count(row)
         with (self._folder / LOG).open("ab") as file:  # rewriting it would take ever longer
-            file.write(log_text(astuple(row)))
+            file.write(csv_lines(astuple(row)))
 
     def _count(self, row: Row) -> None:
         """Add a measurement to what its probe has taken in all and the last time."""

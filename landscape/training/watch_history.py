@@ -1,8 +1,7 @@
 """What a `Watch` keeps on disk, and the way back to a table."""
 
 import csv
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -131,10 +130,3 @@ def read_log(path: Path) -> list[Row]:
             f"`folder` must hold the log of a Watch, got {path} ({type(error).__name__}: {error}); "
             "remove it, or choose another folder."
         ) from error
-
-
-def log_text(*rows: Sequence[object]) -> bytes:
-    """Return rows as lines of CSV."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    return text.getvalue().encode()

@@ -11,7 +11,7 @@ from landscape.plot import style
 from landscape.plot.build_up import SCORE_LABELS
 from landscape.plot.interactive.look import LOOK, named_line, plotly_line, plotly_text
 from landscape.plot.scale import LABELS, Quantity, finite_values
-from landscape.plot.spectrum import LABEL, density_floor
+from landscape.plot.spectrum import LABEL, density_band
 from landscape.plot.surface import X_LABEL, Y_LABEL
 from landscape.plot.training_history import COLUMNS, PALE, Column, curves, height_label
 
@@ -185,9 +185,7 @@ def _densities(named: dict[str, Any], styles: Mapping[str, dict[str, Any]]) -> "
     figure = go.Figure(layout=LOOK)
     lowest, highest = np.inf, 0.0
     for name, result in named.items():
-        floor = density_floor(result)
-        low = np.maximum(result.values - 2 * result.values_stderr, floor)
-        high = np.maximum(result.values + 2 * result.values_stderr, floor)
+        floor, low, high = density_band(result)
         lowest, highest = min(lowest, floor), max(highest, float(high.max()))
         _add_band(figure, result.grid, low, high, styles[name], name)
         figure.add_trace(

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from landscape.plot import style
-from landscape.plot.corruption import corruption_title, grouped_rows
+from landscape.plot.corruption import corruption_title, grouped_rows, row_names
 from landscape.plot.interactive.look import LOOK, named_line
 from landscape.plot.robustness import (
     CONFIDENCE_LABEL,
@@ -199,14 +199,13 @@ def corruption_robustness(
     figure = make_subplots(1, len(by_label), subplot_titles=titles)
     for column, one in enumerate(by_label.values(), start=1):
         rows, groups = grouped_rows(one.corruptions)
-        names = [one.corruptions[row].replace("_", " ") for row in rows]
         values = 100 * np.asarray(one.error)[rows]
         hover = "%{y} (%{customdata[3]}), severity %{x}"
         hover += "<br>error %{z:.2f} ± %{customdata[0]:.2f} %"
         hover += "<br>NLL %{customdata[1]:.4g} ± %{customdata[2]:.2g} nats<extra></extra>"
         table = go.Heatmap(
             x=[str(each) for each in one.severities],
-            y=names,
+            y=row_names(one, rows),
             z=values,
             customdata=_cells(one, rows, groups),
             coloraxis="coloraxis",
