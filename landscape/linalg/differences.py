@@ -6,7 +6,8 @@ takes one plain gradient, where a product with a kept graph takes about two and 
 Its error is (ε/2) ∂³L[v, v] beside the rounding of the gradient over ε: some 1e-3 of ‖H‖ in
 float32. That is too much for an eigenvalue, and little for the space to look for its vector in. The
 error of a Ritz value is of the order of the square of its vector's, so one accurate product a pair
-at the end gives values, and residuals, as good as those of accurate products throughout.
+at the end gives values, and residuals, as good as those of accurate products throughout. The bound
+on a miss is one for the products of the search: what their error can hide, it does not see.
 
 ε is u^(3/4) ‖θ‖, with the unit roundoff u of the parameters, and more where that leaves too much of
 the rounding, which the difference of two ways to compute ∇L(θ) tells. What the third derivative
