@@ -83,8 +83,8 @@ def top_eigenpairs(
     if not all(hasattr(operator, name) for name in ("dim", "dtype", "device", "matvec")):
         raise TypeError(
             "`operator` must have `dim`, `dtype`, `device` and `matvec`, got "
-            f"{type(operator).__name__}; wrap a matrix as `MatrixOperator(matrix)`, and products in "
-            "a subclass of `SymmetricOperator`."
+            f"{type(operator).__name__}; wrap a matrix as `MatrixOperator(matrix)`, and products "
+            "in a subclass of `SymmetricOperator`."
         )
     check_choice("which", which, ("LM", "LA", "SA"))
     make = partial(
