@@ -87,7 +87,7 @@ class EigenSearch:
             reads: Number of products between two looks at convergence; 1 on a CPU by default, and
                 `READS` on a GPU.
             rough: The products are rough, and `check` will follow: their rounding does not hold
-                the stop, and it has its products of `max_iter`, which are twice as many at least.
+                the stop, and it has its products of `max_iter`.
             spent: Products that were made before, of `max_iter`.
 
         Raises:
@@ -100,7 +100,7 @@ class EigenSearch:
                     f"`k` must be at most the dimension {vectors.dim}, got {k}; lower `k`."
                 )
         total = sum(k for k, _ in wanted.values())
-        check_count("max_iter", max_iter, min(total * (1 + rough), vectors.dim))
+        check_count("max_iter", max_iter, min(total, vectors.dim) + total * rough)
         check_positive("tol", tol)
         check_basis(max_basis, basis_dtype, basis_device)
         long = are_long(vectors.dim, vectors.dtype, vectors.device)

@@ -418,6 +418,18 @@ def test_accurate_products_give_accurate_values_of_long_vectors(generator):
     assert found.converged.all()
 
 
+def test_a_rough_search_of_few_dimensions_needs_products_for_its_check(generator):
+    operator, wanted = planted([float(i) for i in range(10)]), {"a": (5, "LA"), "b": (5, "SA")}
+    limits = {"tol": 1e-3, "max_basis": None, "generator": generator, "rough": True}
+    with pytest.raises(ValueError, match="`max_iter` must be at least 20, got 19"):
+        EigenSearch(operator, wanted, max_iter=19, **limits)
+    search = EigenSearch(operator, wanted, max_iter=20, **limits)
+    search.run(operator.matvec, starts=1, certify=True)
+    for _ in multiply(search.check(), operator.matvec):
+        pass
+    np.testing.assert_allclose(search.pairs("a").values, [9, 8, 7, 6, 5], rtol=1e-9)
+
+
 @pytest.mark.parametrize("step", [1, 2, 5, 10])
 def test_a_product_that_is_not_finite_is_refused_at_any_step(step):
     with pytest.raises(ValueError, match="finite products, got NaN or infinity\\.$"):
