@@ -15,7 +15,7 @@ from landscape._checks import check_choice, check_generator
 from landscape._progress import progress_bar
 from landscape.linalg.eigenpairs import Eigenpairs, warn_unconverged
 from landscape.linalg.operators import SymmetricOperator
-from landscape.linalg.search import ROUGH_TOL, EigenSearch, finish, search_roughly, start_vector
+from landscape.linalg.search import EigenSearch, finish, may_be_rough, search_roughly, start_vector
 
 Which = Literal["LM", "LA", "SA"]
 
@@ -101,8 +101,8 @@ def top_eigenpairs(
     search = make()
     first = None if start is None else start_vector(start, operator.dim)
     rough = None
-    pays = which != "SA" and tol >= ROUGH_TOL and max_iter > 3 * k
-    if pays and isinstance(operator, SymmetricOperator):
+    usable = which != "SA" and isinstance(operator, SymmetricOperator)
+    if usable and may_be_rough(tol, max_iter, k):
         rough = operator.differences()
     with progress_bar("Eigenpairs", progress, max_iter) as bar:
         if rough is None:

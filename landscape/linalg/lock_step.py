@@ -20,7 +20,7 @@ from landscape.linalg.eigenpairs import Eigenpairs
 from landscape.linalg.gradient import Precision
 from landscape.linalg.hessian import Memory
 from landscape.linalg.mini_batches import MiniBatchHessian
-from landscape.linalg.search import ROUGH_TOL, EigenSearch, multiply, search_roughly
+from landscape.linalg.search import EigenSearch, may_be_rough, multiply, search_roughly
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective
 
@@ -76,6 +76,7 @@ class MiniBatchSolver:
         self._precision: Precision = precision
         self._settings: dict[str, Any] = {"tol": tol, "max_iter": max_iter}
         self._settings |= {"wanted": {"top": (k, "LM")}}
+        self._may_be_rough = may_be_rough(tol, max_iter, k)
         # A generator each: what one draws does not depend on how far the others have come.
         self._seeds = torch.randint(
             1 << 62, (frozen.num_batches,), generator=generator, device=generator.device
@@ -146,8 +147,7 @@ class MiniBatchSolver:
             hessian.load(batch)
             make = partial(self._search, index, compact=hessian.recorded and self._group != 1)
             start: dict[str, Any] = {"certify": self._certify, "first": first}
-            pays = self._settings["tol"] >= ROUGH_TOL and self._settings["max_iter"] > 3 * self._k
-            rough = hessian.differences() if pays else None
+            rough = hessian.differences() if self._may_be_rough else None
             if rough is not None:
                 search = yield from search_roughly(make, rough, hessian.matvec, **start)
             else:

@@ -418,6 +418,11 @@ def _projected(
     return values[order], torch.from_numpy(small).to(rows)
 
 
+def may_be_rough(tol: float, max_iter: int, k: int) -> bool:
+    """Whether a search for `k` pairs can go by rough products, and has the budget to check them."""
+    return tol >= ROUGH_TOL and max_iter > 3 * k
+
+
 def search_roughly(
     make: Callable[..., EigenSearch],
     rough: GradientDifferences,
