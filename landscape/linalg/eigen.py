@@ -46,8 +46,8 @@ def top_eigenpairs(
     products where that was sooner. What it finds joins the wanted set, until a chain finds nothing
     new.
 
-    Where a Hessian's loss is smooth (no ReLU, no max pooling), on a CPU, and `tol` is 5e-4 or more,
-    the search multiplies by differences of gradients, one gradient each
+    Where a Hessian's loss has no kinks, or only those of ReLUs and max pooling, on a CPU, and `tol`
+    is 5e-4 or more, the search multiplies by differences of gradients, one gradient each
     (`landscape.linalg.differences`). One accurate product a pair then gives the values and their
     residuals, and pairs that these do not show to have converged get further ones.
 

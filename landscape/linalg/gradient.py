@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from landscape._checks import check_choice
+from landscape.linalg.kinks import Choice, Kinks, Noting, kinks_of
 from landscape.linalg.layers import with_cheap_second_derivatives
 from landscape.parameters import ParameterSpace
 from landscape.switches import eagerly, math_attention, rounding
@@ -29,8 +30,8 @@ class GradientGraph:
     Attributes:
         loss: Value of the loss.
         depends: Whether it depends on any of the leaves.
-        smooth: Whether it is known to have no kinks, as those of a ReLU; it is looked at where the
-            memory is measured.
+        kinks: Whether it has kinks; it is looked at where the memory is measured.
+        choices: What a model on a CPU chooses at its kinks (`landscape.linalg.kinks`).
         gradient: Its gradient, one tensor a parameter.
         weight: Factor of the loss in the objective.
         num_bytes: Memory of the graph, where it was measured; infinite where it cannot be, for a
@@ -58,9 +59,11 @@ class GradientGraph:
             ValueError: If it cannot.
         """
         self.weight = weight
-        self.smooth = False
+        self.kinks: Kinks = "free"
+        self.choices: list[Choice] = []
         self._leaves = list(leaves.values())
         sizes: dict[int, int] = {}
+        on_cpu = self._leaves[0].device.type == "cpu"
 
         def pack(tensor: Tensor) -> tuple[Tensor, int]:
             if tensor.layout is torch.strided:  # another has no storage of its own
@@ -80,10 +83,10 @@ class GradientGraph:
 
         def forward() -> Tensor:
             sizes.clear()
-            value = loss()
+            with Noting(self.choices) if on_cpu else nullcontext():
+                value = loss()
             if measure:
-                names = check_twice_differentiable([value])
-                self.smooth = not any(_KINKED.search(name) for name in names)
+                self.kinks = kinks_of(check_twice_differentiable([value]), self.choices)
             return value
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack) if measure else nullcontext()
@@ -132,19 +135,19 @@ class GradientGraph:
             )
 
 
-def check_twice_differentiable(tensors: Sequence[Tensor]) -> set[str]:
+def check_twice_differentiable(tensors: Sequence[Tensor]) -> list[str]:
     """Refuse a graph through a function whose derivative PyTorch would leave out.
 
     That of one marked with `once_differentiable` is refused by `backward` alone, not where
     derivatives are asked for by name; of one without any, as of quantised layers, it only warns.
 
     Returns:
-        The names of the functions.
+        The name of every function.
 
     Raises:
         ValueError: If there is one.
     """
-    names = {node.name() for node in nodes_behind(tensors)}
+    names = [node.name() for node in nodes_behind(tensors)]
     if "torch::autograd::Error" in names:
         raise ValueError(
             "`model` must be twice differentiable, got a function marked with "
@@ -157,10 +160,6 @@ def check_twice_differentiable(tensors: Sequence[Tensor]) -> set[str]:
             "parameters behind it with `Objective(parameters=…)`."
         )
     return names
-
-
-# the usual ones: others show in the products
-_KINKED = re.compile("relu|hardtanh|hardswish|max_?pool", re.IGNORECASE)
 
 
 @contextmanager

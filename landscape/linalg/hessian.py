@@ -26,6 +26,7 @@ from landscape.linalg.gradient import (
     twice_differentiable,
 )
 from landscape.linalg.gram_schmidt import are_long
+from landscape.linalg.kinks import Kinks
 from landscape.linalg.operators import SymmetricOperator
 from landscape.linalg.recorded_hessian import RecordedHessian
 from landscape.memory import free_memory
@@ -96,7 +97,8 @@ class HessianOperator(CurvatureOperator):
 
     Attributes:
         num_kept: Number of batches whose graph is kept.
-        smooth: Whether the loss is known to have no kinks, as those of a ReLU.
+        kinks: Whether the loss is known to have none, as those of a ReLU, or only such as can be
+            held (`landscape.linalg.kinks`).
         bytes_per_sample: Memory of a graph a sample, measured on the first batch; infinite, so that
             none is kept, for a model that takes derivatives by `torch.func`.
         precision: Of the products: `"full"` is the model's, `"tf32"` lets a GPU round the factors
@@ -107,7 +109,7 @@ class HessianOperator(CurvatureOperator):
 
     precision: Precision = "full"
     bytes_per_sample: float = 0.0
-    smooth: bool = False
+    kinks: Kinks = "free"
 
     def __init__(
         self,
@@ -142,7 +144,7 @@ class HessianOperator(CurvatureOperator):
         memory: Memory = "auto",
         precision: Precision = "full",
         bytes_per_sample: float = 0.0,
-        smooth: bool = False,
+        kinks: Kinks = "free",
     ) -> Self:
         """Return the operator of an objective that is already frozen.
 
@@ -151,7 +153,7 @@ class HessianOperator(CurvatureOperator):
             memory: As in the constructor.
             precision: Of the products; see the class.
             bytes_per_sample: Memory of a graph, where it is known.
-            smooth: Whether the loss has no kinks, where the memory is known.
+            kinks: Whether the loss has kinks, where the memory is known.
 
         Raises:
             ValueError: If the model is not in float32 for a reduced precision, or `"tf32"` has no
@@ -160,7 +162,7 @@ class HessianOperator(CurvatureOperator):
         check_precision(precision, frozen.space)
         check_memory(memory)
         self = cls.__new__(cls)
-        self.precision, self.bytes_per_sample, self.smooth = precision, bytes_per_sample, smooth
+        self.precision, self.bytes_per_sample, self.kinks = precision, bytes_per_sample, kinks
         self.memory = memory
         self._set_frozen(frozen)
         return self
@@ -195,7 +197,7 @@ class HessianOperator(CurvatureOperator):
                 measure = not self.bytes_per_sample
                 graph = self._graph(batch, measure)
                 if measure:
-                    self.smooth = graph.smooth
+                    self.kinks = graph.kinks
                 if not losses and not graph.depends:
                     warn_independent()
                 losses.append(graph.loss)
@@ -229,10 +231,12 @@ class HessianOperator(CurvatureOperator):
     def differences(self) -> GradientDifferences | None:
         """Return products by differences of gradients, where they are cheaper; one gradient.
 
-        That is for a smooth loss and long vectors on a CPU, where what is done with activations
-        outweighs what is done with vectors; on a GPU products are recorded.
+        That is for a loss without kinks, or whose kinks can be held as the graphs have noted them,
+        and for long vectors on a CPU, where what is done with activations outweighs what is done
+        with vectors; on a GPU products are recorded.
         """
-        usable = self.smooth and self.precision == "full"
+        noted = self.kinks == "held" and self.num_kept == self.frozen.num_batches
+        usable = (noted or self.kinks == "none") and self.precision == "full"
         if not usable or not are_long(self.dim, self.dtype, self.device):
             return None
         activations = self.bytes_per_sample * self.frozen.num_samples
@@ -240,7 +244,8 @@ class HessianOperator(CurvatureOperator):
             return None
         if not any(value.any() for value in self.frozen.space.values.values()):
             return None  # a step has no measure
-        return GradientDifferences(self.frozen, self.gradient())
+        choices = [graph.choices for graph in self._graphs] if noted else None
+        return GradientDifferences(self.frozen, self.gradient(), choices)
 
     @contextmanager
     def _differentiating(self) -> Iterator[None]:

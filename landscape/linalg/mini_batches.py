@@ -19,6 +19,7 @@ from landscape.batches import PreparedBatch
 from landscape.linalg.differences import GradientDifferences
 from landscape.linalg.gradient import Precision
 from landscape.linalg.hessian import HessianOperator, Memory
+from landscape.linalg.kinks import Kinks
 from landscape.linalg.recorded_hessian import RecordedHessian
 from landscape.objective import FrozenObjective
 from landscape.recording import shape_of, side_stream
@@ -54,7 +55,8 @@ class MiniBatchHessian:
         self._frozen, self._precision, self._memory = frozen, precision, memory
         self._place = place
         self.stream = side_stream(frozen.space.device, place)
-        self.num_bytes, self._bytes_per_sample, self._smooth = 0, 0.0, False
+        self.num_bytes, self._bytes_per_sample = 0, 0.0
+        self._kinks: Kinks = "free"
         self.kept = False
         self._recorded: RecordedHessian | None = None
         self._recordable = self.stream is not None and not frozen.draws
@@ -81,10 +83,10 @@ class MiniBatchHessian:
                 memory=self._memory,
                 precision=self._precision,
                 bytes_per_sample=self._bytes_per_sample,
-                smooth=self._smooth,
+                kinks=self._kinks,
             )
             self._bytes_per_sample = self._operator.bytes_per_sample
-            self._smooth = self._operator.smooth
+            self._kinks = self._operator.kinks
         self.kept = self._recorded is not None or bool(self._operator.num_kept)
 
     def matvec(self, v: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ FEWEST = 8
 """Products that a certificate may take at least, a heuristic: few pairs are told apart too soon."""
 SKEWED = 0.01
 """Asymmetry over ‖A‖ from which products are no use, a heuristic: differences of gradients of a
-smooth network have 3e-4 to 8e-4, over kinks 0.1 and more."""
+smooth network have 3e-4 to 2e-3, over kinks 0.1 and more."""
 REFINEMENTS = 2
 """Times that a check may widen the space of the vectors that it has found."""
 DEPENDENT = 1e-4
