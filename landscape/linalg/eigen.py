@@ -46,10 +46,10 @@ def top_eigenpairs(
     products where that was sooner. What it finds joins the wanted set, until a chain finds nothing
     new.
 
-    Where a Hessian's loss has no kinks, or only those of ReLUs and max pooling, on a CPU, and `tol`
-    is 5e-4 or more, the search multiplies by differences of gradients, one gradient each
-    (`landscape.linalg.differences`). One accurate product a pair then gives the values and their
-    residuals, and pairs that these do not show to have converged get further ones.
+    Where a Hessian's loss has no kinks, or with `certify` only those of ReLUs and max pooling, on a
+    CPU, and `tol` is 5e-4 or more, the search multiplies by differences of gradients, one gradient
+    each (`landscape.linalg.differences`). One accurate product a pair then gives the values and
+    their residuals, and pairs that these do not show to have converged get further ones.
 
     Args:
         operator: Any symmetric operator.
@@ -103,7 +103,7 @@ def top_eigenpairs(
     rough = None
     usable = which != "SA" and isinstance(operator, SymmetricOperator)
     if usable and may_be_rough(tol, max_iter, k):
-        rough = operator.differences()
+        rough = operator.differences(certify)
     with progress_bar("Eigenpairs", progress, max_iter) as bar:
         if rough is None:
             search.run(operator.matvec, starts=1, certify=certify, first=first, tick=bar.update)

@@ -228,14 +228,18 @@ class HessianOperator(CurvatureOperator):
                 out.add_(space.flatten([g.detach() for g in graph.gradient]), alpha=graph.weight)
         return out
 
-    def differences(self) -> GradientDifferences | None:
+    def differences(self, certify: bool | float = True) -> GradientDifferences | None:
         """Return products by differences of gradients, where they are cheaper; one gradient.
 
         That is for a loss without kinks, or whose kinks can be held as the graphs have noted them,
         and for long vectors on a CPU, where what is done with activations outweighs what is done
-        with vectors; on a GPU products are recorded.
+        with vectors; on a GPU products are recorded. Accurate products of networks with kinks,
+        which are mostly convolutions, are so cheap that a short search does not repay its check.
+
+        Args:
+            certify: As in `top_eigenpairs`; without, the search is short.
         """
-        noted = self.kinks == "held" and self.num_kept == self.frozen.num_batches
+        noted = self.kinks == "held" and self.num_kept == self.frozen.num_batches and certify
         usable = (noted or self.kinks == "none") and self.precision == "full"
         if not usable or not are_long(self.dim, self.dtype, self.device):
             return None

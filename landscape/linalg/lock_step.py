@@ -147,7 +147,7 @@ class MiniBatchSolver:
             hessian.load(batch)
             make = partial(self._search, index, compact=hessian.recorded and self._group != 1)
             start: dict[str, Any] = {"certify": self._certify, "first": first}
-            rough = hessian.differences() if self._may_be_rough else None
+            rough = hessian.differences(self._certify) if self._may_be_rough else None
             if rough is not None:
                 search = yield from search_roughly(make, rough, hessian.matvec, **start)
             else:

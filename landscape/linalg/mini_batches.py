@@ -99,9 +99,9 @@ class MiniBatchHessian:
             return self._product(self._recorded, v, self._precision)
         return self._operator.matvec(v)
 
-    def differences(self) -> GradientDifferences | None:
-        """Return cheaper products for the mini-batch that was loaded last, if there are any."""
-        return None if self._recorded is not None else self._operator.differences()
+    def differences(self, certify: bool | float) -> GradientDifferences | None:
+        """Return what `HessianOperator.differences` does for the mini-batch at hand."""
+        return None if self._recorded is not None else self._operator.differences(certify)
 
     def exact_matvec(self, v: Tensor) -> Tensor:
         """Return H v in full precision.

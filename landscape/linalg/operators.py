@@ -92,8 +92,12 @@ class SymmetricOperator(ABC):
         _check_tensor(other)
         return self.matvec(other) if other.dim() == 1 else self.matmat(other)
 
-    def differences(self) -> "GradientDifferences | None":
-        """Return cheaper products for a search whose pairs are checked, if there are any."""
+    def differences(self, certify: bool | float = True) -> "GradientDifferences | None":
+        """Return products for a search whose pairs are checked, where that makes it cheaper.
+
+        Args:
+            certify: As in `top_eigenpairs`; without, the search is shorter.
+        """
         return None
 
     def to_scipy(self) -> "LinearOperator":

@@ -55,7 +55,7 @@ def accurate(monkeypatch):
 
     def run(function):
         with monkeypatch.context() as patch:
-            patch.setattr(HessianOperator, "differences", lambda self: None)
+            patch.setattr(HessianOperator, "differences", lambda self, certify: None)
             return function()
 
     return run
@@ -138,11 +138,12 @@ def test_what_wants_accurate_products_has_them_alone(settings, arguments, counte
     assert not counted
 
 
-def test_kinks_that_no_graph_has_noted_want_accurate_products(counted):
+@pytest.mark.parametrize(("memory", "certify"), [(0, True), ("auto", False)])
+def test_held_kinks_want_kept_graphs_and_a_long_search(memory, certify, counted):
     model, data = problem(F.relu, sizes=(16, 16))
-    operator = HessianOperator(model, data, memory=0)
+    operator = HessianOperator(model, data, memory=memory)
     assert operator.kinks == "held"
-    top_eigenpairs(operator, 1)
+    top_eigenpairs(operator, 1, certify=certify)
     assert not counted
 
 
