@@ -71,7 +71,7 @@ class Noting(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if _is_pool(func, args, kwargs):
+        if _is_pool(func, args):
             out, places = F.max_pool2d_with_indices(*args, **kwargs)
             if out.requires_grad:
                 self._choices.append(places)
@@ -118,9 +118,9 @@ class Holding(TorchFunctionMode):
                 kept = next(self._choices, None)
                 if isinstance(kept, Tensor) and kept.shape == x.shape:
                     out = _threshold_backward(x, kept, 0)
-                    in_place = func in _IN_PLACE or True in args[1:] or kwargs.get("inplace")
+                    in_place = func in _IN_PLACE or kwargs.get("inplace")
                     return x.copy_(out) if in_place else out
-            elif _is_pool(func, args, kwargs):
+            elif _is_pool(func, args):
                 places = next(self._choices, None)
                 if isinstance(places, Tensor) and places.shape[:-2] == x.shape[:-2]:
                     return x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
@@ -131,9 +131,8 @@ def _is_relu(func: Any, args: tuple[Any, ...]) -> bool:
     return func in _RELUS and bool(args) and _is_plain(args[0])
 
 
-def _is_pool(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    with_places = len(args) > 6 or kwargs.get("return_indices")
-    return func in _POOLS and not with_places and bool(args) and _is_plain(args[0])
+def _is_pool(func: Any, args: tuple[Any, ...]) -> bool:
+    return func in _POOLS and bool(args) and _is_plain(args[0])
 
 
 def _is_conv(func: Any, args: tuple[Any, ...]) -> bool:
@@ -143,10 +142,8 @@ def _is_conv(func: Any, args: tuple[Any, ...]) -> bool:
 
 def _is_plain(t: Any) -> bool:
     """Whether an argument is a tensor of no other kind."""
-    return type(t) in (
-        Tensor,
-        nn.Parameter,
-    ) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    plain = type(t) in (Tensor, nn.Parameter)
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _format_of(

@@ -144,6 +144,7 @@ def test_held_kinks_want_kept_graphs_and_a_long_search(memory, certify, counted)
     operator = HessianOperator(model, data, memory=memory)
     assert operator.kinks == "held"
     top_eigenpairs(operator, 1, certify=certify)
+    landscape.hessian_max_spectrum(model, data, k=1, memory=memory, certify=certify)
     assert not counted
 
 

@@ -8,6 +8,17 @@ from torch import nn
 from landscape import HessianOperator
 from landscape.linalg.kinks import Holding, Noting
 
+
+def for_its_effect(*in_place):
+    """Return a ReLU of which the model goes on with what it was given."""
+
+    def relu(x):
+        F.relu(x, *in_place) if in_place else x.relu_()
+        return x
+
+    return relu
+
+
 RELUS = {
     "function": F.relu,
     "torch": torch.relu,
@@ -15,7 +26,8 @@ RELUS = {
     "module": nn.ReLU(),
     "in place": nn.ReLU(inplace=True),
     "method in place": lambda x: x.relu_(),
-    "by position": lambda x: F.relu(x, True),
+    "for its effect": for_its_effect(),
+    "by position": for_its_effect(True),
 }
 POOLS = {
     "function": lambda x: F.max_pool2d(x, 2),
@@ -101,12 +113,21 @@ def test_held_relu_is_a_mask_and_a_held_pool_a_choice():
 
 
 def test_what_needs_no_gradient_is_left_as_it_is():
-    x, weight = torch.tensor([1.0, -1.0]), torch.tensor(1.0, requires_grad=True)
-    choices, _ = noted(lambda t: F.relu(t) * weight, x)
-    assert choices == []
+    weight = torch.tensor(1.0, requires_grad=True)
+
+    def run(x):
+        before = x * weight
+        with torch.no_grad():
+            factor = F.relu(before)
+        first = F.max_pool2d(F.relu(x), 1) * weight
+        return torch.cat([factor, first, F.relu(x * weight)])
+
+    x = torch.tensor([[[1.0, -1.0]]])
+    choices, _ = noted(run, x)
+    assert len(choices) == 1
     with Holding(choices):
-        out = F.relu(-x) * weight
-    torch.testing.assert_close(out, torch.tensor([0.0, 1.0]))
+        out = run(-x).flatten()
+    assert out.tolist() == [0.0, 1.0, 0.0, 1.0, -1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -114,15 +135,34 @@ def test_what_needs_no_gradient_is_left_as_it_is():
     [
         {"relu": F.relu6},
         {"relu": lambda x: torch.jit.script(F.relu)(x)},
+        {"relu": lambda x: torch.relu(input=x)},
         {"relu": lambda x: F.relu(x) + 0 * F.hardtanh(x)},
+        {"relu": lambda x: (F.relu(x), F.hardtanh(x, 0.0, 9.0))[1]},
         {"pool": lambda x: F.max_pool2d(x, 2, return_indices=True)[0]},
+        {"pool": lambda x: F.max_pool2d(x, 2, 2, 0, 1, False, True)[0]},
         {"pool": nn.AdaptiveMaxPool2d(4)},
     ],
-    ids=["relu6", "script", "hardtanh", "indices", "adaptive"],
+    ids=[
+        "relu6",
+        "script",
+        "by name",
+        "hardtanh",
+        "dropped",
+        "indices",
+        "indices by position",
+        "adaptive",
+    ],
 )
 def test_kinks_that_are_not_noted_are_not_held(parts):
     model, x, y = problem(**parts)
+    torch.testing.assert_close(noted(model, x)[1], model(x), rtol=0, atol=0)
     assert HessianOperator(model, [(x, y)]).kinks == "free"
+
+
+def test_a_graph_that_is_built_again_is_noted_once():
+    # a view that wants the channels first, where the first graph has them last
+    model, x, y = problem(pool=lambda x: x.view(len(x), -1).view(x.shape))
+    assert HessianOperator(model, [(x, y)]).kinks == "held"
 
 
 def test_losses_without_kinks_are_known():
@@ -139,6 +179,10 @@ def test_other_calls_than_those_noted_are_not_held():
     ):
         with Holding(choices):
             torch.testing.assert_close(call(-x), call(-x.detach()))
+    images = torch.randn(2, 3, 4, 4, requires_grad=True)
+    pooled, _ = noted(lambda t: F.max_pool2d(t, 2), images[:1, :1])
+    with Holding(pooled):
+        torch.testing.assert_close(F.max_pool2d(images, 2), F.max_pool2d(images.detach(), 2))
     with Holding(choices):
         held, more = F.relu(-x), F.relu(-x)
     assert (held.tolist(), more.tolist()) == ([-2.0, 0.0], [0.0, 2.0])
@@ -155,6 +199,8 @@ def test_derivatives_by_torch_func_are_left_alone():
 
 def test_convolutions_have_the_format_that_they_had():
     model, x, _ = problem()
+    assert torch.contiguous_format in noted(model, x)[0]
+    assert torch.channels_last not in noted(model, x)[0]
     model.to(memory_format=torch.channels_last)
     choices, _ = noted(model, x.contiguous(memory_format=torch.channels_last))
     forms = [choice for choice in choices if isinstance(choice, torch.memory_format)]
@@ -167,3 +213,11 @@ def test_convolutions_have_the_format_that_they_had():
     with Holding(choices):
         model(x)
     assert [out.is_contiguous() for out in outputs] == [False, True]
+
+
+def test_one_image_alone_has_no_format():
+    model, x, _ = problem()
+    model.first.to(memory_format=torch.channels_last)
+    choices, out = noted(model.first, x[0])
+    with Holding(choices):
+        torch.testing.assert_close(model.first(x[0]), out)
