@@ -97,8 +97,8 @@ class HessianOperator(CurvatureOperator):
 
     Attributes:
         num_kept: Number of batches whose graph is kept.
-        kinks: Whether the loss is known to have none, as those of a ReLU, or only such as can be
-            held (`landscape.linalg.kinks`).
+        kinks: `"none"` where the loss is known to have no kinks, as those of a ReLU, `"held"` where
+            all of them can be held (`landscape.linalg.kinks`), otherwise `"free"`.
         bytes_per_sample: Memory of a graph a sample, measured on the first batch; infinite, so that
             none is kept, for a model that takes derivatives by `torch.func`.
         precision: Of the products: `"full"` is the model's, `"tf32"` lets a GPU round the factors
