@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from landscape.linalg.bilinear import breaks_channels_last
+from landscape.linalg.layers import is_plain
 
 Kinks = Literal["none", "held", "free"]
 """Whether a loss has kinks, and whether all of them can be held."""
@@ -112,7 +113,7 @@ class Holding(TorchFunctionMode):
             if isinstance(form, torch.memory_format):
                 x, weight = (t.contiguous(memory_format=form) for t in args[:2])
                 args = (x, weight, *args[2:])
-        elif torch.is_grad_enabled() and args and _is_plain(args[0]) and args[0].requires_grad:
+        elif torch.is_grad_enabled() and args and is_plain(args[0]) and args[0].requires_grad:
             x = args[0]
             if _is_relu(func, args):
                 kept = next(self._choices, None)
@@ -128,22 +129,16 @@ class Holding(TorchFunctionMode):
 
 
 def _is_relu(func: Any, args: tuple[Any, ...]) -> bool:
-    return func in _RELUS and bool(args) and _is_plain(args[0])
+    return func in _RELUS and bool(args) and is_plain(args[0])
 
 
 def _is_pool(func: Any, args: tuple[Any, ...]) -> bool:
-    return func in _POOLS and bool(args) and _is_plain(args[0])
+    return func in _POOLS and bool(args) and is_plain(args[0])
 
 
 def _is_conv(func: Any, args: tuple[Any, ...]) -> bool:
     batch = func is torch.conv2d and len(args) > 1 and args[0].dim() == 4
-    return batch and all(map(_is_plain, args[:2]))
-
-
-def _is_plain(t: Any) -> bool:
-    """Whether an argument is a tensor of no other kind."""
-    plain = type(t) in (Tensor, nn.Parameter)
-    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return batch and all(map(is_plain, args[:2]))
 
 
 def _format_of(

@@ -350,11 +350,16 @@ def _covered(argument: Any) -> bool:
     if not isinstance(argument, Tensor):
         return True
     return (
-        type(argument) in (Tensor, nn.Parameter)
+        is_plain(argument)
         and argument.dtype in (torch.float32, torch.float64, torch.bool)
         and not torch.is_autocast_enabled(argument.device.type)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(argument)
     )
+
+
+def is_plain(argument: Any) -> bool:
+    """Whether an argument is a tensor of no other kind."""
+    plain = type(argument) in (Tensor, nn.Parameter)
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(argument)
 
 
 def _rows(x: Tensor) -> Tensor:
