@@ -176,6 +176,7 @@ class FrozenObjective:
         num_samples: Number of samples over all batches.
         num_batches: Number of batches.
         num_left_out: Number of batches besides, which have no sample or label that counts.
+        are_kept: Whether the batches are kept, so that none is drawn again.
         recomputes: Whether the model hooks what autograd saves, as gradient checkpointing does.
         draws: Whether a pass moves the global random streams. They are set to a fixed seed for each
             pass and put back, which cannot be recorded on a GPU.
@@ -217,6 +218,7 @@ class FrozenObjective:
         self.batches: Iterable[PreparedBatch] = batches
         self.num_samples, self.num_batches = batches.num_samples, batches.num_batches
         self.num_left_out = batches.num_drawn - batches.num_batches
+        self.are_kept = batches.are_kept
         self._caches: list[Cache] = []
         self._lent: list[tuple[str, Tensor]] = []  # in the place of parameters, while it is tried
         self.draws = False

@@ -179,7 +179,7 @@ class HessianOperator(CurvatureOperator):
         return other
 
     def _setup(self) -> None:
-        budget = _bytes(self.memory, self.device)
+        budget = bytes_of(self.memory, self.device)
         self._graphs: list[GradientGraph] = []
         # Leaves of our own: the user's parameters and their `.grad` take no part.
         values = self.frozen.space.values
@@ -358,7 +358,8 @@ def check_memory(memory: Memory) -> None:
     check_at_least("memory", memory, 0)  # type: ignore[arg-type]  # no text is a number
 
 
-def _bytes(memory: Memory, device: torch.device) -> int:
+def bytes_of(memory: Memory, device: torch.device) -> int:
+    """Return how many bytes of a device may be kept between products."""
     if memory == "auto":
         memory = 0.5
     if isinstance(memory, float) and memory <= 1:

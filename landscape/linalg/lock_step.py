@@ -1,9 +1,10 @@
-"""The top eigenpairs of every mini-batch, several of them sought side by side on a GPU.
+"""The top eigenpairs of every mini-batch, several of them sought side by side.
 
-A search is a generator that pauses while the device works on its product (`EigenSearch.steps`). On
-a GPU a few workers, each on a stream of its own, solve one mini-batch after another; the host gives
-its turn to whichever has its product. How many there are depends on the free memory. On a CPU there
-is one.
+A few workers solve one mini-batch after another. A search is a generator that pauses while the
+device works on its product (`EigenSearch.steps`). On a GPU each worker has a stream of its own, and
+the host gives its turn to whichever has its product. On a CPU each has a thread of its own, with
+its share of PyTorch's: operations on a few images are too small to fill several cores. How many
+workers there are depends on the free memory.
 """
 
 import time
@@ -11,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from threading import Event, RLock
 from typing import Any
 
 import torch
@@ -18,11 +20,12 @@ import torch
 from landscape.batches import PreparedBatch
 from landscape.linalg.eigenpairs import Eigenpairs
 from landscape.linalg.gradient import Precision
-from landscape.linalg.hessian import Memory
-from landscape.linalg.mini_batches import MiniBatchHessian
+from landscape.linalg.hessian import Memory, bytes_of
+from landscape.linalg.mini_batches import Known, MiniBatchHessian
 from landscape.linalg.search import EigenSearch, may_be_rough, multiply, search_roughly
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective
+from landscape.threads import side_by_side
 
 Work = Iterator[None]
 """Pauses while the device works on what it has started."""
@@ -37,6 +40,10 @@ BASIS = 32
 MAX_GROUP = 8
 """Most mini-batches side by side by default: with 8 a GPU (H200) makes 1.3 to 3.2 times as many
 products a second as with one, and of 4 to 8 it gains nothing (ViT-Ti) to a third (ResNet-20)."""
+
+ON_A_CPU = 2
+"""Most mini-batches side by side by default on a CPU: on two cores they take 0.8 of the time of one
+after the other; more were not measured, and the model itself serves one at a time."""
 
 FEWEST = 4
 """Mini-batches that each place should have by default, a heuristic: to record them takes the time
@@ -82,7 +89,8 @@ class MiniBatchSolver:
             1 << 62, (frozen.num_batches,), generator=generator, device=generator.device
         ).tolist()
         self._group, self._first = group, first
-        self._tried: set[Any] = set()
+        self._known = Known()
+        self._lock = RLock()  # of what the workers share
         self._basis_dtype = torch.promote_types(frozen.space.dtype, torch.float32)
         self.size, self.kept = 1, 0
 
@@ -101,27 +109,53 @@ class MiniBatchSolver:
         self.size = self._queue.places = self._room(crew[0])
         crew += [self._hire(place) for place in range(1, self.size)]
         while crew:
+            if len(crew) > 1 and self._has_threads(crew[0]):
+                self._on_threads(crew)
+            else:
+                self._in_turns(crew)
+            # The last one may have run out of memory beside others.
+            crew = [self._hire(0)] if len(self._rows) < self._frozen.num_batches else []
+        return [self._rows[index] for index in range(len(self._rows))]
+
+    def _in_turns(self, crew: list["_Worker"]) -> None:
+        """Let the workers work until all are done, whichever has its product first."""
+        while crew:
             for worker in _ready(crew):
                 if not self._turn(worker):
                     crew.remove(worker)
-            if not crew and len(self._rows) < self._frozen.num_batches:
-                crew = [self._hire(0)]  # the last one ran out of memory beside others
-        return [self._rows[index] for index in range(len(self._rows))]
+
+    def _on_threads(self, crew: list["_Worker"]) -> None:
+        """Let the workers work until all are done, each on its share of PyTorch's threads."""
+        stopped = Event()
+
+        def work(worker: "_Worker") -> None:
+            while not stopped.is_set() and self._turn(worker):
+                pass
+
+        side_by_side([partial(work, worker) for worker in crew], stopped)
+
+    def _has_threads(self, worker: "_Worker") -> bool:
+        """Whether threads are of use; batches that are drawn again have to be drawn by one."""
+        return worker.hessian.stream is None and self._frozen.are_kept
 
     def _room(self, worker: "_Worker") -> int:
         """Return how many workers there is memory for."""
         if self._group is not None:
             return min(self._group, self._frozen.num_batches)
-        if not worker.hessian.recorded:
+        space, hessian = self._frozen.space, worker.hessian
+        if hessian.recorded:
+            most = min(MAX_GROUP, -(-self._frozen.num_batches // FEWEST))
+        elif hessian.kept and self._has_threads(worker):
+            graphs = bytes_of(self._memory, space.device) // hessian.num_bytes
+            most = min(ON_A_CPU, torch.get_num_threads(), self._frozen.num_batches, graphs)
+        else:
             return 1
-        space = self._frozen.space
         basis = (self._k + BASIS + 8) * space.dim * self._basis_dtype.itemsize
-        each = worker.hessian.num_bytes + basis
-        more = free_memory(space.device) // 2 // each
-        return min(MAX_GROUP, -(-self._frozen.num_batches // FEWEST), 1 + more)
+        more = free_memory(space.device) // 2 // (hessian.num_bytes + basis)
+        return max(min(most, 1 + more), 1)
 
     def _hire(self, place: int) -> "_Worker":
-        hessian = MiniBatchHessian(self._frozen, self._precision, self._memory, place, self._tried)
+        hessian = MiniBatchHessian(self._frozen, self._precision, self._memory, place, self._known)
         return _Worker(place, hessian, self._work)
 
     def _turn(self, worker: "_Worker") -> bool:
@@ -133,16 +167,17 @@ class MiniBatchSolver:
         except StopIteration:
             return False
         except torch.OutOfMemoryError:
-            if self.size == 1 or worker.item is None:  # what is not drawn cannot be left to others
-                raise
-            self.size -= 1
-            self._queue.leave(worker.place, worker.item)
+            with self._lock:
+                if self.size == 1 or worker.item is None:  # what is not drawn is for no other
+                    raise
+                self.size -= 1
+                self._queue.leave(worker.place, worker.item)
             return False
         return True
 
     def _work(self, worker: "_Worker") -> Work:
         hessian, first = worker.hessian, self._first
-        while (item := self._queue.next(worker.place)) is not None:
+        while (item := self._next(worker.place)) is not None:
             worker.item = index, batch = item
             hessian.load(batch)
             make = partial(self._search, index, compact=hessian.recorded and self._group != 1)
@@ -155,10 +190,16 @@ class MiniBatchSolver:
                 yield from multiply(search.steps(starts=1, **start), hessian.matvec)
                 if self._precision != "full":
                     yield from multiply(search.check(), hessian.exact_matvec)
-            self._rows[index], first = search.pairs("top"), search.direction()
-            self.kept += hessian.kept
+            found, first = search.pairs("top"), search.direction()
             worker.item = None
-            self._tick()
+            with self._lock:
+                self._rows[index] = found
+                self.kept += hessian.kept
+                self._tick()
+
+    def _next(self, place: int) -> Item | None:
+        with self._lock:
+            return self._queue.next(place)
 
     def _search(self, index: int, compact: bool, rough: bool, spent: int = 0) -> EigenSearch:
         """Return the search of a mini-batch, if compact with a basis that leaves memory for others.

@@ -1,15 +1,16 @@
-"""Mini-batches whose eigenpairs are sought side by side on a GPU.
+"""Mini-batches whose eigenpairs are sought one after another, and side by side.
 
 A product of 16 images does not fill a GPU, which waits for the host most of the time. So gradient
-and product are recorded once for a shape (`landscape.recording`), other mini-batches are
+and product are recorded there once for a shape (`landscape.recording`), other mini-batches are
 copied into place, and several of them are solved on streams of their own, which the device works on
 at the same time. The host gives each search its turn: it takes in the last product and starts the
-next.
+next. Nor does it fill the cores of a CPU, on which two searches run on threads of their own.
 
 One call of `vmap` over stacked mini-batches would do the same; it was measured (H200, 16 images
 each), and its convolutions by many weights take longer: `benchmarks/NOTES.md`.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,13 +26,28 @@ from landscape.objective import FrozenObjective
 from landscape.recording import shape_of, side_stream
 
 
+@dataclass
+class Known:
+    """What is found on the first mini-batch and holds for the others.
+
+    Attributes:
+        tried: Shapes that need no trial before they are recorded.
+        bytes_per_sample: As in `HessianOperator`.
+        kinks: As there.
+    """
+
+    tried: set[Any] = field(default_factory=set)
+    bytes_per_sample: float = 0.0
+    kinks: Kinks = "free"
+
+
 class MiniBatchHessian:
     """The Hessian of one mini-batch after another.
 
     Attributes:
         stream: Stream of its own on a GPU, or `None`.
         recorded: Whether gradient and product are recorded.
-        num_bytes: Memory that the recordings took.
+        num_bytes: Memory that the recordings took, or the graph that is kept.
         kept: Whether the gradient graph of the mini-batch at hand is kept between products.
     """
 
@@ -41,7 +57,7 @@ class MiniBatchHessian:
         precision: Precision = "full",
         memory: Memory = "auto",
         place: int = 0,
-        tried: set[Any] | None = None,
+        known: Known | None = None,
     ) -> None:
         """Set up without a mini-batch.
 
@@ -50,17 +66,16 @@ class MiniBatchHessian:
             precision: As in `HessianOperator`.
             memory: What may be kept of a mini-batch that is not recorded, as in `HessianOperator`.
             place: Number of its stream; those that are used side by side have different ones.
-            tried: Shapes that need no trial before they are recorded; common to several of these.
+            known: Common to several of these.
         """
         self._frozen, self._precision, self._memory = frozen, precision, memory
         self._place = place
         self.stream = side_stream(frozen.space.device, place)
-        self.num_bytes, self._bytes_per_sample = 0, 0.0
-        self._kinks: Kinks = "free"
+        self.num_bytes = 0
         self.kept = False
         self._recorded: RecordedHessian | None = None
         self._recordable = self.stream is not None and not frozen.draws
-        self._tried = set[Any]() if tried is None else tried
+        self._known = known or Known()
         self._exact: MiniBatchHessian | None = None
         self._batch: PreparedBatch | None = None
 
@@ -77,16 +92,19 @@ class MiniBatchHessian:
         if self._recorded is None and self._recordable and self.stream is not None:
             self._record(batch, self.stream)
         if self._recorded is None:
-            frozen = self._frozen.of_batch(batch)
+            known, frozen = self._known, self._frozen.of_batch(batch)
             self._operator = HessianOperator.of(
                 frozen,
                 memory=self._memory,
                 precision=self._precision,
-                bytes_per_sample=self._bytes_per_sample,
-                kinks=self._kinks,
+                bytes_per_sample=known.bytes_per_sample,
+                kinks=known.kinks,
             )
-            self._bytes_per_sample = self._operator.bytes_per_sample
-            self._kinks = self._operator.kinks
+            known.bytes_per_sample, known.kinks = (
+                self._operator.bytes_per_sample,
+                self._operator.kinks,
+            )
+            self.num_bytes = self._operator.num_kept * int(known.bytes_per_sample * batch.size)
         self.kept = self._recorded is not None or bool(self._operator.num_kept)
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -125,12 +143,12 @@ class MiniBatchHessian:
         """Record gradient and product, if they can be."""
         recorded = RecordedHessian(self._frozen, batch, self._precision, stream)
         shape = shape_of(batch.samples)
-        if shape not in self._tried:
+        if shape not in self._known.tried:
             self._recordable = recorded.try_out()
             torch.cuda.empty_cache()  # of what the trial has left
             if not self._recordable:
                 return
-            self._tried.add(shape)
+            self._known.tried.add(shape)
         before = torch.cuda.memory_reserved(self._frozen.space.device)
         recorded.record()
         self.num_bytes = torch.cuda.memory_reserved(self._frozen.space.device) - before

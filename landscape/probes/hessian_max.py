@@ -120,10 +120,13 @@ def hessian_max_spectrum(
         start: What was found before, with vectors, or vectors `(m, dim)`: the first mini-batch's
             Krylov space starts from their sum instead of a random vector. Every other one's starts
             from the sum of the eigenvectors found before it, which saves 1 or 2 products.
-        memory: What may be kept of a mini-batch's graph between products on a CPU; a GPU keeps it.
+        memory: What may be kept of the mini-batches' graphs between products on a CPU; a GPU keeps
+            them.
         group: Mini-batches solved side by side (`landscape.linalg.mini_batches`); the next one
-            starts from what the one before in its place found. By default 1 on a CPU, where that
-            is fastest, and on a GPU as many as half of its free memory holds, up to 8.
+            starts from what the one before in its place found. On a GPU by default as many as half
+            of its free memory holds, up to 8. On a CPU 2, each on a thread with its share of
+            PyTorch's, where PyTorch has two and the memory holds the data and two graphs; pass 1
+            for a model that must run on the calling thread.
         precision: `"tf32"` or `"bf16"` search with cheaper products on a GPU; `k` products in full
             precision a mini-batch then give the residuals (`hessian_spectrum`).
         generator: Source of the start vectors and resamplings; seed 0 by default.

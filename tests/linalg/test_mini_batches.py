@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import landscape
-from landscape import HessianOperator, Objective, recording
+from landscape import HessianOperator, Objective, objective, recording
 from landscape.linalg import lock_step, recorded_hessian
 from landscape.linalg.gradient import GradientGraph
+from landscape.linalg.lock_step import MiniBatchSolver
 from landscape.linalg.mini_batches import MiniBatchHessian
 from landscape.models import create_model
 from tests.cases import Replayed, Stream, assert_untouched, make_batches, make_model, snapshot
@@ -143,7 +147,7 @@ def test_side_by_side_finds_what_one_after_the_other_does(name, on, request):
     assert together.num_hvps < 1.3 * sum(found.num_matvecs for found in alone)
     single = landscape.hessian_max_spectrum(model, batches, objective=OBJECTIVE)
     np.testing.assert_allclose(single.eigenvalues, expected, rtol=1e-3)
-    # On a CPU one after the other is the default, on a GPU as many as there is memory for.
+    # On a CPU as many as PyTorch has threads is the default, which is one here.
     assert single.provenance.settings["group"] == (1 if on == "cpu" else 2)
 
 
@@ -166,7 +170,128 @@ def test_the_result_does_not_depend_on_which_is_done_first(seed, recorded, monke
     assert at_random.num_hvps == in_turns.num_hvps
 
 
-def test_the_next_mini_batch_takes_the_place_of_one_that_is_done(monkeypatch):
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+class Watched(MiniBatchHessian):
+    """Notes where its products are made."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.threads = {}
+
+    def matvec(self, v):
+        self.threads[threading.current_thread()] = torch.get_num_threads(), torch.is_grad_enabled()
+        return super().matvec(v)
+
+
+@pytest.fixture
+def places(monkeypatch):
+    """The places that are taken."""
+    made = []
+
+    def make(*args):
+        made.append(Watched(*args))
+        return made[-1]
+
+    monkeypatch.setattr(lock_step, "MiniBatchHessian", make)
+    return made
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_cpu_works_on_two_threads(two_threads, places, with_gradients):
+    """Each has half of PyTorch's; the first product tells the memory and is made before."""
+    model, batches = make_model("conv"), make_batches((4,) * 5)
+    ticks = []
+    with torch.set_grad_enabled(with_gradients):
+        frozen, _ = frozen_batches(model, batches)
+        solver = MiniBatchSolver(
+            frozen,
+            2,
+            tol=1e-3,
+            max_iter=100,
+            certify=True,
+            memory="auto",
+            generator=torch.Generator().manual_seed(0),
+            group=None,
+            first=None,
+            precision="full",
+        )
+        rows = solver.run(lambda: ticks.append(threading.current_thread()))
+    assert len(rows) == len(ticks) == solver.kept == 5
+    assert solver.size == len(places) == len(set(ticks)) == 2
+    main = threading.main_thread()
+    first, second = (place.threads for place in places)
+    assert first.pop(main) == (2, with_gradients)
+    assert first.keys().isdisjoint(second)
+    for threads in (first, second):
+        assert list(threads.values()) == [(1, with_gradients)]
+    assert not set(ticks) & set(threading.enumerate())
+    with ThreadPoolExecutor(1) as pool:  # those that come later have all of PyTorch's, too
+        assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+
+
+def test_results_on_two_threads_are_the_same_in_every_run(two_threads):
+    model, batches = make_model("attention"), make_batches((4,) * 5)
+    once, again = (landscape.hessian_max_spectrum(model, batches) for _ in range(2))
+    assert once.provenance.settings["group"] == 2
+    np.testing.assert_array_equal(once.eigenvalues, again.eigenvalues)
+    np.testing.assert_array_equal(once.errors, again.errors)
+
+
+@pytest.mark.parametrize("graphs", [0, 1, 2])
+def test_a_cpu_without_memory_for_two_graphs_works_on_one(two_threads, graphs):
+    model, batches = make_model("conv"), make_batches((4, 4))
+    frozen, prepared = frozen_batches(model, batches)
+    hessian = MiniBatchHessian(frozen)
+    hessian.load(prepared[0])
+    memory = graphs * hessian.num_bytes
+    settings = landscape.hessian_max_spectrum(model, batches, memory=memory).provenance.settings
+    assert (settings["group"], settings["kept_batches"]) == (max(graphs, 1), 2 * bool(graphs))
+
+
+def test_batches_that_are_drawn_again_are_drawn_by_one_thread(two_threads, places, monkeypatch):
+    model, data = make_model("conv"), make_batches((4,) * 4)
+    expected = landscape.hessian_max_spectrum(model, data, group=2)
+    assert any(len(place.threads) > 1 for place in places)
+    places.clear()
+    monkeypatch.setattr(objective, "free_memory", lambda device: 0)
+    for group in (2, None):
+        found = landscape.hessian_max_spectrum(model, data, group=group)
+        np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-3)
+        assert found.provenance.settings["group"] == (group or 1)
+    assert all(set(place.threads) == {threading.main_thread()} for place in places)
+
+
+def test_what_fails_on_a_thread_is_raised_and_ends_the_others(two_threads, monkeypatch):
+    """The other one would go on for 100 products a mini-batch."""
+    after = []
+
+    class Failing(MiniBatchHessian):
+        failed = threading.Event()
+
+        def matvec(self, v):
+            if self.failed.is_set():
+                after.append(self)
+            elif self._place == 1:
+                self.failed.set()
+                raise RuntimeError("of a mini-batch")
+            elif threading.current_thread() is not threading.main_thread():
+                self.failed.wait()
+            return super().matvec(v)
+
+    monkeypatch.setattr(lock_step, "MiniBatchHessian", Failing)
+    with pytest.raises(RuntimeError, match="of a mini-batch"):
+        landscape.hessian_max_spectrum(make_model("conv"), make_batches((4,) * 8))
+    assert len(after) < 10
+    assert torch.get_num_threads() == 2
+
+
+def test_the_next_mini_batch_takes_the_place_of_one_that_is_done(monkeypatch, recorded):
     """Mini-batches of equal images have a Hessian of low rank, and are done early."""
     model = make_model("attention")
     x, y = make_batches((12,))[0]
@@ -202,7 +327,7 @@ def test_a_warm_start_serves_every_place():
 
 
 @pytest.mark.parametrize("fits", [1, 2, 5])
-def test_without_memory_for_all_fewer_go_on(monkeypatch, fits):
+def test_without_memory_for_all_fewer_go_on(monkeypatch, fits, recorded):
     """At any time `fits` mini-batches may be loaded; none is lost."""
     model, batches = make_model("conv"), make_batches((4,) * 6)
     expected = landscape.hessian_max_spectrum(model, batches).eigenvalues
@@ -223,7 +348,7 @@ def test_without_memory_for_all_fewer_go_on(monkeypatch, fits):
     assert result.provenance.settings["group"] == min(4, fits)
 
 
-def test_the_last_one_out_of_memory_is_taken_up_again(monkeypatch):
+def test_the_last_one_out_of_memory_is_taken_up_again(monkeypatch, recorded):
     """It fails when the others are done already."""
     model, batches = make_model("conv"), make_batches((4, 4))
     expected = landscape.hessian_max_spectrum(model, batches).eigenvalues
@@ -244,7 +369,7 @@ def test_the_last_one_out_of_memory_is_taken_up_again(monkeypatch):
     np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-3)
 
 
-def test_out_of_memory_for_one_alone_is_raised(monkeypatch):
+def test_out_of_memory_for_one_alone_is_raised(monkeypatch, recorded):
     class Huge(MiniBatchHessian):
         def matvec(self, v):
             raise torch.OutOfMemoryError("CUDA out of memory.")
