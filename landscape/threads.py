@@ -5,35 +5,52 @@ less time than one after the other on both.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import nullcontext
 from threading import Event
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 
-def side_by_side(work: Sequence[Callable[[], None]], stopped: Event) -> None:
+
+def side_by_side(
+    work: Sequence[Callable[[], T]],
+    stopped: Event | None = None,
+    pool: ThreadPoolExecutor | None = None,
+) -> list[T]:
     """Call functions at the same time, each on its share of PyTorch's threads.
 
     Args:
         work: Called each in a thread of its own.
         stopped: Set as soon as one has failed, or at an interrupt, for the others to end.
+        pool: Threads to use; those that are made for one call find none of the memory that an
+            earlier one has left.
+
+    Returns:
+        What they return.
 
     Raises:
         Exception: The first that one of them raises, when all have ended.
     """
-    threads, with_gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    count, with_gradients = torch.get_num_threads(), torch.is_grad_enabled()
 
-    def call(function: Callable[[], None]) -> None:
-        torch.set_num_threads(max(threads // len(work), 1))  # of this thread
+    def call(function: Callable[[], T]) -> T:
+        torch.set_num_threads(max(count // len(work), 1))  # of this thread
         with torch.set_grad_enabled(with_gradients):
-            function()
+            return function()
 
     try:
-        with ThreadPoolExecutor(len(work)) as pool:
+        with ThreadPoolExecutor(len(work)) if pool is None else nullcontext(pool) as threads:
+            calls = [threads.submit(call, function) for function in work]
             try:
-                for done in as_completed([pool.submit(call, function) for function in work]):
+                for done in as_completed(calls):
                     done.result()
             finally:
-                stopped.set()
+                if stopped is not None:
+                    stopped.set()
+                wait(calls)
     finally:
-        torch.set_num_threads(threads)  # of threads to come
+        torch.set_num_threads(count)  # of threads to come
+    return [done.result() for done in calls]

@@ -34,6 +34,14 @@ def recorded(monkeypatch):
 
 
 @pytest.fixture
+def two_threads():
+    """PyTorch has two threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def alone():
     """A group of this process alone, for the wrappers of `torch.distributed`."""
     if not torch.distributed.is_gloo_available():

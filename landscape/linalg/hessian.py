@@ -7,6 +7,7 @@ under the math kernel, the only one with a second derivative.
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -33,6 +34,7 @@ from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective, check_objective
 from landscape.parameters import ParameterSpace
 from landscape.recording import Repeated, apart
+from landscape.threads import side_by_side
 
 Memory = int | float | str
 
@@ -209,8 +211,9 @@ class HessianOperator(CurvatureOperator):
 
     def _repeated(self) -> Repeated:
         """Return what multiplies with the graphs that are kept, and holds no reference to this."""
+        space, pool = self.frozen.space, ThreadPoolExecutor(2)  # starts a thread when it has work
         multiply_all = partial(
-            _product_of_all, self._graphs, self.frozen.space, self._weight_decay, self.precision
+            _product_of_all, self._graphs, space, self._weight_decay, self.precision, pool
         )
         return Repeated(multiply_all, self.device)
 
@@ -297,11 +300,28 @@ def _product_of_all(
     space: ParameterSpace,
     weight_decay: float,
     precision: Precision,
+    pool: ThreadPoolExecutor,
     v: Tensor,
 ) -> Tensor:
     """Return the product of the weighted sum of Hessians, and of the L2 term, with a vector."""
     if not graphs:
         return weight_decay * v
+    multiply = partial(_product_of_some, space=space, precision=precision, v=v)
+    if len(graphs) > 1 and space.device.type == "cpu" and torch.get_num_threads() > 1:
+        halves = [partial(multiply, some) for some in (graphs[::2], graphs[1::2])]
+        out, other = side_by_side(halves, pool=pool)
+        out.add_(other)
+    else:
+        out = multiply(graphs)
+    if weight_decay:
+        out.add_(v, alpha=weight_decay)
+    return out
+
+
+def _product_of_some(
+    graphs: Sequence[GradientGraph], space: ParameterSpace, precision: Precision, v: Tensor
+) -> Tensor:
+    """Return the product of the weighted sum of Hessians with a vector."""
     # Long vectors: a pass over one, and memory that is new, cost as much as some layers.
     first, *others = graphs
     out = hessian_product(first, space, precision, v)
@@ -309,8 +329,6 @@ def _product_of_all(
         out *= first.weight
     for graph in others:
         out.add_(hessian_product(graph, space, precision, v), alpha=graph.weight)
-    if weight_decay:
-        out.add_(v, alpha=weight_decay)
     return out
 
 

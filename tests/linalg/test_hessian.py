@@ -1,6 +1,10 @@
 import gc
 import resource
+import threading
+import time
 import weakref
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,8 @@ from landscape import (
     HessianOperator,
     Objective,
 )
-from landscape.linalg.gradient import twice_differentiable
+from landscape.linalg import hessian
+from landscape.linalg.gradient import GradientGraph, twice_differentiable
 from tests import oracles
 from tests.cases import MODELS, assert_untouched, make_batches, make_model, snapshot
 
@@ -200,6 +205,61 @@ def test_kept_and_rebuilt_graphs_give_the_same_products(memory):
     torch.testing.assert_close(
         operator.gradient(), HessianOperator(model, batches, memory=0).gradient()
     )
+
+
+@pytest.mark.parametrize("sizes", [(7, 3), (5, 4, 3)], ids=str)
+def test_graphs_are_worked_on_by_two_threads(sizes, two_threads, monkeypatch):
+    """Neither the products nor the threads that come later are others for that."""
+    model, batches = make_model("attention"), make_batches(sizes)
+    operator = HessianOperator(model, batches, Objective(weight_decay=0.1))
+    expected = oracles.dense(model, batches, weight_decay=0.1)
+    seen = defaultdict(list)
+    product = GradientGraph.product
+
+    def noted(self, *args):
+        seen[threading.current_thread()].append(torch.get_num_threads())
+        return product(self, *args)
+
+    monkeypatch.setattr(GradientGraph, "product", noted)
+    torch.testing.assert_close(matrix_of(operator), expected, rtol=1e-8, atol=1e-10)
+    assert len(seen) == 2  # kept between products
+    assert threading.main_thread() not in seen
+    assert {count for counts in seen.values() for count in counts} == {1}
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+    del operator
+    gc.collect()
+    for thread in seen:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+def test_one_thread_of_pytorch_works_alone(monkeypatch):
+    operator = HessianOperator(make_model("conv"), make_batches((4, 4)))
+    expected = times_ones(operator)
+    monkeypatch.setattr(hessian, "side_by_side", None)
+    torch.testing.assert_close(times_ones(operator), expected)
+
+
+def test_what_fails_on_one_thread_is_raised_when_the_other_is_done(two_threads, monkeypatch):
+    operator = HessianOperator(make_model("conv"), make_batches((4, 4)))
+    began, done = threading.Event(), []
+    graphs = operator._graphs
+    product = GradientGraph.product
+
+    def failing(self, *args):
+        if self is graphs[0]:
+            began.wait()
+            raise RuntimeError("of a batch")
+        began.set()
+        time.sleep(0.1)
+        done.append(product(self, *args))
+        return done[-1]
+
+    monkeypatch.setattr(GradientGraph, "product", failing)
+    with pytest.raises(RuntimeError, match="of a batch"):
+        times_ones(operator)
+    assert done
 
 
 def test_gradient_is_that_of_the_objective():

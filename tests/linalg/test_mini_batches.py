@@ -170,13 +170,6 @@ def test_the_result_does_not_depend_on_which_is_done_first(seed, recorded, monke
     assert at_random.num_hvps == in_turns.num_hvps
 
 
-@pytest.fixture
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 class Watched(MiniBatchHessian):
     """Notes where its products are made."""
 
