@@ -75,7 +75,7 @@ PRESETS = {
     "default": Setting(),
     "quick": Setting(
         train_images=480, epochs=4, warmup_epochs=1, hessian_epochs=(2, 3, 4),
-        surface_points=7, surface_images=64, hessian_batches=2,
+        surface_points=7, surface_images=64, hessian_batches=3,
     ),
     "gpu": Setting(
         dataset="fashion_mnist", train_images=60_000, models=LARGE,

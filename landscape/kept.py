@@ -35,7 +35,7 @@ class Attributes:
         self._contents = [
             (container, copy.copy(container))
             for name, value in self._own.items()
-            if name not in _OF_MODULES
+            if isinstance(value, dict | list | tuple) and name not in _OF_MODULES
             for container in _below(value)
             if isinstance(container, dict) or (lists and isinstance(container, list))
         ]

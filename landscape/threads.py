@@ -8,11 +8,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import nullcontext
 from threading import Event
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+def num_threads() -> int:
+    """Return among how many threads work can be shared: PyTorch's, if each can have a share."""
+    openmp: Any = torch.backends.openmp  # PyTorch does not annotate it
+    return torch.get_num_threads() if openmp.is_available() else 1
 
 
 def side_by_side(

@@ -34,7 +34,7 @@ from landscape.memory import free_memory
 from landscape.objective import FrozenObjective, Objective, check_objective
 from landscape.parameters import ParameterSpace
 from landscape.recording import Repeated, apart
-from landscape.threads import side_by_side
+from landscape.threads import num_threads, side_by_side
 
 Memory = int | float | str
 
@@ -307,7 +307,7 @@ def _product_of_all(
     if not graphs:
         return weight_decay * v
     multiply = partial(_product_of_some, space=space, precision=precision, v=v)
-    if len(graphs) > 1 and space.device.type == "cpu" and torch.get_num_threads() > 1:
+    if len(graphs) > 1 and space.device.type == "cpu" and num_threads() > 1:
         halves = [partial(multiply, some) for some in (graphs[::2], graphs[1::2])]
         out, other = side_by_side(halves, pool=pool)
         out.add_(other)

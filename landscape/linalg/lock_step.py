@@ -25,7 +25,7 @@ from landscape.linalg.mini_batches import Known, MiniBatchHessian
 from landscape.linalg.search import EigenSearch, may_be_rough, multiply, search_roughly
 from landscape.memory import free_memory
 from landscape.objective import FrozenObjective
-from landscape.threads import side_by_side
+from landscape.threads import num_threads, side_by_side
 
 Work = Iterator[None]
 """Pauses while the device works on what it has started."""
@@ -147,7 +147,7 @@ class MiniBatchSolver:
             most = min(MAX_GROUP, -(-self._frozen.num_batches // FEWEST))
         elif hessian.kept and self._has_threads(worker):
             graphs = bytes_of(self._memory, space.device) // hessian.num_bytes
-            most = min(ON_A_CPU, torch.get_num_threads(), self._frozen.num_batches, graphs)
+            most = min(ON_A_CPU, num_threads(), self._frozen.num_batches, graphs)
         else:
             return 1
         basis = (self._k + BASIS + 8) * space.dim * self._basis_dtype.itemsize

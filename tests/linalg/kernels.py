@@ -113,7 +113,8 @@ class Views(nn.Module):
     def forward(self, x):
         conv, *linear, head = self.weights
         columns = self.table.unbind(1)
-        x = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, 61)), conv, columns[0], padding=(0,))
+        x = F.pad(F.avg_pool2d(x, 4), (0, 0, 0, 0, 0, 61))
+        x = F.conv2d(x, conv, columns[0], padding=(0,))
         x = x.tanh().flatten(2).mT
         x = F.layer_norm(x, (64,), columns[1], columns[2])
         x = F.layer_norm(x, (64,), self.one.expand(64), self.one.expand(64))
@@ -164,7 +165,7 @@ CASES = {
     "rows": (rows, 7, None),
     "wide": (wide, 33, None),
     "tokens": (Tokens, 4, None),
-    "convolutions": (convs, 3, None),
+    "convolutions": (convs, 2, None),
     "weights of a convolution": (pixels, 40, "2.weight"),
     "views": (Views, 2, None),
     "experts": (Experts, 4, None),

@@ -234,10 +234,14 @@ def test_graphs_are_worked_on_by_two_threads(sizes, two_threads, monkeypatch):
         assert not thread.is_alive()
 
 
-def test_one_thread_of_pytorch_works_alone(monkeypatch):
+def test_threads_that_cannot_be_shared_work_together(monkeypatch, request):
+    """There is one, or all threads have the number of the last that sets it."""
     operator = HessianOperator(make_model("conv"), make_batches((4, 4)))
     expected = times_ones(operator)
     monkeypatch.setattr(hessian, "side_by_side", None)
+    torch.testing.assert_close(times_ones(operator), expected)
+    request.getfixturevalue("two_threads")
+    monkeypatch.setattr(torch.backends.openmp, "is_available", lambda: False)
     torch.testing.assert_close(times_ones(operator), expected)
 
 
