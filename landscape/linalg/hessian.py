@@ -90,8 +90,9 @@ class HessianOperator(CurvatureOperator):
 
     The graph of each batch's gradient is kept for as many batches as fit `memory`; the product
     with a kept batch costs about 1.5 to 2.5 gradients (median 2.1 over 108 models), with another
-    2.5 to 3.5. On a GPU all of it is recorded and replayed (`landscape.recording`), which holds the
-    memory of one batch more.
+    2.5 to 3.5. On a CPU two kept ones are worked on at a time, on half of PyTorch's threads each.
+    On a GPU all of it is recorded and replayed (`landscape.recording`), which holds the memory of
+    one batch more.
 
     What a model detaches is a constant here, as it is in the gradient. Where it depends on the
     parameters (the codes of a VQ-VAE, equilibrium models with a Jacobian-free step), the matrix is

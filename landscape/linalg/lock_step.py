@@ -135,8 +135,8 @@ class MiniBatchSolver:
         side_by_side([partial(work, worker) for worker in crew], stopped)
 
     def _has_threads(self, worker: "_Worker") -> bool:
-        """Whether threads are of use; batches that are drawn again have to be drawn by one."""
-        return worker.hessian.stream is None and self._frozen.are_kept
+        """Whether workers may have threads; only one could draw batches again."""
+        return worker.hessian.stream is None and self._frozen.are_kept and num_threads() > 1
 
     def _room(self, worker: "_Worker") -> int:
         """Return how many workers there is memory for."""
@@ -147,7 +147,7 @@ class MiniBatchSolver:
             most = min(MAX_GROUP, -(-self._frozen.num_batches // FEWEST))
         elif hessian.kept and self._has_threads(worker):
             graphs = bytes_of(self._memory, space.device) // hessian.num_bytes
-            most = min(ON_A_CPU, num_threads(), self._frozen.num_batches, graphs)
+            most = min(ON_A_CPU, self._frozen.num_batches, graphs)
         else:
             return 1
         basis = (self._k + BASIS + 8) * space.dim * self._basis_dtype.itemsize

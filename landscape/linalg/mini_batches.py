@@ -92,19 +92,16 @@ class MiniBatchHessian:
         if self._recorded is None and self._recordable and self.stream is not None:
             self._record(batch, self.stream)
         if self._recorded is None:
-            known, frozen = self._known, self._frozen.of_batch(batch)
-            self._operator = HessianOperator.of(
-                frozen,
+            known = self._known
+            operator = self._operator = HessianOperator.of(
+                self._frozen.of_batch(batch),
                 memory=self._memory,
                 precision=self._precision,
                 bytes_per_sample=known.bytes_per_sample,
                 kinks=known.kinks,
             )
-            known.bytes_per_sample, known.kinks = (
-                self._operator.bytes_per_sample,
-                self._operator.kinks,
-            )
-            self.num_bytes = self._operator.num_kept * int(known.bytes_per_sample * batch.size)
+            known.bytes_per_sample, known.kinks = operator.bytes_per_sample, operator.kinks
+            self.num_bytes = operator.num_kept * int(known.bytes_per_sample * batch.size)
         self.kept = self._recorded is not None or bool(self._operator.num_kept)
 
     def matvec(self, v: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def test_side_by_side_finds_what_one_after_the_other_does(name, on, request):
     assert together.num_hvps < 1.3 * sum(found.num_matvecs for found in alone)
     single = landscape.hessian_max_spectrum(model, batches, objective=OBJECTIVE)
     np.testing.assert_allclose(single.eigenvalues, expected, rtol=1e-3)
-    # On a CPU as many as PyTorch has threads is the default, which is one here.
+    # PyTorch has one thread here, on which one after the other is the default.
     assert single.provenance.settings["group"] == (1 if on == "cpu" else 2)
 
 
@@ -260,6 +260,11 @@ def test_batches_that_are_drawn_again_are_drawn_by_one_thread(two_threads, place
     assert all(set(place.threads) == {threading.main_thread()} for place in places)
 
 
+def test_a_gpu_is_worked_on_by_one_thread(two_threads, places, recorded):
+    landscape.hessian_max_spectrum(make_model("conv"), make_batches((4,) * 4), group=2)
+    assert [set(place.threads) for place in places] == [{threading.main_thread()}] * 2
+
+
 def test_what_fails_on_a_thread_is_raised_and_ends_the_others(two_threads, monkeypatch):
     """The other one would go on for 100 products a mini-batch."""
     after = []
@@ -284,7 +289,7 @@ def test_what_fails_on_a_thread_is_raised_and_ends_the_others(two_threads, monke
     assert torch.get_num_threads() == 2
 
 
-def test_the_next_mini_batch_takes_the_place_of_one_that_is_done(monkeypatch, recorded):
+def test_the_next_mini_batch_takes_the_place_of_one_that_is_done(monkeypatch):
     """Mini-batches of equal images have a Hessian of low rank, and are done early."""
     model = make_model("attention")
     x, y = make_batches((12,))[0]
@@ -320,7 +325,7 @@ def test_a_warm_start_serves_every_place():
 
 
 @pytest.mark.parametrize("fits", [1, 2, 5])
-def test_without_memory_for_all_fewer_go_on(monkeypatch, fits, recorded):
+def test_without_memory_for_all_fewer_go_on(monkeypatch, fits):
     """At any time `fits` mini-batches may be loaded; none is lost."""
     model, batches = make_model("conv"), make_batches((4,) * 6)
     expected = landscape.hessian_max_spectrum(model, batches).eigenvalues
@@ -341,7 +346,7 @@ def test_without_memory_for_all_fewer_go_on(monkeypatch, fits, recorded):
     assert result.provenance.settings["group"] == min(4, fits)
 
 
-def test_the_last_one_out_of_memory_is_taken_up_again(monkeypatch, recorded):
+def test_the_last_one_out_of_memory_is_taken_up_again(monkeypatch):
     """It fails when the others are done already."""
     model, batches = make_model("conv"), make_batches((4, 4))
     expected = landscape.hessian_max_spectrum(model, batches).eigenvalues
@@ -362,7 +367,7 @@ def test_the_last_one_out_of_memory_is_taken_up_again(monkeypatch, recorded):
     np.testing.assert_allclose(result.eigenvalues, expected, rtol=1e-3)
 
 
-def test_out_of_memory_for_one_alone_is_raised(monkeypatch, recorded):
+def test_out_of_memory_for_one_alone_is_raised(monkeypatch):
     class Huge(MiniBatchHessian):
         def matvec(self, v):
             raise torch.OutOfMemoryError("CUDA out of memory.")
