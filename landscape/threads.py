@@ -30,7 +30,8 @@ def side_by_side(
 
     Args:
         work: Called each in a thread of its own.
-        stopped: Set as soon as one has failed, or at an interrupt, for the others to end.
+        stopped: Set as soon as one has failed, or at an interrupt, for the others to end; and when
+            all are done.
         pool: Threads to use; those that are made for one call find none of the memory that an
             earlier one has left.
 

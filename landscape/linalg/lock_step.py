@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from threading import Event, RLock
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class MiniBatchSolver:
         ).tolist()
         self._group, self._first = group, first
         self._known = Known()
-        self._lock = RLock()  # of what the workers share
+        self._lock = Lock()  # of what the workers share
         self._basis_dtype = torch.promote_types(frozen.space.dtype, torch.float32)
         self.size, self.kept = 1, 0
 
